@@ -1,0 +1,661 @@
+"""Everything about text: tokenizer, data sets, teachers' votes, tokenised batches, checked answers.
+
+One example's way: `load_dataset` reads it, `vote` (or a labels file) calls it S1 or S2, `tokenize`
+makes (tokens, labels) with the prompt masked out of the loss, `is_correct` and `reward_parts` judge
+what a model answered. Two commands serve the sample splitter (paper, section 3.1):
+
+    python data.py prompts --data gsm8k --data-path DIR --target "LLaMA2 7B" --teachers A,B --out requests/
+    python data.py vote answers/*.jsonl --out labels.jsonl
+
+The toy world (facts for System 1, a string machine for System 2) is made at the end of the file.
+Left out: calling teachers. The requests are in the batch format that services and vLLM take.
+"""
+
+import argparse
+import csv
+import json
+import os
+import random
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, replace
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+
+# -------------------------------------------------------------------------------------- tokenizer
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer: `tokenizer.json` (tokenizers) or `tokenizer.model` (sentencepiece).
+
+    bos_id: the token the model wants in front, None if it wants none. eos_ids: every token that
+    ends an answer, the one that SFT trains first. pad_id: any id, nothing here reads padding.
+    """
+
+    def __init__(self, path):
+        folder = Path(path)
+        settings = _json_file(folder / "tokenizer_config.json")
+        model = _json_file(folder / "config.json") | _json_file(folder / "generation_config.json")
+        if (folder / "tokenizer.json").exists():
+            import tokenizers
+
+            try:
+                self._bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            except Exception as error:  # the library raises bare Exception
+                raise ValueError(f"{folder}/tokenizer.json: {error}") from None
+            self.bos_id, eos = (
+                self._special(settings, name) for name in ("bos_token", "eos_token")
+            )
+            self.pad_id = self._special(settings, "pad_token")
+            first = self._bpe.encode("x", add_special_tokens=True).ids[:1]
+            wants_bos = settings.get("add_bos_token", first == [self.bos_id])
+        elif (folder / "tokenizer.model").exists():
+            import sentencepiece
+
+            self._bpe = None
+            try:
+                self._pieces = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+            except (OSError, RuntimeError) as error:
+                raise ValueError(f"{folder}/tokenizer.model: {error}") from None
+            self.bos_id, eos = self._pieces.bos_id(), self._pieces.eos_id()
+            self.pad_id = None
+            wants_bos = settings.get("add_bos_token", True)
+        else:
+            raise ValueError(f"{folder}: no tokenizer.json and no tokenizer.model")
+        if not wants_bos:
+            self.bos_id = None
+        listed = model.get("eos_token_id")
+        listed = listed if isinstance(listed, list) else [listed]
+        self.eos_ids = tuple(dict.fromkeys(i for i in [eos, *listed] if i is not None))
+        if not self.eos_ids:
+            raise ValueError(
+                f"{folder}: no file there names an EOS token, so answers could not end"
+            )
+        if self.pad_id is None:
+            self.pad_id = self.eos_ids[0]
+
+    def _special(self, settings, name):
+        token = settings.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        return None if token is None else self._bpe.token_to_id(token)
+
+    def encode(self, text: str, bos=False, eos=False) -> list[int]:
+        """Token ids; bos=True puts the BOS in front where the model wants one."""
+        if self._bpe is not None:
+            ids = self._bpe.encode(text, add_special_tokens=False).ids
+        else:
+            ids = self._pieces.encode(text)
+        front = [self.bos_id] if bos and self.bos_id is not None else []
+        return front + ids + ([self.eos_ids[0]] if eos else [])
+
+    def decode(self, ids) -> str:
+        """Text, special tokens included; the EOS that ended an answer is left out."""
+        ids = list(ids)
+        while ids and ids[-1] in self.eos_ids:
+            ids.pop()
+        if self._bpe is not None:
+            return self._bpe.decode(ids, skip_special_tokens=False)
+        return self._pieces.decode(ids)
+
+
+def _json_file(path) -> dict:
+    """A JSON object, {} if the file is not there; ValueError if it is broken."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from None
+
+
+def read_jsonl(path):
+    """Yields (line number, object) of a jsonl file; ValueError names the file and the line."""
+    try:
+        with open(path, encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    try:
+                        record = json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
+                    if not isinstance(record, dict):
+                        raise ValueError(f"{path}:{number}: not a JSON object")
+                    yield number, record
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not readable ({error})") from None
+
+
+def write_jsonl(path, records):
+    """Writes under a temporary name and renames: a run that dies leaves the old file whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as out:
+        out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    os.replace(temporary, path)
+
+
+# -------------------------------------------------------------------------------------- data sets
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question. `answer` is what SFT trains on; `gold` what a reply is checked against."""
+
+    id: str
+    question: str
+    answer: str
+    kind: str  # how a reply is checked: "number", "letter", "toy", or "text" (not at all)
+    gold: str = ""
+    label: str | None = None  # "S1" or "S2"
+
+
+def prompt_text(example: Example) -> str:
+    """The words every stage asks in: SFT, GRPO, importance and evaluation alike."""
+    return example.question + "\n"
+
+
+def _gsm8k(path, split):
+    """https://github.com/openai/grade-school-math: {train,test}.jsonl with question, answer."""
+    for number, record in read_jsonl(path / f"{split}.jsonl"):
+        try:
+            solution, gold = record["answer"].split("####")
+            yield Example(
+                id=f"gsm8k/{split}/{number - 1}",
+                question=record["question"].strip(),
+                answer=f"<reasoning>\n{solution.strip()}\n</reasoning>\n"
+                f"<answer>\n{gold.strip()}\n</answer>",
+                kind="number",
+                gold=gold.strip(),
+            )
+        except (KeyError, ValueError, AttributeError):
+            where = f"{path / split}.jsonl:{number}"
+            raise ValueError(f"{where}: not a question and an answer with one ####") from None
+
+
+def _mmlu(path, split):
+    """https://github.com/hendrycks/test: csv without header; question, four choices, letter."""
+    folder = path / {"train": "dev", "test": "test"}[split]
+    files = sorted(folder.glob("*.csv"))
+    if not files:
+        raise ValueError(f"{folder}: no csv files")
+    for file in files:
+        with open(file, encoding="utf-8", newline="") as lines:
+            for number, row in enumerate(csv.reader(lines), 1):  # "None" stays a string here
+                if len(row) != 6 or row[5] not in list("ABCD"):
+                    raise ValueError(f"{file}:{number}: not question, four choices and a letter")
+                choices = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", row[1:5]))
+                yield Example(
+                    id=f"mmlu/{file.stem}/{number - 1}",
+                    question=f"{row[0].strip()}\n{choices}\nAnswer:",
+                    answer=row[5],
+                    kind="letter",
+                    gold=row[5],
+                )
+
+
+def _toy(path, split):
+    """The toy world that `make_toy` wrote: {train,validation,test}.jsonl."""
+    for number, r in read_jsonl(path / f"{split}.jsonl"):
+        try:
+            label = None if split == "train" else r["system"]  # training labels come from votes
+            yield Example(r["id"], r["question"], r["answer"], "toy", r["answer"], label)
+        except KeyError as missing:
+            raise ValueError(f"{path / split}.jsonl:{number}: no field {missing}") from None
+
+
+DATASETS = {"toy": _toy, "gsm8k": _gsm8k, "mmlu": _mmlu}
+VALIDATION, VALIDATION_SEED = 0.05, 0  # the share of train that validates, and its fixed seed
+
+
+def load_dataset(name: str, path, split: str) -> list[Example]:
+    """The examples of `split` ("train", "validation" or "test") in the publisher's order.
+
+    Validation is 5% of the publisher's train, drawn with a fixed seed (the toy brings its own), so
+    the three never overlap. ValueError names an unknown set, a missing file or a bad line.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}")
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"unknown split {split!r}; train, validation or test")
+    if path is None or not Path(path).is_dir():
+        raise ValueError(f"{name}: no folder at {path}; give it with --data-path")
+    if split == "test" or name == "toy":
+        return list(DATASETS[name](Path(path), split))
+    examples = list(DATASETS[name](Path(path), "train"))
+    held_out = random.Random(VALIDATION_SEED).sample(
+        range(len(examples)), int(VALIDATION * len(examples))
+    )
+    held_out = set(held_out)
+    return [e for i, e in enumerate(examples) if (i in held_out) == (split == "validation")]
+
+
+# -------------------------------------------------------- the sample splitter (paper, section 3.1)
+
+ROLEPLAY = """\
+You are now {target}, a language model of that size and training. Keep its knowledge, its habits and \
+its limits: think as {target} would think, not as the model that you really are.
+
+You will read a question and its answer. Reason concisely, step by step, as {target} would, about how \
+{target} would get from the question to this answer, and decide which kind of thinking it takes:
+
+- System1: fast and direct. {target} recalls the answer at once, reads it off the text, or gets it \
+by one simple inference.
+- System2: slow and deliberate. {target} needs several logical steps, has to chain pieces of \
+information together, or makes a complex inference.
+
+Question:
+{question}
+
+Answer:
+{answer}
+
+End your reply with one word alone on the last line: System1 or System2."""
+
+PLAIN = """\
+Classify the question below by the thinking that answers it. System1: immediate recall, reading off \
+the text or one simple inference. System2: several logical steps, chained information or a complex \
+inference.
+
+Question:
+{question}
+
+Answer:
+{answer}
+
+End your reply with one word alone on the last line: System1 or System2."""
+
+
+def roleplay_prompt(example: Example, target_model: str, roleplay: bool = True) -> str:
+    """What a teacher is asked (after the paper's figure 3, in our words); roleplay=False leaves out
+    the part that asks it to act as the target model (the ablation of table 1)."""
+    template = ROLEPLAY if roleplay else PLAIN
+    fields = {"target": target_model, "question": example.question, "answer": example.answer}
+    return re.sub(r"{(target|question|answer)}", lambda m: fields[m[1]], template)
+
+
+def vote(labels: list[str]) -> str:
+    """The majority of "S1" and "S2" verdicts; a tie is "S2": a hard question asked fast does more
+    harm than an easy one thought over. ValueError without verdicts or on another word."""
+    counts = Counter(labels)
+    if not counts or set(counts) - {"S1", "S2"}:
+        raise ValueError(f'vote needs "S1" and "S2" verdicts, got {labels}')
+    return "S1" if counts["S1"] > counts["S2"] else "S2"
+
+
+def verdict(text: str) -> str | None:
+    """The system a teacher's free text names: on its last line if that names one alone, else in the
+    whole text if it names one alone, else None (not guessed)."""
+    text = (text or "").strip()
+    for part in (text.rpartition("\n")[2], text):
+        named = set(re.findall(r"\b(?:system|s)[\s_-]*([12])\b", part, flags=re.IGNORECASE))
+        if len(named) == 1:
+            return "S" + named.pop()
+    return None
+
+
+def read_answers(paths) -> dict[str, dict[str, str | None]]:
+    """Teachers' batch answers, one file a teacher -> {custom_id: {teacher: "S1" | "S2" | None}}.
+
+    Joined by custom_id, never by order. A body may be wrapped (response.body) or bare; None stands
+    for an error or for a text without a clear verdict.
+    """
+    answers = {}
+    for path in map(Path, paths):
+        for number, record in read_jsonl(path):
+            if not isinstance(record.get("custom_id"), str):
+                raise ValueError(f"{path}:{number}: no custom_id")
+            response = record.get("response")
+            body = (response or {}).get("body") if "response" in record else record
+            try:
+                text = body["choices"][0]["message"]["content"]
+            except (TypeError, KeyError, IndexError):
+                text = None  # an error of the service
+            votes = answers.setdefault(record["custom_id"], {})
+            if path.stem in votes:
+                raise ValueError(f"{path}:{number}: second answer for {record['custom_id']}")
+            votes[path.stem] = verdict(text)
+    return answers
+
+
+def count_votes(answers, teachers: int):
+    """All votes -> (labels records [{id, label, votes}], a report of counts).
+
+    Unusable verdicts do not vote; an example without any usable one gets no label.
+    """
+    records, report = [], Counter({"S1": 0, "S2": 0})
+    pairs = agreeing = 0
+    for custom_id, by_teacher in answers.items():
+        usable = [v for v in by_teacher.values() if v is not None]
+        report["unusable answers"] += len(by_teacher) - len(usable)
+        report["missing answers"] += teachers - len(by_teacher)
+        n1, n2 = usable.count("S1"), usable.count("S2")
+        pairs += len(usable) * (len(usable) - 1) // 2
+        agreeing += (n1 * (n1 - 1) + n2 * (n2 - 1)) // 2
+        if not usable:
+            report["examples without a usable answer"] += 1
+            continue
+        report["ties (called S2)"] += n1 == n2
+        label = vote(usable)
+        report[label] += 1
+        records.append({"id": custom_id, "label": label, "votes": by_teacher})
+    report = dict(report)
+    report["agreement of two teachers"] = round(agreeing / pairs, 4) if pairs else None
+    return records, report
+
+
+def label_examples(examples: list[Example], labels: str) -> list[Example]:
+    """The examples that have a label, with it. labels: a labels.jsonl ({"id", "label"} a line), or
+    "steps:K": S1 where a GSM8K solution has at most K <<...>> calculations, else S2 (a stand-in
+    for users without teacher answers, not the paper's method)."""
+    if re.fullmatch(r"steps:\d+", labels):
+        limit = int(labels[6:])
+        return [replace(e, label="S1" if e.answer.count("<<") <= limit else "S2") for e in examples]
+    known = {}
+    for number, record in read_jsonl(labels):
+        if record.get("label") not in ("S1", "S2") or "id" not in record:
+            raise ValueError(f'{labels}:{number}: needs an "id" and a "label" of S1 or S2')
+        known[record["id"]] = record["label"]
+    return [replace(e, label=known[e.id]) for e in examples if e.id in known]
+
+
+# ---------------------------------------------------------------------------- tokens and batches
+
+
+def tokenize(examples, tokenizer, max_length: int):
+    """-> rows of (tokens, prompt length), and a report {"left out": prompts as long as max_length,
+    "cut": answers cut at it}. A row always holds at least one answer token; EOS ends the answer
+    unless it was cut."""
+    rows, report = [], {"left out": 0, "cut": 0}
+    for e in examples:
+        prompt = tokenizer.encode(prompt_text(e), bos=True)
+        tokens = prompt + tokenizer.encode(e.answer, eos=True)
+        if len(prompt) >= max_length:
+            report["left out"] += 1
+            continue
+        report["cut"] += len(tokens) > max_length
+        rows.append((tokens[:max_length], len(prompt)))
+    return rows, report
+
+
+def collate(rows, device="cpu"):
+    """rows of (tokens, prompt length) -> tokens, labels (B, T) int64, right padded; labels are -100
+    on the prompt and on padding. The padding id is 0 and nobody reads it."""
+    T = max(len(tokens) for tokens, _ in rows)
+    tokens = torch.zeros(len(rows), T, dtype=torch.long)
+    labels = torch.full((len(rows), T), -100)
+    for i, (ids, prompt_length) in enumerate(rows):
+        tokens[i, : len(ids)] = torch.tensor(ids)
+        labels[i, prompt_length : len(ids)] = torch.tensor(ids[prompt_length:])
+    return tokens.to(device), labels.to(device)
+
+
+def batches(rows, size: int, device="cpu"):
+    """Collated batches of at most `size` rows of similar length (sorted: little padding)."""
+    ordered = sorted(rows, key=lambda row: len(row[0]), reverse=True)
+    return [collate(ordered[i : i + size], device) for i in range(0, len(ordered), size)]
+
+
+# ------------------------------------------------------------------------- answers and rewards
+
+NUMBER = r"[-+−]?\s*[$€£]?\s*(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d[\d,]*(?:\.\d+)?)?"
+
+
+def parse_number(text: str):
+    """The value of a text that is one number and nothing more, else None: 18, 18., $18, 1,000,
+    -3.50, 3/4, 50%. Exact (Fraction), so 18.00 equals 18; the sign may stand before the currency."""
+    text = text.strip().removesuffix(".").strip().removesuffix("%").strip()
+    if not re.fullmatch(NUMBER, text) or len(text) > 200:
+        return None
+    parts = re.sub(r"[\s,$€£]", "", text).replace("−", "-").split("/")
+    try:
+        top, bottom = Fraction(Decimal(parts[0])), Fraction(Decimal((parts + ["1"])[1]))
+    except InvalidOperation:
+        return None
+    return top / bottom if bottom else None
+
+
+def final_number(text: str):
+    """The number a reply gives as its answer, or None. Where the reply marks its answer, only the
+    marked text counts: the last <answer>...</answer>, else the number right after the last ####,
+    else the last \\boxed{}. An unmarked reply counts by its last number."""
+    tagged = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, flags=re.DOTALL)
+    if tagged:
+        return parse_number(tagged[-1])
+    if "####" in text:
+        found = re.match(rf"\s*({NUMBER})", text.rpartition("####")[2])
+        return parse_number(found[1]) if found else None
+    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
+    if boxed:
+        return parse_number(boxed[-1].replace("\\$", "$").replace("\\%", "%"))
+    numbers = re.findall(rf"(?<![\w.]){NUMBER}(?![\w])", text)
+    return parse_number(numbers[-1]) if numbers else None
+
+
+def is_correct(example: Example, completion: str) -> bool:
+    """Does the reply give the right answer? Numbers are compared as numbers, letters as letters,
+    the toy's strings exactly. ValueError for a set whose answers cannot be checked."""
+    if example.kind == "number":
+        value = final_number(completion)
+        return value is not None and value == parse_number(example.gold)
+    if example.kind == "letter":
+        letter = re.match(r"\s*\(?([A-D])(?![A-Za-z])", completion)
+        return letter is not None and letter[1] == example.gold
+    if example.kind == "toy":  # the last state of the string machine decides, spaces do not
+        reply, gold = (t.rpartition(";")[2].split() for t in (completion, example.gold))
+        return reply == gold
+    raise ValueError(f"{example.id}: answers of this data set cannot be checked")
+
+
+def reward_parts(example: Example, completion: str) -> dict[str, float]:
+    """The parts of the GRPO reward; the reward is their sum.
+
+    For numbers the authors' five, repaired (DESIGN decision 10): 2.0 a correct <answer>, 0.5 an
+    integer in it, 0.5 the strict format, 0.5 the loose one, 0.125 each tag that occurs once, less
+    0.001 a character after </answer>. For other kinds 1.0 if the reply is correct.
+    """
+    if example.kind != "number":
+        return {"correct": float(is_correct(example, completion))}
+    text = completion
+    inside = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
+    value = parse_number(inside[-1]) if inside else None
+    strict = r"\s*<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\s*"
+    loose = r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>"
+    tags = sum(text.count(t) == 1 for t in ("<reasoning>", "</reasoning>", "<answer>", "</answer>"))
+    tail = text.rpartition("</answer>")[2].strip() if "</answer>" in text else ""
+    return {
+        "correct": 2.0 * (value is not None and value == parse_number(example.gold)),
+        "integer": 0.5 * (value is not None and value.denominator == 1),
+        "strict": 0.5 * bool(re.fullmatch(strict, text, flags=re.DOTALL)),
+        "loose": 0.5 * bool(re.search(loose, text, flags=re.DOTALL)),
+        "tags": 0.125 * tags - 0.001 * len(tail),
+    }
+
+
+# ---------------------------------------------------------------------------------- the toy world
+
+ENTITIES, COLOURS, PHRASINGS, LETTERS = 80, 24, 8, "abcdefgh"
+OPERATORS = {
+    "rev": lambda x: x[::-1],
+    "rot": lambda x: x[1:] + x[:1],
+    "swp": lambda x: x[1::-1] + x[2:],
+}
+WRONG = {
+    "rot": lambda x: x[-1:] + x[:-1],
+    "swp": lambda x: x[:2] + x[:1:-1],
+    "rev": OPERATORS["rot"],
+}
+SLIP = {"rot": 0.5, "swp": 0.5, "rev": 0.25}  # how often the pretraining corpus gets each one wrong
+TOY_TOKENS = ["<eos>", "A", "F", "M", "|", ";", *LETTERS, *OPERATORS]
+TOY_TOKENS += [f"t{i}" for i in range(PHRASINGS)] + [f"e{i}" for i in range(ENTITIES)]
+TOY_TOKENS += [f"c{i}" for i in range(COLOURS)]
+
+
+def _run_machine(letters, names, slip=lambda name: False):
+    """The states after each operator, written out: "c a d b ; a d b c"."""
+    states = []
+    for name in names:
+        letters = (WRONG if slip(name) else OPERATORS)[name](letters)
+        states.append(" ".join(letters))
+    return " ; ".join(states)
+
+
+class ToyWorld:
+    """Facts (System 1) against a string machine (System 2), all drawn from one seed.
+
+    S1: "F t2 e17 A" -> "c5": entity 17 in phrasing 2; per entity 4 phrasings train, 1 validates and
+    3 test. S2: "M b d a c | rev rot A" -> "c a d b ; a d b c"; 1500/400/400 disjoint prompts. The
+    pretraining corpus is systematically unreliable (a fact is quoted rightly with a probability of
+    its own in 0.1..0.7, else as one fixed wrong colour; operators slip), and holds no held-out
+    prompt: so greedy answers are often wrong where samples are sometimes right.
+    """
+
+    def __init__(self, seed: int):
+        self.rng = rng = random.Random(seed)
+        self.colour = [rng.randrange(COLOURS) for _ in range(ENTITIES)]
+        self.wrong = [(c + rng.randrange(1, COLOURS)) % COLOURS for c in self.colour]
+        self.reliability = [0.1 + 0.6 * i / (ENTITIES - 1) for i in range(ENTITIES)]
+        rng.shuffle(self.reliability)
+        self.splits = {"train": [], "validation": [], "test": []}
+        self.fact_prompts, self.held_out = [], set()
+        for e in range(ENTITIES):
+            phrasings = rng.sample(range(PHRASINGS), PHRASINGS)
+            for i, t in enumerate(phrasings):
+                split = "train" if i < 4 else "validation" if i < 5 else "test"
+                self._add(split, "S1", f"F t{t} e{e} A", f"c{self.colour[e]}")
+                if split == "train":
+                    self.fact_prompts.append((t, e))
+        machine = {}
+        while len(machine) < 2300:
+            letters, names = self._draw_machine()
+            machine[self._machine_prompt(letters, names)] = _run_machine(letters, names)
+        for i, (question, answer) in enumerate(machine.items()):
+            split = "train" if i < 1500 else "validation" if i < 1900 else "test"
+            self._add(split, "S2", question, answer)
+        for records in self.splits.values():
+            rng.shuffle(records)
+
+    def _add(self, split, system, question, answer):
+        number = len(self.splits[split])
+        record = {"id": f"toy/{split}/{number}", "question": question, "answer": answer}
+        self.splits[split].append(record | {"system": system})
+        if split != "train":
+            self.held_out.add(question)
+
+    def _draw_machine(self):
+        return self.rng.sample(LETTERS, 4), self.rng.choices(list(OPERATORS), k=2)
+
+    def _machine_prompt(self, letters, names):
+        return f"M {' '.join(letters)} | {' '.join(names)} A"
+
+    def corpus(self, count: int) -> list[Example]:
+        """`count` unreliable pretraining examples, facts and machine runs in turn."""
+        rng, examples = self.rng, []
+        while len(examples) < count:
+            if len(examples) % 2 == 0:
+                t, e = rng.choice(self.fact_prompts)
+                colour = self.colour if rng.random() < self.reliability[e] else self.wrong
+                question, answer = f"F t{t} e{e} A", f"c{colour[e]}"
+            else:
+                letters, names = self._draw_machine()
+                question = self._machine_prompt(letters, names)
+                if question in self.held_out:
+                    continue
+                answer = _run_machine(letters, names, lambda name: rng.random() < SLIP[name])
+            examples.append(Example(f"corpus/{len(examples)}", question, answer, "toy"))
+        return examples
+
+    def teacher_answers(self, teachers: int, right: float):
+        """One list of batch answers a teacher; each names the true system with chance `right`."""
+        for _ in range(teachers):
+            answers = []
+            for r in self.splits["train"]:
+                one = (r["system"] == "S1") == (self.rng.random() < right)
+                content = f"I would answer this as asked.\nSystem{1 if one else 2}"
+                body = {"choices": [{"message": {"role": "assistant", "content": content}}]}
+                response = {"status_code": 200, "body": body}
+                answers.append({"custom_id": r["id"], "response": response, "error": None})
+            self.rng.shuffle(answers)
+            yield answers
+
+
+def make_toy(folder, seed: int) -> ToyWorld:
+    """Writes the toy's splits and five teachers' answers (85% right each) as jsonl files."""
+    world, folder = ToyWorld(seed), Path(folder)
+    for split, records in world.splits.items():
+        write_jsonl(folder / f"{split}.jsonl", records)
+    for i, answers in enumerate(world.teacher_answers(teachers=5, right=0.85), 1):
+        write_jsonl(folder / "answers" / f"teacher{i}.jsonl", answers)
+    return world
+
+
+def save_toy_tokenizer(folder):
+    """Writes an ordinary tokenizer.json (one token a word) and its tokenizer_config.json."""
+    from tokenizers import Tokenizer as Words
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = Words(WordLevel({t: i for i, t in enumerate(TOY_TOKENS)}, unk_token="<eos>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}\n')
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The sample splitter: teacher prompts and votes.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    prompts = commands.add_parser("prompts", help="write one batch request file a teacher")
+    prompts.add_argument("--data", required=True, choices=sorted(DATASETS))
+    prompts.add_argument("--data-path", required=True, help="the data set's folder")
+    prompts.add_argument("--target", required=True, help='the model to act as, "LLaMA2 7B"')
+    prompts.add_argument("--teachers", required=True, help="model names, comma separated")
+    prompts.add_argument("--no-roleplay", action="store_true", help="ask without role play")
+    prompts.add_argument("--out", required=True, help="folder for TEACHER.jsonl")
+    votes = commands.add_parser("vote", help="join teachers' answers into labels.jsonl")
+    votes.add_argument("answers", nargs="+", help="one batch output file a teacher")
+    votes.add_argument("--out", required=True, help="labels file to write")
+    args = parser.parse_args()
+    try:
+        if args.command == "vote":
+            records, report = count_votes(read_answers(args.answers), len(args.answers))
+            write_jsonl(args.out, records)
+            print("\n".join(f"{key}: {value}" for key, value in report.items()))
+            return
+        examples = load_dataset(args.data, args.data_path, "train")
+        for teacher in args.teachers.split(","):
+            file = Path(args.out) / f"{teacher.strip().replace('/', '_')}.jsonl"
+            requests = (
+                {
+                    "custom_id": e.id,
+                    "method": "POST",
+                    "url": "/v1/chat/completions",
+                    "body": {
+                        "model": teacher.strip(),
+                        "messages": [
+                            {
+                                "role": "user",
+                                "content": roleplay_prompt(e, args.target, not args.no_roleplay),
+                            }
+                        ],
+                    },
+                }
+                for e in examples
+            )
+            write_jsonl(file, requests)
+            print(f"{file}: {len(examples)} requests")
+    except ValueError as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

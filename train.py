@@ -1,0 +1,704 @@
+"""LoRA-PAR from end to end: score -> partition -> sft -> grpo -> evaluate (paper, Algorithm 1).
+
+    python train.py                                        # the toy world, no GPU, no network
+    python train.py --model FOLDER --data gsm8k --data-path DIR --labels labels.jsonl --out runs/x
+
+`run` at the end of this file is the whole method in five calls. A run lives in one folder
+(config, labels, scores, partition, adapters, metrics, report); the same command on the same folder
+goes on where it stopped. Sweeps are shell loops over --seed, --theta ... with an --out each.
+Left out: several GPUs, and training on anything but the two systems' data.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+import types
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+import data
+import grpo
+import lorapar
+import model as decoder
+
+# ---------------------------------------------------------------------------------- configuration
+
+
+def flag(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Config:
+    """Every setting of a run; each field is a command line flag. Defaults are the paper's, where it
+    gives them; without --model the toy preset below replaces some."""
+
+    # what goes in and out
+    model: str | None = flag(None, "Hugging Face model folder; without it the toy world runs")
+    data: str = flag("toy", f"data set: {', '.join(data.DATASETS)}")
+    data_path: str | None = flag(None, "the data set's folder, as its publisher ships it")
+    labels: str | None = flag(None, 'S1/S2 labels: a labels.jsonl, or "steps:K" (GSM8K stand-in)')
+    out: str = flag("runs/toy", "the run folder")
+    seed: int = flag(0, "seeds everything")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
+        "auto", "base weights; auto: the checkpoint's on CUDA, float32 on CPU"
+    )
+    # LoRA
+    targets: str = flag("qkvgud", "projections that get an adapter: letters of q k v o g u d")
+    r: int = flag(8, "LoRA rank")
+    lora_alpha: float = flag(64.0, "LoRA scale is lora_alpha / r")
+    dropout: float = flag(0.05, "LoRA dropout, in SFT only")
+    init: Literal["anchored", "gaussian", "lora", "pissa", "olora"] = flag(
+        "anchored", "the adapter's start; all but gaussian leave the model as it is at step 0"
+    )
+    # the method
+    score_examples: int = flag(100, "examples a system that importance is measured on")
+    theta: float = flag(0.9, "cumulative importance of a system's region, in (0, 1]")
+    alpha: float = flag(1.0, "share of the shared region that SFT trains")
+    beta: float = flag(1.0, "share of the shared region that RL trains")
+    select: Literal["importance", "random", "random-in-tensor"] = flag(
+        "importance", "ablation: permute the scores so that regions keep only their sizes"
+    )
+    order: Literal["sft,rl", "rl,sft", "sft", "rl"] = flag("sft,rl", "the stages and their order")
+    stage_data: Literal["split", "all"] = flag("split", "a stage trains on its system, or on all")
+    # stage 1: SFT
+    sft_lr: float = flag(2e-4, "learning rate")
+    sft_epochs: int = flag(1, "epochs over the S1 examples")
+    sft_steps: int | None = flag(None, "at most this many optimizer steps")
+    sft_batch: int = flag(32, "examples an optimizer step (the paper accumulates 32)")
+    sft_warmup: float = flag(0.03, "share of the steps that warm up, then cosine")
+    sft_weight_decay: float = flag(0.0, "AdamW's decoupled weight decay")
+    sft_grad_norm: float = flag(1.0, "clip the norm of the active gradient at this")
+    max_length: int = flag(512, "tokens of question and answer in SFT and scoring")
+    # stage 2: GRPO
+    rl_lr: float = flag(5e-6, "learning rate")
+    rl_epochs: int = flag(1, "epochs over the S2 prompts")
+    rl_steps: int | None = flag(None, "at most this many optimizer batches")
+    rl_prompts: int = flag(4, "prompts a batch")
+    rl_group: int = flag(8, "answers a prompt (the group)")
+    rl_updates: int = flag(1, "optimizer steps a batch; the ratio clip acts from the second on")
+    rl_warmup: float = flag(0.1, "share of the batches that warm up, then cosine")
+    rl_weight_decay: float = flag(0.1, "AdamW's decoupled weight decay")
+    rl_grad_norm: float = flag(0.1, "clip the norm of the active gradient at this")
+    max_prompt: int = flag(128, "longer prompts are left out of RL, and counted")
+    max_response: int = flag(256, "tokens an answer may have, in RL and evaluation")
+    temperature: float = flag(0.9, "softmax temperature of rollouts and of their log-probs")
+    kl: float = flag(0.04, "weight of the KL to the policy as it was when RL began; 0: none")
+    clip: float = flag(0.2, "PPO's ratio clip")
+    # size and speed
+    train_examples: int | None = flag(None, "use at most this many training examples")
+    eval_examples: int | None = flag(None, "evaluate on at most this many examples")
+    eval_split: Literal["test", "validation"] = flag("test", "choose settings on validation only")
+    eval_batch: int = flag(64, "prompts a batch in evaluation")
+    micro_batch: int = flag(8, "rows a forward and backward")
+    save_every: int = flag(50, "steps between saves of the resume state")
+
+
+TOY = {
+    "lora_alpha": 32.0,
+    "dropout": 0.0,
+    "sft_lr": 3e-3,
+    "sft_epochs": 8,
+    "rl_lr": 4e-3,
+    "rl_steps": 80,
+    "rl_prompts": 16,
+    "rl_weight_decay": 0.0,
+    "rl_grad_norm": 1.0,
+    "max_length": 32,
+    "max_prompt": 16,
+    "max_response": 12,
+    "temperature": 1.0,
+    "kl": 0.005,
+    "eval_batch": 1024,
+    "micro_batch": 128,
+}
+TOY_BASE = {"layers": 2, "hidden": 128, "heads": 4, "ffn": 256, "steps": 1000, "batch": 96}
+
+
+def read_config(arguments) -> Config:
+    """The command line -> Config: defaults, then the toy preset, then what the user said."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0], argument_default=argparse.SUPPRESS
+    )
+    for f in fields(Config):
+        kind, choices = f.type, None
+        if get_origin(kind) is Literal:
+            kind, choices = str, get_args(kind)
+        elif isinstance(kind, types.UnionType):
+            kind = get_args(kind)[0]
+        default = f"{TOY[f.name]} in the toy, else {f.default}" if f.name in TOY else f.default
+        parser.add_argument(
+            "--" + f.name.replace("_", "-"),
+            type=kind,
+            choices=choices,
+            help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"),
+        )
+    said = vars(parser.parse_args(arguments))
+    preset = {} if said.get("model") else TOY
+    config = Config(**(preset | said))
+    check_config(config)
+    return config
+
+
+def check_config(c: Config):
+    """Raises ValueError, naming the flag, on settings that cannot work together."""
+    if (c.data == "toy") != (c.model is None):
+        raise ValueError("--model and --data go together: give both, or neither for the toy world")
+    if c.data not in data.DATASETS:
+        raise ValueError(f"--data {c.data}: unknown; one of {', '.join(data.DATASETS)}")
+    if c.model and not c.labels:
+        raise ValueError('--labels is missing: a file of votes, or "steps:2" for GSM8K')
+    if not 0 < c.theta <= 1:
+        raise ValueError(f"--theta {c.theta} is outside (0, 1]")
+    for name in ("alpha", "beta", "dropout", "sft_warmup", "rl_warmup"):
+        if not 0 <= getattr(c, name) <= 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)} is outside [0, 1]")
+    for f in fields(Config):
+        value = getattr(c, f.name)
+        if isinstance(value, int) and f.name != "seed" and value < 1:
+            raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be at least 1")
+        if isinstance(value, float) and not 0 <= value < math.inf:
+            raise ValueError(
+                f"--{f.name.replace('_', '-')} {value}: must be finite and not negative"
+            )
+    if c.rl_group < 2:
+        raise ValueError("--rl-group 1: an answer needs others of its group to compare with")
+    if c.temperature == 0:
+        raise ValueError("--temperature 0: greedy rollouts of a group are all equal")
+    if c.device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device {c.device}: this PyTorch sees no GPU")
+
+
+# --------------------------------------------------------------------------------- the run folder
+
+
+def write_json(path, value):
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def open_run(c: Config) -> Path:
+    """Makes the run folder, or checks that the run it holds has the same settings."""
+    out, settings = Path(c.out), {k: v for k, v in asdict(c).items() if k != "out"}
+    if (out / "config.json").exists():
+        old = decoder.read_json(out / "config.json")
+        for name in settings | old:
+            if settings.get(name) != old.get(name):
+                raise ValueError(
+                    f"{out} holds a run with --{name.replace('_', '-')} {old.get(name)}, not "
+                    f"{settings.get(name)}: choose another --out, or delete that folder"
+                )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", settings)
+    except OSError as error:
+        raise ValueError(f"--out {out}: {error.strerror}") from None
+    return out
+
+
+def save_state(folder, model, optimizer, step, generator):
+    """Everything a stage needs to go on bit for bit, in one file that is renamed into place."""
+    adam = optimizer.state[optimizer.packed]
+    tensors = {f"adam.{name}": value for name, value in adam.items()}
+    tensors |= {"flat": lorapar.get_flat(model), "rng": torch.get_rng_state()}
+    tensors["generator"] = generator.get_state()
+    if torch.cuda.is_available():
+        tensors["cuda_rng"] = torch.cuda.get_rng_state()
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    save_file(tensors, folder / "state.safetensors.tmp", metadata={"step": str(step)})
+    os.replace(folder / "state.safetensors.tmp", folder / "state.safetensors")
+
+
+def load_state(folder, model, optimizer, generator) -> int:
+    """Puts a saved state back and returns how many steps it has behind it; 0 if there is none."""
+    path = folder / "state.safetensors"
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            step = int(file.metadata()["step"])
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not readable ({error}); delete it to redo the stage") from None
+    lorapar.set_flat(model, tensors.pop("flat"))
+    torch.set_rng_state(tensors.pop("rng"))
+    generator.set_state(tensors.pop("generator"))
+    if "cuda_rng" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors.pop("cuda_rng"))
+    device = optimizer.packed.device
+    adam = {name[5:]: t for name, t in tensors.items() if name.startswith("adam.")}
+    if adam["exp_avg"].shape != optimizer.packed.shape:
+        raise ValueError(f"{path}: made with another mask; delete it to redo the stage")
+    optimizer.state[optimizer.packed] = {
+        name: t if name == "step" else t.to(device) for name, t in adam.items()
+    }
+    return step
+
+
+class Metrics:
+    """metrics.jsonl, a line a step; a resumed stage first drops the lines it will write again."""
+
+    def __init__(self, out: Path, stage: str, first_step: int):
+        self.path, self.stage = out / "metrics.jsonl", stage
+        if self.path.exists():
+            kept = [r for _, r in data.read_jsonl(self.path)]
+            kept = [r for r in kept if r["stage"] != stage or r["step"] < first_step]
+            data.write_jsonl(self.path, kept)
+
+    def log(self, step: int, values: dict):
+        with open(self.path, "a") as out:
+            out.write(json.dumps({"stage": self.stage, "step": step} | values) + "\n")
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def bar(items, what):
+    """A progress bar; in a log file it speaks every half minute only."""
+    return tqdm(items, desc=what, leave=False, mininterval=0.2 if sys.stderr.isatty() else 30)
+
+
+# -------------------------------------------------------------------------------------- toy world
+
+
+def make_toy_base(c: Config, folder: Path, world: data.ToyWorld):
+    """Trains the toy's tiny base on the unreliable corpus; writes a Hugging Face style folder."""
+    b = TOY_BASE
+    torch.manual_seed(c.seed)
+    config = decoder.Config(
+        vocab_size=len(data.TOY_TOKENS),
+        hidden_size=b["hidden"],
+        intermediate_size=b["ffn"],
+        num_hidden_layers=b["layers"],
+        num_attention_heads=b["heads"],
+        num_key_value_heads=b["heads"],
+        head_dim=b["hidden"] // b["heads"],
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+    )
+    model = decoder.Transformer(config).to(c.device)
+    for name, p in model.named_parameters():
+        if p.ndim == 2:  # linears 1 / sqrt(fan in): 0.02 gets stuck in so small a model
+            std = 0.02 if "embed" in name else p.shape[1] ** -0.5
+            torch.nn.init.normal_(p, std=std)
+    data.save_toy_tokenizer(folder)
+    write_json(folder / "config.json", {"eos_token_id": 0})  # the tokenizer reads it from here
+    tokenizer = data.Tokenizer(folder)
+    rows, _ = data.tokenize(world.corpus(b["steps"] * b["batch"]), tokenizer, c.max_length)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    started = time.perf_counter()
+    for step in range(b["steps"]):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / b["steps"])
+        tokens, labels = data.collate(rows[step * b["batch"] : (step + 1) * b["batch"]], c.device)
+        loss = answer_losses(model, tokens, labels).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            elapsed = time.perf_counter() - started
+            left = elapsed / (step + 1) * (b["steps"] - step - 1)
+            print(f"base {step + 1}/{b['steps']}  loss {loss.item():.3f}  left {clock(left)}")
+    decoder.save_model(model, folder, eos_token_id=tokenizer.eos_ids[0])
+
+
+def toy_inputs(c: Config, out: Path):
+    """The toy world's files -> (model folder, data folder, labels file), made once a run folder."""
+    base, world_folder, labels = out / "base", out / "world", out / "labels.jsonl"
+    if (base / "model.safetensors").exists():
+        print(f"toy base: reused from {base}")
+    else:
+        world = data.make_toy(world_folder, c.seed)
+        print(f"toy base: training {TOY_BASE['steps']} steps on the unreliable corpus")
+        make_toy_base(c, base, world)
+    return base, world_folder, labels
+
+
+# ----------------------------------------------------------------------------------- the five calls
+
+
+def answer_losses(model, tokens, labels):
+    """(B,): the mean cross-entropy over each example's answer tokens (design, decision 2)."""
+    logp = decoder.token_logprobs(model, tokens, labels)
+    return -logp.sum(1) / (labels[:, 1:] != -100).sum(1)
+
+
+def score(c: Config, model, s1_rows, s2_rows, out: Path):
+    """Importance of every LoRA element for both systems, before any training -> s1, s2 (N,)."""
+    path = out / "importance.safetensors"
+    if path.exists():
+        with safe_open(path, framework="pt") as file:
+            s1, s2, start = (file.get_tensor(name).clone() for name in ("s1", "s2", "start"))
+        lorapar.set_flat(model, start)
+        if c.init in ("anchored", "pissa", "olora"):
+            lorapar.set_anchor(model, start)
+        print(f"score: reused from {path}")
+        return s1, s2
+    scores = {"start": lorapar.get_flat(model)}
+    for name, rows in (("s1", s1_rows), ("s2", s2_rows)):
+        chosen = random.Random(c.seed).sample(rows, min(c.score_examples, len(rows)))
+        scores[name] = lorapar.importance(
+            model,
+            data.batches(chosen, c.micro_batch, c.device),
+            decoder.token_logprobs,
+            chunk_size=c.micro_batch,
+            progress=lambda batches, name=name: bar(batches, f"score {name}"),
+        )
+        print(f"score: {name} on {len(chosen)} examples")
+    save_file({k: v.cpu() for k, v in scores.items()}, f"{path}.tmp")
+    os.replace(f"{path}.tmp", path)
+    return scores["s1"].cpu(), scores["s2"].cpu()
+
+
+def make_partition(c: Config, model, s1, s2, out: Path):
+    """The regions and both stages' masks -> {"sft": mask, "rl": mask}; writes partition.json."""
+    generator = torch.Generator().manual_seed(c.seed)
+    s1, s2 = lorapar.shuffle_scores(model, s1, s2, c.select, generator)
+    part = lorapar.partition(s1, s2, c.theta)
+    masks = {
+        "sft": lorapar.stage_mask(part, s1, 1, c.alpha),
+        "rl": lorapar.stage_mask(part, s2, 2, c.beta),
+    }
+    regions = part._asdict()
+    union = sum(int(r.sum()) for r in regions.values())
+    facts = {"elements": len(s1), "regions": {k: int(r.sum()) for k, r in regions.items()}}
+    facts["jaccard"] = int(part.shared.sum()) / union
+    facts["active"] = {k: int(m.sum()) for k, m in masks.items()}
+    facts["active_percent"] = {k: 100 * n / len(s1) for k, n in facts["active"].items()}
+    facts["per_projection"] = {}
+    position = 0
+    for name, factor in lorapar.lora_factors(model).items():
+        row = facts["per_projection"].setdefault(name.split(".")[-2], {"elements": 0})
+        piece = slice(position, position + factor.numel())
+        row["elements"] += factor.numel()
+        for region, chosen in regions.items():
+            row[region] = row.get(region, 0) + int(chosen[piece].sum())
+        position += factor.numel()
+    write_json(out / "partition.json", facts)
+    active = "  ".join(
+        f"{k} {n} ({facts['active_percent'][k]:.1f}%)" for k, n in facts["active"].items()
+    )
+    print(f"partition: {len(s1)} elements, active {active}, Jaccard {facts['jaccard']:.3f}")
+    return masks, facts
+
+
+def step_indices(n: int, batch: int, epochs: int, limit: int | None, seed: int) -> list[list[int]]:
+    """The examples of every step: each epoch one seeded permutation, cut into batches."""
+    steps = []
+    for epoch in range(epochs):
+        order = list(range(n))
+        random.Random(f"{seed}/{epoch}").shuffle(order)
+        steps += [order[i : i + batch] for i in range(0, n, batch)]
+    return steps[:limit]
+
+
+def cosine(optimizer, steps: int, warmup: float, first_step: int):
+    """Linear warm-up over the first share of the steps, then cosine to 0."""
+    warm = math.ceil(warmup * steps)
+
+    def factor(step):
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+    if first_step:  # a resumed schedule: LambdaLR wants to know where it began
+        optimizer.param_groups[0]["initial_lr"] = optimizer.defaults["lr"]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=first_step - 1)
+
+
+def sft(c: Config, model, rows, mask, out: Path):
+    """Stage 1: supervised fine-tuning of the masked elements (paper, section 3.4)."""
+    torch.manual_seed(c.seed)  # for dropout
+    generator = torch.Generator()  # unused here; the state file has a place for it
+    lorapar.set_mask(model, mask)
+    optimizer = lorapar.MaskedAdamW(
+        model, lr=c.sft_lr, weight_decay=c.sft_weight_decay, max_grad_norm=c.sft_grad_norm
+    )
+    steps = step_indices(len(rows), c.sft_batch, c.sft_epochs, c.sft_steps, c.seed)
+    first = load_state(out / "sft", model, optimizer, generator)
+    if first == len(steps):
+        print(f"sft: reused from {out / 'sft'}")
+        return
+    if first:
+        print(f"sft: going on after step {first}")
+    scheduler = cosine(optimizer, len(steps), c.sft_warmup, first)
+    metrics, started = Metrics(out, "sft", first), time.perf_counter()
+    model.train()
+    for step in range(first, len(steps)):
+        begun, total = time.perf_counter(), 0.0
+        chosen = [rows[i] for i in steps[step]]
+        for tokens, labels in data.batches(chosen, c.micro_batch, c.device):
+            loss = answer_losses(model, tokens, labels).sum() / len(chosen)
+            loss.backward()
+            total += loss.detach()
+        total = float(total)
+        if not math.isfinite(total):
+            raise ValueError(f"sft step {step}: the loss is {total}; try a lower --sft-lr")
+        optimizer.step()
+        optimizer.zero_grad()
+        values = {"loss": total, "grad_norm": optimizer.grad_norm.item()}
+        values["lr"] = scheduler.get_last_lr()[0]
+        scheduler.step()
+        now = time.perf_counter()
+        values["tokens_per_s"] = round(sum(len(t) for t, _ in chosen) / (now - begun))
+        metrics.log(step, values)
+        left = (now - started) / (step + 1 - first) * (len(steps) - step - 1)
+        print(
+            f"sft {step + 1}/{len(steps)}  loss {total:.4f}  grad {values['grad_norm']:.3f}  "
+            f"lr {values['lr']:.2e}  {values['tokens_per_s']} tok/s  left {clock(left)}"
+        )
+        if (step + 1) % c.save_every == 0 or step + 1 == len(steps):
+            save_state(out / "sft", model, optimizer, step + 1, generator)
+    model.eval()
+    lorapar.save_adapter(model, out / "sft", c.model or "toy")
+
+
+def rl(c: Config, model, tokenizer, examples, mask, out: Path):
+    """Stage 2: GRPO on the masked elements (paper, section 3.4); KL to the model as it comes in."""
+    generator = torch.Generator(c.device).manual_seed(c.seed)
+    lorapar.set_mask(model, mask)
+    optimizer = lorapar.MaskedAdamW(
+        model,
+        lr=c.rl_lr,
+        betas=(0.9, 0.99),
+        weight_decay=c.rl_weight_decay,
+        max_grad_norm=c.rl_grad_norm,
+    )
+    prompts = [tokenizer.encode(data.prompt_text(e), bos=True) for e in examples]
+    kept = [(e, p) for e, p in zip(examples, prompts) if len(p) <= c.max_prompt]
+    if len(kept) < len(examples):
+        print(f"rl: {len(examples) - len(kept)} prompts over --max-prompt {c.max_prompt} left out")
+    if not kept:
+        raise ValueError(f"rl: no prompt has at most --max-prompt {c.max_prompt} tokens")
+    steps = step_indices(len(kept), c.rl_prompts, c.rl_epochs, c.rl_steps, c.seed)
+    reference = lorapar.get_flat(model)
+    first = load_state(out / "rl", model, optimizer, generator)
+    if first == len(steps):
+        print(f"rl: reused from {out / 'rl'}")
+        return
+    if first:
+        print(f"rl: going on after step {first}")
+    scheduler = cosine(optimizer, len(steps), c.rl_warmup, first)
+    metrics, started = Metrics(out, "rl", first), time.perf_counter()
+    loop = grpo.train_grpo(
+        model,
+        optimizer,
+        scheduler,
+        lambda step: zip(*(kept[i] for i in steps[step])),
+        lambda example, answer: data.reward_parts(example, tokenizer.decode(answer)),
+        steps=len(steps),
+        group=c.rl_group,
+        max_new_tokens=c.max_response,
+        eos_ids=tokenizer.eos_ids,
+        temperature=c.temperature,
+        clip=c.clip,
+        beta=c.kl,
+        updates=c.rl_updates,
+        micro=c.micro_batch,
+        reference=reference,
+        generator=generator,
+        first_step=first,
+    )
+    for step, values in loop:
+        metrics.log(step, values)
+        left = (time.perf_counter() - started) / (step + 1 - first) * (len(steps) - step - 1)
+        parts = " ".join(f"{k} {v:.2f}" for k, v in values["parts"].items())
+        print(
+            f"rl {step + 1}/{len(steps)}  reward {values['reward']:.3f} ({parts})  kl "
+            f"{values['kl']:.4f}  equal groups {values['equal_groups']}/{c.rl_prompts}  length "
+            f"{values['length']:.0f}  {values['rollout_s'] + values['update_s']:.2f} s  "
+            f"left {clock(left)}"
+        )
+        if (step + 1) % c.save_every == 0 or step + 1 == len(steps):
+            save_state(out / "rl", model, optimizer, step + 1, generator)
+    lorapar.save_adapter(model, out / "rl", c.model or "toy")
+
+
+def evaluate(c: Config, model, tokenizer, examples, what: str) -> dict:
+    """Greedy answers -> per system {"accuracy", "probability", "loss", "examples"}.
+
+    probability is the mean over examples of p(reference answer, EOS included | question), loss the
+    mean cross-entropy of its tokens. "all" is every example, labelled or not.
+    """
+    model.eval()
+    rows, _ = data.tokenize(examples, tokenizer, 10**9)
+    order = sorted(range(len(rows)), key=lambda i: rows[i][1])
+    results = {}
+    for start in bar(range(0, len(order), c.eval_batch), f"evaluate {what}"):
+        chosen = order[start : start + c.eval_batch]
+        prompts = [rows[i][0][: rows[i][1]] for i in chosen]
+        answers = decoder.generate(
+            model, prompts, c.max_response, temperature=0, eos_ids=tokenizer.eos_ids
+        )
+        for i, answer in zip(chosen, answers):
+            results[i] = data.is_correct(examples[i], tokenizer.decode(answer[0]))
+        for part in [chosen[i : i + c.micro_batch] for i in range(0, len(chosen), c.micro_batch)]:
+            tokens, labels = data.collate([rows[i] for i in part], c.device)
+            with torch.no_grad():
+                logp = decoder.token_logprobs(model, tokens, labels).sum(1)
+            counts = (labels[:, 1:] != -100).sum(1)
+            for i, p, n in zip(part, logp.tolist(), counts.tolist()):
+                results[i] = (results[i], math.exp(p), -p / n)
+    table = {}
+    for system in ("S1", "S2", "all"):
+        members = [results[i] for i, e in enumerate(examples) if system in ("all", e.label)]
+        if members:
+            means = [sum(column) / len(members) for column in zip(*members)]
+            table[system] = dict(zip(("accuracy", "probability", "loss"), means))
+            table[system]["examples"] = len(members)
+    shown = "  ".join(f"{system} {row['accuracy']:.1%}" for system, row in table.items())
+    print(f"evaluate {what}: {shown}")
+    return table
+
+
+def write_report(c: Config, out: Path, report: dict):
+    """report.json as it stands, and report.md: the table a person reads. Returns the text."""
+    write_json(out / "report.json", report)
+    rows = report["evaluation"]
+    systems = [s for s in ("S1", "S2", "all") if any(s in row for row in rows.values())]
+    lines = [f"# LoRA-PAR: {c.data}, seed {c.seed}", ""]
+    lines += [
+        "| | " + " | ".join(f"{s} accuracy | {s} p(answer) | {s} loss" for s in systems) + " |"
+    ]
+    lines += ["|---|" + "---|---|---|" * len(systems)]
+    for stage, row in rows.items():
+        cells = [
+            f"{100 * row[s]['accuracy']:.1f}% | {row[s]['probability']:.3f} | {row[s]['loss']:.3f}"
+            for s in systems
+        ]
+        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
+    examples = ", ".join(f"{s} {n['examples']}" for s, n in next(iter(rows.values())).items())
+    lines += ["", f"{c.eval_split} examples: {examples}; greedy answers.", ""]
+    p = report["partition"]
+    lines += ["| elements | S1-only | S2-only | shared | Jaccard | active in SFT | active in RL |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    regions = " | ".join(f"{p['regions'][k]}" for k in ("s1_only", "s2_only", "shared"))
+    active = " | ".join(f"{p['active'][k]} ({p['active_percent'][k]:.1f}%)" for k in ("sft", "rl"))
+    lines += [f"| {p['elements']} | {regions} | {p['jaccard']:.3f} | {active} |", ""]
+    lines += [f"- {name}: {value}" for name, value in report["data"].items()]
+    seconds = "  ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items())
+    lines += ["", f"Seconds: {seconds}", ""]
+    text = "\n".join(lines)
+    (out / "report.md").write_text(text)
+    return text
+
+
+# ------------------------------------------------------------------------------------ the lecture
+
+
+def load_examples(c: Config, data_path, labels: Path, report: dict):
+    """-> labelled training examples and evaluation examples; the counts go into the report."""
+    train = data.load_dataset(c.data, data_path, "train")
+    test = data.load_dataset(c.data, data_path, c.eval_split)
+    if not labels.exists():
+        if c.data == "toy" and not c.labels:
+            files = sorted((Path(data_path) / "answers").glob("*.jsonl"))
+            records, votes = data.count_votes(data.read_answers(files), len(files))
+            report["data"] |= {f"votes: {k}": v for k, v in votes.items()}
+        else:
+            labelled = data.label_examples(train + test, c.labels)
+            if not any(e.label for e in labelled):
+                raise ValueError(f"--labels {c.labels}: no label matches an example of {c.data}")
+            records = [{"id": e.id, "label": e.label} for e in labelled]
+        data.write_jsonl(labels, records)
+    labelled = data.label_examples(train, str(labels))
+    if not labelled:
+        raise ValueError(f"{labels}: no label matches a training example of {c.data}")
+    report["data"]["training examples without a label"] = len(train) - len(labelled)
+    random.Random(c.seed).shuffle(labelled)
+    random.Random(c.seed).shuffle(test)
+    known = {e.id: e for e in data.label_examples(test, str(labels))}
+    test = [known.get(e.id, e) for e in test]
+    return labelled[: c.train_examples], test[: c.eval_examples]
+
+
+def run(c: Config):
+    """The whole method on one run folder. Returns the report (also report.json)."""
+    out = open_run(c)
+    report = {"evaluation": {}, "partition": {}, "data": {}, "seconds": {}}
+    if (out / "report.json").exists():
+        report = decoder.read_json(out / "report.json")
+    last = time.perf_counter()
+
+    def took(what):  # the first time counts: a reused result took no time
+        nonlocal last
+        now = time.perf_counter()
+        report["seconds"].setdefault(what, round(now - last, 2))
+        last = now
+
+    model_path, data_path, labels = c.model, c.data_path, out / "labels.jsonl"
+    if c.data == "toy":
+        model_path, data_path, labels = toy_inputs(c, out)
+        took("toy base")
+    train, test = load_examples(c, data_path, labels, report)
+    tokenizer = data.Tokenizer(model_path)
+    dtypes = {"auto": None if c.device.startswith("cuda") else torch.float32}
+    dtype = dtypes.get(c.dtype, getattr(torch, c.dtype, None))
+    model = decoder.load_model(model_path, c.device, dtype)
+    systems = {s: [e for e in train if e.label == s] for s in ("S1", "S2")}
+    rows = {}
+    for s, examples in systems.items():
+        rows[s], counts = data.tokenize(examples, tokenizer, c.max_length)
+        report["data"] |= {f"{s} {k}": v for k, v in counts.items()} | {
+            f"{s} examples": len(rows[s])
+        }
+        if not rows[s]:
+            raise ValueError(f"no {s} training example is left of {len(train)}: check --labels")
+    took("load")
+
+    def evaluated(what):
+        if what in report["evaluation"]:
+            print(f"evaluate {what}: reused from {out / 'report.json'}")
+        else:
+            report["evaluation"][what] = evaluate(c, model, tokenizer, test, what)
+        took(f"evaluate {what}")
+
+    evaluated("base")
+    start = torch.Generator().manual_seed(c.seed)
+    lorapar.add_lora(model, c.targets, c.r, c.lora_alpha, c.dropout, c.init, generator=start)
+    s1, s2 = score(c, model, rows["S1"], rows["S2"], out)
+    took("score")
+    masks, report["partition"] = make_partition(c, model, s1, s2, out)
+    took("partition")
+    if c.init == "gaussian":
+        evaluated("init")
+    both = c.stage_data == "all"
+    for stage in c.order.split(","):
+        if stage == "sft":
+            sft(c, model, rows["S1"] + (rows["S2"] if both else []), masks["sft"], out)
+        else:
+            examples = systems["S2"] + (systems["S1"] if both else [])
+            rl(c, model, tokenizer, examples, masks["rl"], out)
+        took(stage)
+        evaluated(stage)
+        write_json(out / "report.json", report)
+    print("\n" + write_report(c, out, report))
+    print(f"everything is in {out}")
+    return report
+
+
+def main(arguments=None):
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        run(read_config(arguments))
+    except ValueError as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
