@@ -4,7 +4,7 @@ One example's way: `load_dataset` reads it, `vote` (or a labels file) calls it S
 makes (tokens, labels) with the prompt masked out of the loss, `is_correct` and `reward_parts` judge
 what a model answered. Two commands serve the sample splitter (paper, section 3.1):
 
-    python data.py prompts --data gsm8k --data-path DIR --target "LLaMA2 7B" --teachers A,B --out requests/
+    python data.py prompts --data gsm8k --data-path DIR --target "LLaMA2 7B" --teachers A,B --out R
     python data.py vote answers/*.jsonl --out labels.jsonl
 
 The toy world (facts for System 1, a string machine for System 2) is made at the end of the file.
@@ -237,11 +237,11 @@ def load_dataset(name: str, path, split: str) -> list[Example]:
 # -------------------------------------------------------- the sample splitter (paper, section 3.1)
 
 ROLEPLAY = """\
-You are now {target}, a language model of that size and training. Keep its knowledge, its habits and \
-its limits: think as {target} would think, not as the model that you really are.
+You are now {target}, a language model of that size and training. Keep its knowledge, its habits \
+and its limits: think as {target} would think, not as the model that you really are.
 
-You will read a question and its answer. Reason concisely, step by step, as {target} would, about how \
-{target} would get from the question to this answer, and decide which kind of thinking it takes:
+You will read a question and its answer. Reason concisely, step by step, as {target} would, about \
+how {target} would get from the question to this answer, and decide which kind of thinking it takes:
 
 - System1: fast and direct. {target} recalls the answer at once, reads it off the text, or gets it \
 by one simple inference.
@@ -257,9 +257,9 @@ Answer:
 End your reply with one word alone on the last line: System1 or System2."""
 
 PLAIN = """\
-Classify the question below by the thinking that answers it. System1: immediate recall, reading off \
-the text or one simple inference. System2: several logical steps, chained information or a complex \
-inference.
+Classify the question below by the thinking that answers it. System1: immediate recall, reading \
+off the text or one simple inference. System2: several logical steps, chained information or a \
+complex inference.
 
 Question:
 {question}
@@ -407,7 +407,7 @@ NUMBER = r"[-+−]?\s*[$€£]?\s*(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d[\d,]*
 
 def parse_number(text: str):
     """The value of a text that is one number and nothing more, else None: 18, 18., $18, 1,000,
-    -3.50, 3/4, 50%. Exact (Fraction), so 18.00 equals 18; the sign may stand before the currency."""
+    -3.50, 3/4, 50%. Exact (Fraction): 18.00 equals 18. The sign may stand before the currency."""
     text = text.strip().removesuffix(".").strip().removesuffix("%").strip()
     if not re.fullmatch(NUMBER, text) or len(text) > 200:
         return None

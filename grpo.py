@@ -1,4 +1,4 @@
-"""GRPO (Shao et al. 2024, DeepSeekMath) for stage 2: rollouts, group advantages, the loss, the loop.
+"""GRPO (Shao et al. 2024, DeepSeekMath) for stage 2: rollouts, advantages, the loss, the loop.
 
 A step samples G answers to each of P prompts, scores them, and compares each answer with its own
 group: advantage = (r - mean) / std. The update raises the log-probs of answers that beat their
@@ -9,6 +9,7 @@ Left out: reward models, a value network, importance-sampling corrections for st
 policy that samples is the policy that learns, and dropout is off in both, so the ratio starts at 1.
 """
 
+import math
 import time
 from dataclasses import dataclass
 
@@ -16,6 +17,20 @@ import torch
 
 from lorapar import get_flat, set_flat
 from model import generate, token_logprobs
+
+
+@dataclass
+class Settings:
+    """How a step samples and updates; the names are those of the GRPO paper."""
+
+    group: int = 8  # G, answers a prompt
+    max_new_tokens: int = 256
+    eos_ids: tuple = ()
+    temperature: float = 0.9  # of sampling and of every log-prob
+    clip: float = 0.2  # PPO's ratio clip
+    beta: float = 0.04  # weight of the KL penalty; 0 computes no reference
+    updates: int = 1  # optimizer steps a batch of rollouts (mu)
+    micro_batch: int = 8  # rows a forward and backward
 
 
 @dataclass
@@ -28,30 +43,26 @@ class Rollouts:
     completions: list[list[list[int]]]  # [P][G][new tokens]
 
 
-def rollouts(
-    model, prompts, group, max_new_tokens, *, temperature, eos_ids, generator=None
-) -> Rollouts:
-    """Samples `group` answers to each prompt (lists of ids) from softmax(logits / temperature)."""
+def rollouts(model, prompts, s: Settings, generator=None) -> Rollouts:
+    """Samples s.group answers to each prompt (a list of ids) from softmax(logits / temperature)."""
     completions, logps = generate(
         model,
         prompts,
-        max_new_tokens,
-        temperature=temperature,
-        eos_ids=eos_ids,
-        samples_per_prompt=group,
+        s.max_new_tokens,
+        temperature=s.temperature,
+        eos_ids=s.eos_ids,
+        samples_per_prompt=s.group,
         generator=generator,
         return_logprobs=True,
     )
-    rows = [
-        (prompt, answer, logp)
-        for prompt, answers, answer_logps in zip(prompts, completions, logps)
-        for answer, logp in zip(answers, answer_logps)
-    ]
-    T = max(len(prompt) + len(answer) for prompt, answer, _ in rows)
-    tokens = torch.zeros(len(rows), T, dtype=torch.long)
-    labels = torch.full((len(rows), T), -100)
-    sampled = torch.zeros(len(rows), T - 1)
-    for i, (prompt, answer, logp) in enumerate(rows):
+    answers = [answer for group in completions for answer in group]
+    answer_logps = [logp for group in logps for logp in group]
+    asked = [prompt for prompt in prompts for _ in range(s.group)]
+    T = max(len(prompt) + len(answer) for prompt, answer in zip(asked, answers))
+    tokens = torch.zeros(len(answers), T, dtype=torch.long)
+    labels = torch.full((len(answers), T), -100)
+    sampled = torch.zeros(len(answers), T - 1)
+    for i, (prompt, answer, logp) in enumerate(zip(asked, answers, answer_logps)):
         start, end = len(prompt), len(prompt) + len(answer)
         tokens[i, :end] = torch.tensor(prompt + answer)
         labels[i, start:end] = torch.tensor(answer)  # by position, so a pad id equal to EOS is fine
@@ -101,136 +112,81 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, beta=0.04):
     return loss, stats
 
 
-def grpo_update(
-    model,
-    optimizer,
-    rows: Rollouts,
-    advantages,
-    reference,
-    *,
-    temperature,
-    clip,
-    beta,
-    updates,
-    micro,
-):
-    """`updates` optimizer steps on one batch of rollouts -> averaged statistics.
+def grpo_update(model, optimizer, rows: Rollouts, advantages, reference, s: Settings) -> dict:
+    """`s.updates` optimizer steps on one batch of rollouts -> statistics, averaged over them.
 
-    advantages (P, G); reference: the flat vector of the KL's policy. Rows run `micro` at a time,
-    longest first, each micro-batch cut to its own length; the gradient does not depend on the cut.
+    advantages (P, G); reference: the flat vector (N,) of the policy that the KL holds on to. Rows
+    run s.micro_batch at a time, longest first, each cut to its own length; the gradient does not
+    depend on the cut. Raises ValueError if the loss is not finite, before any parameter moves.
     """
-    B = len(rows.tokens)
-    weights = advantages.flatten()
-    lengths = (rows.labels != -100).int() * torch.arange(1, rows.labels.shape[1] + 1).to(
-        weights.device
-    )
-    lengths = lengths.max(1).values
-    micro_batches = lengths.argsort(descending=True).split(micro)
-    cut = [int(lengths[i].max()) for i in micro_batches]
+    B, T = rows.tokens.shape
+    advantages = advantages.flatten().to(rows.tokens.device)  # (B,)
+    position = torch.arange(1, T + 1, device=rows.tokens.device)
+    lengths = ((rows.labels != -100) * position).amax(1)  # (B,) prompt and answer
+    order = lengths.argsort(descending=True).split(s.micro_batch)
+    micro = [
+        (i, rows.tokens[i, :end], rows.labels[i, :end]) for i in order for end in [lengths[i[0]]]
+    ]
 
-    def logprobs(i, end):
-        return token_logprobs(model, rows.tokens[i, :end], rows.labels[i, :end], temperature)
+    def logprobs(tokens, labels):
+        return token_logprobs(model, tokens, labels, s.temperature)
 
-    reference_logps = [None] * len(cut)
-    if beta:
+    reference_logps = [None] * len(micro)
+    if s.beta:
         policy = get_flat(model)
         set_flat(model, reference)
         with torch.no_grad():
-            reference_logps = [logprobs(i, end) for i, end in zip(micro_batches, cut)]
+            reference_logps = [logprobs(tokens, labels) for _, tokens, labels in micro]
         set_flat(model, policy)
-    old, totals = [None] * len(cut), {}
-    for _ in range(updates):
+    old_logps, totals = [None] * len(micro), {}
+    for _ in range(s.updates):
         optimizer.zero_grad()
-        for k, (i, end) in enumerate(zip(micro_batches, cut)):
-            logp = logprobs(i, end)
-            if old[k] is None:  # the policy that sampled is the one that scores first: ratio 1
-                old[k] = logp.detach()
-            mask = rows.labels[i, 1:end] != -100
+        for k, (i, tokens, labels) in enumerate(micro):
+            logp = logprobs(tokens, labels)
+            if old_logps[k] is None:  # what sampled is what scores first, so the ratio starts at 1
+                old_logps[k] = logp.detach()
             loss, stats = grpo_loss(
-                logp, old[k], reference_logps[k], weights[i], mask, clip=clip, beta=beta
+                logp,
+                old_logps[k],
+                reference_logps[k],
+                advantages[i],
+                labels[:, 1:] != -100,
+                clip=s.clip,
+                beta=s.beta,
             )
             share = len(i) / B
             (loss * share).backward()
             for name, value in (stats | {"loss": loss.detach()}).items():
-                totals[name] = totals.get(name, 0) + value * share / updates
+                totals[name] = totals.get(name, 0) + value * share / s.updates
+        if not math.isfinite(totals["loss"]):
+            raise ValueError(f"the GRPO loss is {float(totals['loss'])}; try a lower learning rate")
         optimizer.step()
     return {name: value.item() for name, value in totals.items()}
 
 
-def train_grpo(
-    model,
-    optimizer,
-    scheduler,
-    prompts,
-    rewards,
-    *,
-    steps,
-    group,
-    max_new_tokens,
-    eos_ids,
-    temperature,
-    clip,
-    beta,
-    updates,
-    micro,
-    reference,
-    generator,
-    first_step=0,
-):
-    """The loop, a generator: yields (step, statistics) after each of `steps` steps.
+def grpo_step(model, optimizer, prompts, rewards, reference, s: Settings, generator=None) -> dict:
+    """One step of GRPO: sample, reward, compare within groups, update -> statistics.
 
-    prompts(step) -> (keys, list of token lists); rewards(key, tokens) -> dict of reward parts,
-    whose sum is the reward. reference (N,) is the flat vector when GRPO started. Dropout is off.
-    Raises ValueError when a loss is not finite, before the parameters take it.
+    prompts: lists of ids; rewards(p, answer ids) -> a dict of reward parts for an answer to prompt
+    p, whose sum is the reward. Dropout is off. The statistics are what a researcher watches.
     """
     model.eval()
-    for step in range(first_step, steps):
-        started = time.perf_counter()
-        keys, asked = prompts(step)
-        rows = rollouts(
-            model,
-            asked,
-            group,
-            max_new_tokens,
-            temperature=temperature,
-            eos_ids=eos_ids,
-            generator=generator,
-        )
-        sampled = time.perf_counter()
-        parts = [[rewards(key, a) for a in answers] for key, answers in zip(keys, rows.completions)]
-        totals = torch.tensor([[sum(p.values()) for p in row] for row in parts])  # (P, G)
-        advantages = group_advantages(totals).to(rows.tokens.device)
-        stats = grpo_update(
-            model,
-            optimizer,
-            rows,
-            advantages,
-            reference,
-            temperature=temperature,
-            clip=clip,
-            beta=beta,
-            updates=updates,
-            micro=micro,
-        )
-        rate = scheduler.get_last_lr()[0]
-        scheduler.step()
-        answers = [a for row in rows.completions for a in row]
-        flat_parts = [p for row in parts for p in row]
-        yield (
-            step,
-            stats
-            | {
-                "reward": totals.mean().item(),
-                "reward_std": totals.std().item(),
-                "parts": {
-                    k: sum(p[k] for p in flat_parts) / len(flat_parts) for k in flat_parts[0]
-                },
-                "equal_groups": int((totals == totals[:, :1]).all(1).sum()),
-                "length": sum(map(len, answers)) / len(answers),
-                "unfinished": sum(a[-1] not in eos_ids for a in answers) / len(answers),
-                "grad_norm": optimizer.grad_norm.item(),
-                "lr": rate,
-                "rollout_s": round(sampled - started, 4),
-                "update_s": round(time.perf_counter() - sampled, 4),
-            },
-        )
+    started = time.perf_counter()
+    rows = rollouts(model, prompts, s, generator)
+    sampled = time.perf_counter()
+    parts = [[rewards(p, a) for a in group] for p, group in enumerate(rows.completions)]
+    totals = torch.tensor([[sum(part.values()) for part in group] for group in parts])  # (P, G)
+    stats = grpo_update(model, optimizer, rows, group_advantages(totals), reference, s)
+    answers = [answer for group in rows.completions for answer in group]
+    parts = [part for group in parts for part in group]
+    return stats | {
+        "reward": totals.mean().item(),
+        "reward_std": totals.std().item(),
+        "parts": {k: sum(part[k] for part in parts) / len(parts) for k in parts[0]},
+        "equal_groups": int((totals == totals[:, :1]).all(1).sum()),
+        "length": sum(map(len, answers)) / len(answers),
+        "unfinished": sum(a[-1] not in s.eos_ids for a in answers) / len(answers),
+        "grad_norm": optimizer.grad_norm.item(),
+        "rollout_s": round(sampled - started, 4),
+        "update_s": round(time.perf_counter() - sampled, 4),
+    }

@@ -22,10 +22,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -442,8 +442,9 @@ def save_adapter(model, folder, base_model=""):
 
 
 UNSUPPORTED = (
-    "use_dora modules_to_save rank_pattern alpha_pattern fan_in_fan_out layer_replication lora_bias "
-    "trainable_token_indices use_qalora use_bdlora alora_invocation_tokens target_parameters"
+    "use_dora modules_to_save rank_pattern alpha_pattern fan_in_fan_out layer_replication "
+    "lora_bias trainable_token_indices use_qalora use_bdlora alora_invocation_tokens "
+    "target_parameters"
 ).split()
 
 

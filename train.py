@@ -494,13 +494,7 @@ def rl(c: Config, model, tokenizer, examples, mask, out: Path):
         print(f"rl: going on after step {first}")
     scheduler = cosine(optimizer, len(steps), c.rl_warmup, first)
     metrics, started = Metrics(out, "rl", first), time.perf_counter()
-    loop = grpo.train_grpo(
-        model,
-        optimizer,
-        scheduler,
-        lambda step: zip(*(kept[i] for i in steps[step])),
-        lambda example, answer: data.reward_parts(example, tokenizer.decode(answer)),
-        steps=len(steps),
+    settings = grpo.Settings(
         group=c.rl_group,
         max_new_tokens=c.max_response,
         eos_ids=tokenizer.eos_ids,
@@ -508,18 +502,29 @@ def rl(c: Config, model, tokenizer, examples, mask, out: Path):
         clip=c.clip,
         beta=c.kl,
         updates=c.rl_updates,
-        micro=c.micro_batch,
-        reference=reference,
-        generator=generator,
-        first_step=first,
+        micro_batch=c.micro_batch,
     )
-    for step, values in loop:
+    for step in range(first, len(steps)):
+        asked = [kept[i] for i in steps[step]]
+
+        def rewards(p, answer, asked=asked):
+            return data.reward_parts(asked[p][0], tokenizer.decode(answer))
+
+        prompts = [prompt for _, prompt in asked]
+        try:
+            values = grpo.grpo_step(
+                model, optimizer, prompts, rewards, reference, settings, generator
+            )
+        except ValueError as error:
+            raise ValueError(f"rl step {step + 1}: {error}") from None
+        values["lr"] = scheduler.get_last_lr()[0]
+        scheduler.step()
         metrics.log(step, values)
         left = (time.perf_counter() - started) / (step + 1 - first) * (len(steps) - step - 1)
         parts = " ".join(f"{k} {v:.2f}" for k, v in values["parts"].items())
         print(
             f"rl {step + 1}/{len(steps)}  reward {values['reward']:.3f} ({parts})  kl "
-            f"{values['kl']:.4f}  equal groups {values['equal_groups']}/{c.rl_prompts}  length "
+            f"{values['kl']:.4f}  equal groups {values['equal_groups']}/{len(asked)}  length "
             f"{values['length']:.0f}  {values['rollout_s'] + values['update_s']:.2f} s  "
             f"left {clock(left)}"
         )

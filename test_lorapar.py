@@ -1,0 +1,1386 @@
+"""All tests: each names the property it proves and holds it against an independent reference.
+
+`../shared` (fixtures of other libraries, real data) is used where it is; what it proves is proved
+by a smaller test as well, so a bare clone needs nothing but this file:
+
+    python -m pytest -q
+"""
+
+import copy
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import data
+import grpo
+import lorapar
+import model as decoder
+import train
+
+HERE = Path(__file__).parent
+SHARED = HERE.parent / "shared"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+FAMILIES = ["llama2_tiny", "llama3_tiny", "qwen2_tiny"]
+
+# ------------------------------------------------------------------------------------ small models
+
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 4, "max_position_embeddings": 128, "rms_norm_eps": 1e-5}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16}
+# config.json fields -> six logits of the last position of row 1, one of row 0, and the mean square
+# of all, which transformers 5.23 (eager, float32) gave for the formula weights below.
+STORED = {
+    "llama2": (
+        {"model_type": "llama", "num_key_value_heads": 4, "rope_theta": 10000.0},
+        [-0.8731, -0.9626, 0.2564, -0.0398, -1.3312, 2.61, 0.2816, 1.4783],
+    ),
+    "llama3": (
+        {"model_type": "llama", "num_key_value_heads": 2, "head_dim": 12, "rope_theta": 500000.0}
+        | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
+        | {"rope_scaling": LLAMA3},
+        [0.0117, 1.3003, -0.9672, -1.9394, -0.6318, -0.3565, -0.3052, 1.6281],
+    ),
+    "mistral": (
+        {"model_type": "mistral", "num_key_value_heads": 2, "head_dim": 16, "sliding_window": None}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        [1.7937, 0.5197, 1.5349, 1.3158, 0.3697, 1.2348, -1.8567, 1.4607],
+    ),
+    "qwen2": (
+        {"model_type": "qwen2", "num_key_value_heads": 2, "rms_norm_eps": 1e-6}
+        | {"rope_theta": 1e6, "tie_word_embeddings": True}
+        | {"sliding_window": 16, "use_sliding_window": False},
+        [0.6425, 0.5073, 0.507, -2.2851, -2.702, -0.8421, -0.2441, 1.479],
+    ),
+    "linear": (
+        {"model_type": "llama", "num_key_value_heads": 1, "rope_theta": 10000.0}
+        | {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        [-0.3202, -0.3558, 1.4465, -0.4891, 0.476, -0.3296, 0.0327, 1.496],
+    ),
+}
+
+
+def formula_model(fields):
+    """A small model whose weights are sines of their index, the same in every library."""
+    model = decoder.Transformer(decoder.Config.from_dict(SMALL | fields)).requires_grad_(False)
+    for i, (name, p) in enumerate(sorted(model.named_parameters())):
+        wave = 0.3 * torch.sin(torch.arange(p.numel(), dtype=torch.float64) ** 1.3 + i)
+        p.copy_(((1 + wave) if "norm" in name else wave).view_as(p))
+    return model.eval()
+
+
+def qwen():
+    return formula_model(STORED["qwen2"][0])
+
+
+def lora_model(init="anchored", moved=True, **settings):
+    """A small model with adapters, away from their start unless moved=False."""
+    generator = torch.Generator().manual_seed(0)
+    settings = {"targets": "qkvogud", "r": 3, "alpha": 6, "std": 0.1} | settings
+    model = lorapar.add_lora(qwen(), init=init, generator=generator, **settings)
+    if moved:
+        flat = lorapar.get_flat(model)
+        lorapar.set_flat(model, flat + 0.05 * torch.randn(len(flat), generator=generator))
+    return model.eval()
+
+
+def answer_batch(rows=5, length=14, seed=0):
+    """Right-padded (tokens, labels) with prompts and answers of different lengths."""
+    rng = random.Random(seed)
+    made = []
+    for _ in range(rows):
+        total = rng.randint(6, length)
+        made.append(([rng.randrange(64) for _ in range(total)], rng.randint(1, total - 2)))
+    return data.collate(made)
+
+
+def plain_logprobs(model, tokens, labels, temperature=1.0):
+    """The reference: full logits, log_softmax, gather."""
+    logp = (model(tokens)[:, :-1] / temperature).log_softmax(-1)
+    logp = logp.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
+    return logp * (labels[:, 1:] != -100)
+
+
+def close(a, b, tolerance=1e-5):
+    a, b = a.detach(), b.detach()
+    scale = max(float(b.abs().max()), 1e-12)
+    assert float((a - b).abs().max()) <= tolerance * scale, float((a - b).abs().max()) / scale
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+@pytest.mark.parametrize("family", STORED)
+def test_formula_weights_give_the_logits_of_transformers(family):
+    fields, expected = STORED[family]
+    tokens = (torch.arange(40).view(2, 20) * 7 + 3) % 64
+    logits = formula_model(fields)(tokens)
+    ours = [*logits[1, -1, :6].tolist(), logits[0, 7, 9].item(), logits.square().mean().item()]
+    assert ours == pytest.approx(expected, abs=2e-4)
+
+
+@needs_shared
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fixture_logits_and_greedy_text(family):
+    folder = SHARED / "fixtures" / family
+    model, expected = decoder.load_model(folder), load_file(folder / "expected.safetensors")
+    facts = json.loads((folder / "expected.json").read_text())
+    error = (model(expected["input_ids"]) - expected["logits"]).abs().max()
+    assert error < facts["max_abs_tolerance"] / 10
+    together = decoder.generate(model, facts["prompts"], 16, temperature=0)
+    assert [answers[0] for answers in together] == facts["greedy"]
+    for prompt, greedy in zip(facts["prompts"], facts["greedy"]):
+        assert decoder.generate(model, [prompt], 16, temperature=0) == [[greedy]]
+
+
+def test_padding_changes_neither_logits_nor_greedy_text():
+    model, prompts = qwen(), [[5, 9, 2], [7] * 11, [1, 2, 3, 4, 5, 6, 7]]
+    padded, _ = data.collate([(p, 1) for p in prompts])
+    logits = model(padded)
+    for row, prompt in zip(logits, prompts):
+        close(row[: len(prompt)], model(torch.tensor([prompt]))[0])
+    together = decoder.generate(model, prompts, 12, temperature=0)
+    for prompt, answers in zip(prompts, together):
+        tokens = list(prompt)  # the slowest generation: the whole model for every token
+        for _ in range(12):
+            tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
+        assert answers == [tokens[len(prompt) :]]
+
+
+def test_token_logprobs_equal_a_full_log_softmax_and_its_gradient(monkeypatch):
+    monkeypatch.setattr(decoder.HeadLogprobs, "CHUNK", 7)  # several chunks, a ragged last one
+    model, (tokens, labels) = qwen(), answer_batch()
+    norm = model.model.norm.weight.requires_grad_()
+    ours = decoder.token_logprobs(model, tokens, labels, temperature=0.7)
+    reference = plain_logprobs(model, tokens, labels, 0.7)
+    close(ours, reference)
+    static = decoder.token_logprobs(model, tokens, labels, 0.7, answer_tokens=12)
+    close(static, reference)
+    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
+    (expected,) = torch.autograd.grad((reference * weights).sum(), norm)
+    for logp in (ours, static):
+        close(torch.autograd.grad((logp * weights).sum(), norm)[0], expected)
+
+
+def test_token_logprobs_train_the_head_where_it_is_trainable():
+    model, (tokens, labels) = qwen(), answer_batch()
+    weight = model.head_weight.requires_grad_()
+    (ours,) = torch.autograd.grad(decoder.token_logprobs(model, tokens, labels).sum(), weight)
+    (expected,) = torch.autograd.grad(plain_logprobs(model, tokens, labels).sum(), weight)
+    close(ours, expected)
+
+
+def test_full_logits_never_exist(monkeypatch):
+    """The head sees answer positions only, at most CHUNK of them at once."""
+    monkeypatch.setattr(decoder.HeadLogprobs, "CHUNK", 4)
+    model, (tokens, labels), seen = lora_model(), answer_batch(), []
+    original = torch.Tensor.log_softmax
+    monkeypatch.setattr(
+        torch.Tensor, "log_softmax", lambda x, d: seen.append(len(x)) or original(x, d)
+    )
+    decoder.token_logprobs(model, tokens, labels)
+    assert max(seen) <= 4 and sum(seen) == int((labels[:, 1:] != -100).sum())
+
+
+def test_an_all_masked_row_gives_zero():
+    model, (tokens, labels) = qwen(), answer_batch()
+    labels[2] = -100
+    logp = decoder.token_logprobs(model, tokens, labels)
+    assert (logp[2] == 0).all() and logp.isfinite().all()
+    labels[:] = -100
+    assert (decoder.token_logprobs(model, tokens, labels) == 0).all()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
+def test_sampling_logprobs_equal_a_full_forward(temperature):
+    """Trap 6. Prompts of different lengths, several samples, rows that end early and leave."""
+    model, prompts = lora_model(dropout=0.5).train(), [[5, 9, 2], [7] * 11, [1, 2, 3, 4]]
+    answers, logps = decoder.generate(
+        model,
+        prompts,
+        20,
+        temperature=temperature,
+        eos_ids=range(6),
+        samples_per_prompt=6,
+        generator=torch.Generator().manual_seed(3),
+        return_logprobs=True,
+    )
+    assert model.training  # restored
+    model.eval()
+    assert len({len(a) for group in answers for a in group}) > 3
+    for prompt, group, group_logps in zip(prompts, answers, logps):
+        for answer, logp in zip(group, group_logps):
+            tokens, labels = data.collate([(prompt + answer, len(prompt))])
+            full = plain_logprobs(model, tokens, labels, temperature)[0, len(prompt) - 1 :]
+            assert torch.tensor(logp) == pytest.approx(full.tolist(), abs=2e-5)
+
+
+def test_sampling_stops_after_any_eos_and_keeps_it():
+    model, eos = qwen(), (3, 11, 40)
+    answers = decoder.generate(
+        model, [[1, 2]], 30, eos_ids=eos, samples_per_prompt=64, generator=torch.Generator()
+    )[0]
+    ended = [a for a in answers if len(a) < 30]
+    assert {a[-1] for a in ended} == set(eos)
+    assert all(not set(a[:-1]) & set(eos) for a in answers)
+
+
+def test_samples_follow_the_tempered_distribution_and_top_p():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0]).log_softmax(-1)
+    draws = 40_000
+    token, logp = decoder.sample(logits.repeat(draws, 1), 0.8, 1.0, torch.Generator())
+    p = (logits / 0.8).softmax(-1)
+    frequency = torch.bincount(token, minlength=5) / draws
+    assert (frequency - p).abs().max() < 4 * (0.25 / draws) ** 0.5  # four standard errors
+    close(logp, p.log()[token])
+    token, _ = decoder.sample(logits.repeat(2000, 1), 0.8, 0.7, torch.Generator())
+    assert set(token.tolist()) == {0}  # p[0] = 0.72 alone reaches 0.7
+    token, _ = decoder.sample(logits.repeat(2000, 1), 0.8, 0.8, torch.Generator())
+    assert set(token.tolist()) == {0, 1}
+
+
+def test_generate_refuses_what_it_cannot_do():
+    for prompts, length in (([], 4), ([[1], []], 4), ([[1]], 0)):
+        with pytest.raises(ValueError, match="generate"):
+            decoder.generate(qwen(), prompts, length)
+
+
+def test_sharded_and_single_files_load_alike_and_round_trip(tmp_path):
+    model = formula_model(STORED["llama2"][0])
+    decoder.save_model(model, tmp_path / "one", eos_token_id=2)
+    state = load_file(tmp_path / "one" / "model.safetensors")
+    assert not (tmp_path / "one" / "model.safetensors.tmp").exists()
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    (shards / "config.json").write_text((tmp_path / "one" / "config.json").read_text())
+    names = sorted(state)
+    where = {n: f"model-{i % 3}.safetensors" for i, n in enumerate(names)}
+    for file in set(where.values()):
+        save_file({n: state[n] for n in names if where[n] == file}, shards / file)
+    index = {"weight_map": where}
+    (shards / "model.safetensors.index.json").write_text(json.dumps(index))
+    tokens = torch.arange(20)[None]
+    for folder in (tmp_path / "one", shards):
+        loaded = decoder.load_model(folder)
+        assert torch.equal(loaded(tokens), model(tokens))
+        assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def broken(folder, change):
+    """A copy of a good checkpoint after change(state, config)."""
+    decoder.save_model(formula_model(STORED["llama2"][0]), folder)
+    state = {n: t.clone() for n, t in load_file(folder / "model.safetensors").items()}
+    config = json.loads((folder / "config.json").read_text())
+    change(state, config)
+    save_file(state, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+NORM = "model.norm.weight"
+BROKEN = {
+    "missing": (lambda s, c: s.pop(NORM), NORM),
+    "surplus": (lambda s, c: s.update(extra=torch.ones(2)), "extra"),
+    "misshaped": (lambda s, c: s.update({NORM: torch.ones(3)}), NORM),
+    "quantised": (lambda s, c: s.update({NORM: torch.ones(32, dtype=torch.int8)}), NORM),
+    "architecture": (lambda s, c: c.update(model_type="gpt2"), "model_type"),
+    "window": (lambda s, c: c.update(model_type="mistral", sliding_window=8), "sliding_window"),
+    "rope": (lambda s, c: c.update(rope_scaling={"rope_type": "yarn"}), "yarn"),
+    "field": (lambda s, c: c.pop("hidden_size"), "hidden_size"),
+    "activation": (lambda s, c: c.update(hidden_act="gelu"), "hidden_act"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_checkpoint_we_cannot_run_is_refused_by_name(case, tmp_path):
+    change, named = BROKEN[case]
+    with pytest.raises(ValueError, match=re.escape(named)) as error:
+        decoder.load_model(broken(tmp_path, change))
+    assert "\n" not in str(error.value)
+
+
+def test_a_truncated_or_absent_file_is_refused(tmp_path):
+    folder = broken(tmp_path / "a", lambda s, c: None)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        decoder.load_model(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"no model\.safetensors"):
+        decoder.load_model(folder)
+    with pytest.raises(ValueError, match="no such model folder"):
+        decoder.load_model(tmp_path / "nowhere")
+
+
+# ------------------------------------------------------------------------------------ LoRA layers
+
+
+@pytest.mark.parametrize("init", ["anchored", "lora", "pissa", "olora", "gaussian"])
+def test_step_0_is_the_base_in_train_mode_with_dropout(init):
+    tokens = torch.arange(24).view(2, 12)
+    base = qwen()(tokens)
+    model = lora_model(init, moved=False, dropout=0.5).train()
+    if init == "gaussian":
+        assert (model(tokens) - base).abs().max() > 0.01
+    else:
+        close(model(tokens), base, 1e-6)
+
+
+def test_every_start_follows_its_paper():
+    linear = nn.Linear(12, 10)
+    W, r, scale = linear.weight.detach(), 3, 2.0
+    A, B = lorapar.start_factors(W, "pissa", r, scale, 0.01, None)
+    U, S, Vh = torch.linalg.svd(W)
+    close(scale * B @ A, (U[:, :r] * S[:r]) @ Vh[:r])
+    A, B = lorapar.start_factors(W, "olora", r, scale, 0.01, None)
+    close(B.T @ B, torch.eye(r))
+    Q, R = torch.linalg.qr(W)
+    assert torch.equal(A, R[:r]) and torch.equal(B, Q[:, :r])
+    A, B = lorapar.start_factors(torch.empty(400, 500), "anchored", r, scale, 0.01, None)
+    assert A.std() == pytest.approx(0.01, rel=0.1) and B.std() == pytest.approx(0.01, rel=0.1)
+    A, B = lorapar.start_factors(W, "lora", r, scale, 0.01, None)
+    assert not B.any() and A.abs().max() <= 12**-0.5
+
+
+@pytest.mark.parametrize("init", ["anchored", "pissa", "olora", "lora", "gaussian"])
+def test_one_formula_serves_forward_export_and_merge(init, tmp_path):
+    """Each layer against W x + s (B A - B0 A0) x written out, then the file, then the merge."""
+    start, model = lora_model(init, moved=False), lora_model(init)
+    tokens = torch.arange(24).view(2, 12)
+    starts = dict(lorapar.lora_layers(start))
+    dense = {}
+    for name, layer in lorapar.lora_layers(model).items():
+        delta = layer.lora_B @ layer.lora_A
+        if init in ("anchored", "pissa", "olora"):
+            delta = delta - starts[name].lora_B @ starts[name].lora_A
+        dense[name] = layer.weight + 2.0 * delta.detach()  # s = alpha / r = 6 / 3
+        x = torch.randn(4, layer.in_features)
+        close(layer(x), F.linear(x, dense[name], layer.bias))
+    reference = qwen()
+    for name, weight in dense.items():
+        reference.get_submodule(name).weight.copy_(weight)
+    close(model(tokens), reference(tokens))
+    lorapar.save_adapter(model, tmp_path)
+    close(lorapar.load_adapter(qwen(), tmp_path)(tokens), reference(tokens))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert config["r"] == len(next(t for n, t in tensors.items() if "lora_A" in n))
+    for name, weight in dense.items():  # as PEFT reads it, on the untouched base
+        A, B = (tensors[f"base_model.model.{name}.lora_{f}.weight"] for f in "AB")
+        untouched = qwen().get_submodule(name).weight
+        close(untouched + config["lora_alpha"] / config["r"] * B @ A, weight)
+    merged = lorapar.merge(model)
+    assert not any(isinstance(m, lorapar.LoRALinear) for m in merged.modules())
+    close(merged(tokens), reference(tokens))
+
+
+@needs_shared
+def test_peft_fixture_loaded_and_merged():
+    folder, base = SHARED / "fixtures/peft_lora", SHARED / "fixtures/llama2_tiny"
+    expected, facts = (
+        load_file(folder / "expected.safetensors"),
+        json.loads((folder / "expected.json").read_text()),
+    )
+    model = lorapar.load_adapter(decoder.load_model(base), folder)
+    for _ in range(2):  # active, then merged
+        error = (model(expected["input_ids"]) - expected["logits"]).abs().max()
+        assert error < facts["max_abs_tolerance"] / 10
+        greedy = decoder.generate(model, facts["prompts"], 16, temperature=0)
+        assert [g[0] for g in greedy] == facts["greedy"]
+        if any(isinstance(m, lorapar.LoRALinear) for m in model.modules()):
+            lorapar.merge(model)
+
+
+def test_an_adapter_we_cannot_run_is_refused_by_name(tmp_path):
+    lorapar.save_adapter(lora_model(), tmp_path)
+    good = json.loads((tmp_path / "adapter_config.json").read_text())
+    for change, named in (({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3")):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(good | change))
+        with pytest.raises(ValueError, match=named):
+            lorapar.load_adapter(qwen(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(good))
+    with pytest.raises(ValueError, match="fits no nn.Linear|is \\(.*got"):
+        lorapar.load_adapter(formula_model(STORED["mistral"][0]), tmp_path)
+    with pytest.raises(ValueError, match="already"):
+        lorapar.load_adapter(lora_model(), tmp_path)
+
+
+def test_dropout_acts_in_train_mode_only():
+    """Trap 18."""
+    model, tokens = lora_model(dropout=0.3), torch.arange(24).view(2, 12)
+    assert torch.equal(model(tokens), model(tokens))
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+
+
+def test_flat_order_is_named_modules_then_A_then_B_row_major():
+    model = lora_model(targets="qd")
+    expected = []
+    for name, module in model.named_modules():
+        if name.endswith(("q_proj", "down_proj")):
+            expected += [module.lora_A.flatten(), module.lora_B.flatten()]
+    flat = lorapar.get_flat(model)
+    assert torch.equal(flat, torch.cat(expected).detach())
+    lorapar.set_flat(model, torch.arange(len(flat)).float())
+    first = next(iter(lorapar.lora_layers(model).values()))
+    assert first.lora_A[1, 0] == first.in_features
+    with pytest.raises(ValueError, match="shape"):
+        lorapar.set_flat(model, flat[:-1])
+
+
+def test_add_lora_refuses_bad_calls_and_works_on_any_module():
+    for bad in ({"targets": "qz"}, {"targets": ""}, {"targets": ["nope"]}, {"init": "x"}):
+        with pytest.raises(ValueError):
+            lorapar.add_lora(qwen(), **bad)
+    with pytest.raises(ValueError, match="r = 99"):
+        lorapar.add_lora(qwen(), r=99)
+    with pytest.raises(ValueError, match="already"):
+        lorapar.add_lora(lora_model())
+    other = nn.Sequential(nn.Embedding(64, 8), nn.Linear(8, 8), nn.Linear(8, 64))
+    lorapar.add_lora(other, ["1"], r=2)
+    assert list(lorapar.lora_factors(other)) == ["1.lora_A", "1.lora_B"]
+    assert len(lorapar.importance(other, [answer_batch()])) == 32
+
+
+# -------------------------------------------------------------------------------------- importance
+
+
+def importance_by_loop(model, batches):
+    """The definition, one example at a time, by ordinary autograd, unpadded, in float64."""
+    factors = list(lorapar.lora_factors(model).values())
+    phi = lorapar.get_flat(model).double()
+    gradients = []
+    for tokens, labels in batches:
+        for t, y in zip(tokens, labels):
+            end = int((y != -100).nonzero().max()) + 1
+            logp = plain_logprobs(model, t[None, :end], y[None, :end])
+            loss = -logp.sum() / (y[1:end] != -100).sum()
+            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, factors)]))
+    gradients = torch.stack(gradients).double()
+    g, fisher = gradients.mean(0), gradients.square().mean(0)
+    return (g * phi - 0.5 * fisher * phi**2).abs()
+
+
+@pytest.mark.parametrize("init", ["anchored", "gaussian", "pissa"])
+@pytest.mark.parametrize("chunk_size", [1, 3, 8])
+def test_importance_equals_a_loop_over_single_examples(init, chunk_size):
+    model = lora_model(init, moved=False, dropout=0.3).train()
+    batches = [answer_batch(5, seed=1), answer_batch(4, seed=2)]
+    for logprobs in (decoder.token_logprobs, lorapar.logits_logprobs):
+        ours = lorapar.importance(model, batches, logprobs, chunk_size=chunk_size)
+        assert model.training and ours.dtype == torch.float32
+        close(ours.double(), importance_by_loop(model.eval(), batches))
+        model.train()
+
+
+def test_importance_equals_one_backward_through_expanded_factors():
+    """The second reference: factors expanded to (B, r, in), an ordinary backward, no vmap."""
+    model, (tokens, labels) = lora_model(moved=False), answer_batch(6)
+    ours = lorapar.importance(model, [(tokens, labels)], decoder.token_logprobs)
+    pieces = []
+    for layer in lorapar.lora_layers(model).values():
+        A = layer.lora_A.detach().expand(6, -1, -1).clone().requires_grad_()
+        B = layer.lora_B.detach().expand(6, -1, -1).clone().requires_grad_()
+        pieces += [A, B]
+
+        def forward(x, layer=layer, A=A, B=B):
+            y = F.linear(x, layer.weight, layer.bias)
+            update = (x @ A.mT) @ B.mT - (x @ layer.anchor_A.mT) @ layer.anchor_B.mT
+            return y + layer.scale * update
+
+        layer.forward = forward
+    losses = -plain_logprobs(model, tokens, labels).sum(1) / (labels[:, 1:] != -100).sum(1)
+    gradients = torch.autograd.grad(losses.sum(), pieces)
+    g = torch.cat([g.mean(0).flatten() for g in gradients])
+    fisher = torch.cat([g.square().mean(0).flatten() for g in gradients])
+    phi = lorapar.get_flat(model)
+    close(ours, (g * phi - 0.5 * fisher * phi**2).abs())
+
+
+def test_importance_ignores_the_prompt_and_padding():
+    """Labels of the prompt and anything after the answer must not matter."""
+    model, (tokens, labels) = lora_model(moved=False), answer_batch()
+    scores = lorapar.importance(model, [(tokens, labels)])
+    wider = F.pad(tokens, (0, 5), value=63), F.pad(labels, (0, 5), value=-100)
+    close(lorapar.importance(model, [wider]), scores)
+
+
+def test_all_zero_importance_is_an_error_that_names_the_cure():
+    """Trap 8: with B = 0, dL/dA and phi_B vanish."""
+    with pytest.raises(ValueError, match="anchored"):
+        lorapar.importance(lora_model("lora", moved=False), [answer_batch()])
+    empty = answer_batch()
+    empty[1][3] = -100
+    with pytest.raises(ValueError, match="example 3 has no answer"):
+        lorapar.importance(lora_model(), [empty])
+    with pytest.raises(ValueError, match="at least one"):
+        lorapar.importance(lora_model(), [])
+
+
+# --------------------------------------------------------------------------------------- partition
+
+
+def region_by_definition(scores, theta):
+    """Stable descending sort, cumulative sum in float64, shortest prefix: in plain Python."""
+    if theta == 1:
+        return set(range(len(scores)))
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    sums, total = [], 0.0
+    for i in order:
+        total += float(scores[i])
+        sums.append(total)
+    count = next(k for k, s in enumerate(sums) if s >= theta * sums[-1]) + 1
+    return set(order[:count])
+
+
+@pytest.mark.parametrize("theta", [0.05, 0.3, 0.5, 0.9, 0.999999, 1.0])
+@pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "spread"])
+def test_partition_is_the_definition(theta, kind):
+    generator = torch.Generator().manual_seed(5)
+    s1, s2 = (torch.randn(2, 500, generator=generator)).abs()
+    if kind == "ties":
+        s1, s2 = (s1 * 3).round() + 1, torch.ones(500)
+    if kind == "zeros":
+        s1[100:] = 0
+    if kind == "spread":
+        s1, s2 = s1**20, s2**9
+    part = lorapar.partition(s1, s2, theta)
+    one, two = (region_by_definition(s.tolist(), theta) for s in (s1, s2))
+    as_set = [set(region.nonzero()[:, 0].tolist()) for region in part]
+    assert as_set == [one - two, two - one, one & two]
+
+
+def test_partition_sums_in_float64():
+    """2^24 equal scores and one large: a float32 sum would stop growing at 2^24."""
+    scores = torch.ones(2**24 + 2**22)
+    scores[7] = 2.0
+    part = lorapar.partition(scores, scores, 0.9)
+    total = len(scores) + 1
+    assert int(part.shared.sum()) == math.ceil(0.9 * total) - 1
+    assert part.shared[: int(part.shared.sum())].all()  # ties to the lower index
+
+
+def test_partition_refuses_bad_input():
+    good = torch.ones(4)
+    for theta in (0, -0.1, 1.01, float("nan")):
+        with pytest.raises(ValueError, match="theta"):
+            lorapar.partition(good, good, theta)
+    for bad in (torch.zeros(4), torch.tensor([1.0, float("nan"), 1, 1]), -good, torch.ones(3)):
+        with pytest.raises(ValueError, match="scores"):
+            lorapar.partition(good, bad, 0.5)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.33, 0.5, 1.0])
+def test_stage_masks_take_their_region_and_the_top_of_the_shared_one(fraction):
+    s1, s2 = torch.randint(1, 9, (2, 300), generator=torch.Generator().manual_seed(2)).float()
+    part = lorapar.partition(s1, s2, 0.8)
+    shared = part.shared.nonzero()[:, 0].tolist()
+    for stage, scores, own in ((1, s1, part.s1_only), (2, s2, part.s2_only)):
+        top = sorted(shared, key=lambda i: -scores[i])[: int(fraction * len(shared))]
+        expected = own.clone()
+        expected[top] = True
+        assert torch.equal(lorapar.stage_mask(part, scores, stage, fraction), expected)
+    for bad in ((3, 0.5), (1, 1.5), (1, -0.1)):
+        with pytest.raises(ValueError):
+            lorapar.stage_mask(part, s1, *bad)
+
+
+def test_random_selection_keeps_every_region_size():
+    model = lora_model()
+    sizes = [p.numel() for p in lorapar.lora_factors(model).values()]
+    s1, s2 = torch.rand(2, sum(sizes), generator=torch.Generator().manual_seed(1)) ** 4
+    real = lorapar.partition(s1, s2, 0.7)
+    for select in ("random", "random-in-tensor"):
+        moved = lorapar.shuffle_scores(model, s1, s2, select, torch.Generator().manual_seed(0))
+        part = lorapar.partition(*moved, 0.7)
+        for region, original in zip(part, real):
+            assert int(region.sum()) == int(original.sum())
+            assert not torch.equal(region, original)
+            if select == "random-in-tensor":
+                for piece, old in zip(region.split(sizes), original.split(sizes)):
+                    assert int(piece.sum()) == int(old.sum())
+    same = lorapar.shuffle_scores(model, s1, s2, "importance", None)
+    assert torch.equal(same[0], s1)
+
+
+# --------------------------------------------------------------------------------------- optimizer
+
+
+def masked(model, share=0.3, seed=0):
+    mask = torch.rand(len(lorapar.get_flat(model)), generator=torch.Generator().manual_seed(seed))
+    lorapar.set_mask(model, mask < share)
+    return mask < share
+
+
+def random_gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for factor in lorapar.lora_factors(model).values():
+        factor.grad = torch.randn(factor.shape, generator=generator)
+
+
+def test_frozen_elements_never_move():
+    """Trap 1: weight decay 0.1, momentum from before, 20 steps, bit for bit."""
+    model = lora_model()
+    mask = masked(model)
+    start = lorapar.get_flat(model)
+    optimizer = lorapar.MaskedAdamW(model, lr=0.1, weight_decay=0.1, max_grad_norm=1.0)
+    for step in range(20):
+        random_gradients(model, step)
+        optimizer.step()
+        if step == 0:
+            for state in ("exp_avg", "exp_avg_sq"):
+                optimizer.state[optimizer.packed][state] += 1.0  # pre-filled momentum
+    end = lorapar.get_flat(model)
+    assert torch.equal(end[~mask], start[~mask])
+    assert (end[mask] != start[mask]).all()
+
+
+def test_active_elements_take_the_steps_of_adamw():
+    """Against torch's AdamW on all elements with the gradient norm clipped over the active ones."""
+    model = lora_model()
+    mask = masked(model)
+    optimizer = lorapar.MaskedAdamW(model, 1e-2, (0.9, 0.99), weight_decay=0.1, max_grad_norm=0.5)
+    vector = nn.Parameter(lorapar.get_flat(model)[mask].clone())
+    reference = torch.optim.AdamW([vector], 1e-2, (0.9, 0.99), weight_decay=0.1)
+    for step in range(5):
+        random_gradients(model, step)
+        gradient = torch.cat([p.grad.flatten() for p in lorapar.lora_factors(model).values()])
+        vector.grad = gradient[mask]
+        norm = torch.nn.utils.clip_grad_norm_([vector], 0.5)
+        optimizer.step()
+        reference.step()
+        assert optimizer.grad_norm == norm
+        assert torch.equal(optimizer.packed, vector)
+        assert torch.equal(lorapar.get_flat(model)[mask], vector)
+
+
+def test_optimizer_state_is_proportional_to_the_active_elements():
+    """Trap 17, counted in bytes."""
+    sizes = {}
+    for share in (0.1, 0.5, 1.1):
+        model = lora_model()
+        active = int(masked(model, share).sum())
+        optimizer = lorapar.MaskedAdamW(model)
+        random_gradients(model, 0)
+        optimizer.step()
+        state = optimizer.state[optimizer.packed]
+        sizes[active] = sum(t.numel() * t.element_size() for t in state.values())
+    assert all(size == 8 * active + 4 for active, size in sizes.items())
+
+
+def test_training_nothing_is_an_error():
+    """Trap 2."""
+    model = lora_model()
+    lorapar.set_mask(model, torch.zeros(len(lorapar.get_flat(model)), dtype=torch.bool))
+    with pytest.raises(ValueError, match="no active element"):
+        lorapar.MaskedAdamW(model)
+    masked(model)
+    optimizer = lorapar.MaskedAdamW(model)
+    with pytest.raises(ValueError, match="backward"):
+        optimizer.step()
+    masked(model, seed=1)
+    random_gradients(model, 0)
+    with pytest.raises(ValueError, match="set_mask was called"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="bool"):
+        lorapar.set_mask(model, torch.ones(len(lorapar.get_flat(model))))
+
+
+# ------------------------------------------------------------------------------------------- data
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["llama2_tokenizer", "qwen_tokenizer"])
+def test_tokenizer_fixtures(name):
+    folder = SHARED / "fixtures" / name
+    tokenizer, facts = data.Tokenizer(folder), json.loads((folder / "expected.json").read_text())
+    for case in facts["cases"]:
+        assert tokenizer.encode(case["text"]) == case["ids"]
+        kept = case["ids"] + [10]  # decode leaves out an EOS at the very end only
+        assert tokenizer.decode(kept).startswith(case["decoded"])
+    ids = tokenizer.encode("Hello world", bos=True, eos=True)
+    if name == "llama2_tokenizer":  # trap 14: exactly one BOS where the model wants one
+        assert ids.count(1) == 1 and ids[0] == 1 and ids[-1] == 2
+    else:
+        assert tokenizer.bos_id is None and ids[-1] == 1002 and tokenizer.pad_id == 1000
+
+
+def test_tokenizer_reads_special_tokens_from_the_checkpoints_files(tmp_path):
+    data.save_toy_tokenizer(tmp_path)
+    tokenizer = data.Tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("M b d | rev A", eos=True)) == "M b d | rev A"
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, (0,))
+    settings = {"bos_token": {"content": "F"}, "eos_token": "<eos>", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
+    tokenizer = data.Tokenizer(tmp_path)
+    assert tokenizer.encode("A", bos=True, eos=True) == [2, 1, 0] and tokenizer.eos_ids == (0, 5)
+    (tmp_path / "tokenizer_config.json").write_text("{")
+    with pytest.raises(ValueError, match="tokenizer_config.json"):
+        data.Tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="no tokenizer"):
+        data.Tokenizer(tmp_path / "nowhere")
+
+
+def test_the_prompt_is_masked_and_the_eos_is_trained(tmp_path):
+    """Trap 4: also where the padding id equals the EOS id, as in the toy (both 0)."""
+    data.save_toy_tokenizer(tmp_path)
+    tokenizer = data.Tokenizer(tmp_path)
+    examples = [
+        data.Example("a", "F t1 e1 A", "c5", "toy"),
+        data.Example("b", "F A", "c5 c6", "toy"),
+    ]
+    rows, report = data.tokenize(examples, tokenizer, 32)
+    tokens, labels = data.collate(rows)
+    expected = [[-100] * 4 + tokenizer.encode("c5") + [0], [-100] * 2 + tokenizer.encode("c5 c6")]
+    assert labels.tolist() == [expected[0], expected[1] + [0] + [-100]]
+    assert tokenizer.eos_ids[0] == 0 and report == {"left out": 0, "cut": 0}
+
+
+def test_truncation_never_drops_the_whole_answer(tmp_path):
+    data.save_toy_tokenizer(tmp_path)
+    tokenizer = data.Tokenizer(tmp_path)
+    example = data.Example("a", "F t1 e1 A", "c1 c2 c3", "toy")  # 4 prompt tokens, 4 answer ones
+    for limit, kept, report in (
+        (8, 4, {"left out": 0, "cut": 0}),
+        (7, 3, {"left out": 0, "cut": 1}),
+        (5, 1, {"left out": 0, "cut": 1}),
+        (4, None, {"left out": 1, "cut": 0}),
+    ):
+        rows, counts = data.tokenize([example], tokenizer, limit)
+        assert counts == report
+        assert [len(tokens) - prompt for tokens, prompt in rows] == ([kept] if kept else [])
+
+
+def test_batches_hold_every_row_once():
+    rows = [([i] * random.Random(i).randint(3, 20), 1) for i in range(1, 24)]
+    seen = [t[0].item() for tokens, _ in data.batches(rows, 5) for t in tokens]
+    assert sorted(seen) == list(range(1, 24))
+
+
+NUMBERS = [  # gold, reply, right?
+    ("18", "18", True),
+    ("18", "18.", True),
+    ("18", "$18", True),
+    ("18", "18.00", True),
+    ("18", "#### 18", True),
+    ("18", "####18", True),
+    ("18", "<answer>18</answer>", True),
+    ("18", "<answer>\n$18.00\n</answer>", True),
+    ("18", "He sells 9 eggs at $2.\n#### $18", True),
+    ("18", "so it is \\boxed{18}", True),
+    ("18", "The answer is 18 dollars.", True),
+    ("18", "5 + 13 = <<5+13=18>>18", True),
+    ("18", "180", False),
+    ("18", "118", False),
+    ("18", "18.5", False),
+    ("18", "-18", False),
+    ("18", "eighteen", False),
+    ("18", "", False),
+    ("18", "18 eggs, of which 5 are left", False),
+    ("18", "<answer>17</answer> though 18 is near", False),
+    ("18", "<answer></answer> 18", False),
+    ("18", "<answer>18 eggs or 19</answer>", False),
+    ("18", "#### 17\nor 18", False),
+    ("18", "#### 17\n#### 18", True),
+    ("18", "#### 18\nShe has 5 left.", True),
+    ("1,000", "1000", True),
+    ("1000", "1,000", True),
+    ("1000", "$1,000.00", True),
+    ("1000", "1000000", False),
+    ("-5", "#### -5", True),
+    ("-5", "5", False),
+    ("5", "-5", False),
+    ("0.5", "1/2", True),
+    ("0.5", "<answer>.5</answer>", True),
+    ("50", "50%", True),
+    ("3", "x = 3/0", False),
+    ("18", "#### 1e999999999", False),
+    ("18", "<answer>1e999999999</answer>", False),
+    ("18", "<answer>16</answer> <answer>18</answer>", True),
+]
+
+
+@pytest.mark.parametrize("gold, reply, right", NUMBERS)
+def test_numbers_are_compared_as_numbers(gold, reply, right):
+    """Trap 13."""
+    assert data.is_correct(data.Example("x", "q", "a", "number", gold), reply) is right
+
+
+def test_rewards_of_the_five_parts():
+    e = data.Example("x", "q", "a", "number", "18")
+    perfect = "<reasoning>\n9 * 2\n</reasoning>\n<answer>\n18\n</answer>"
+    table = {
+        perfect: [2.0, 0.5, 0.5, 0.5, 0.5],
+        perfect + "\n": [2.0, 0.5, 0.5, 0.5, 0.5],
+        perfect.replace("18", "$18.00"): [2.0, 0.5, 0.5, 0.5, 0.5],
+        perfect.replace("18", "-1,234"): [0.0, 0.5, 0.5, 0.5, 0.5],
+        perfect.replace("18", "1.5"): [0.0, 0.0, 0.5, 0.5, 0.5],
+        perfect.replace("\n", ""): [2.0, 0.5, 0.0, 0.5, 0.5],
+        perfect + "1234567890": [2.0, 0.5, 0.0, 0.5, 0.49],
+        "<answer>18</answer>": [2.0, 0.5, 0.0, 0.0, 0.25],
+        "#### 18": [0.0, 0.0, 0.0, 0.0, 0.0],
+        "<answer><answer>18": [0.0, 0.0, 0.0, 0.0, 0.0],
+    }
+    for reply, expected in table.items():
+        assert list(data.reward_parts(e, reply).values()) == pytest.approx(expected), reply
+
+
+def test_verdicts_and_votes():
+    for text, expected in {
+        "System1": "S1",
+        "I would chain two facts.\nSystem 2": "S2",
+        "system-1.": "S1",
+        "S2": "S2",
+        "**System2**": "S2",
+        "Not System 2, for it is recalled.\nSystem1": "S1",
+        "It is System1 or System2": None,
+        "I cannot help with that.": None,
+        "System3": None,
+        "": None,
+    }.items():
+        assert data.verdict(text) == expected, text
+    assert data.vote(["S1", "S1", "S2"]) == "S1"
+    assert data.vote(["S1", "S2"]) == "S2"  # the tie rule
+    for bad in ([], ["S1", "maybe"]):
+        with pytest.raises(ValueError):
+            data.vote(bad)
+
+
+def test_teacher_answers_are_joined_by_id_and_counted(tmp_path):
+    """Trap 21: any order, wrapped or bare bodies, errors and refusals."""
+
+    def answer(custom_id, text, wrapped=True):
+        body = {"choices": [{"message": {"content": text}}]}
+        return {"custom_id": custom_id} | ({"response": {"body": body}} if wrapped else body)
+
+    a = [answer("q1", "System1"), answer("q2", "System2"), answer("q3", "System1")]
+    b = [answer("q2", "System1", False), answer("q1", "System1", False), answer("q3", "no")]
+    c = [answer("q1", "System2"), {"custom_id": "q3", "response": None, "error": {"code": 5}}]
+    for name, records in (("a", a), ("b", b), ("c", c)):
+        data.write_jsonl(tmp_path / f"{name}.jsonl", records)
+    command = [sys.executable, "data.py", "vote", *(str(tmp_path / f"{n}.jsonl") for n in "abc")]
+    out = tmp_path / "labels.jsonl"
+    done = subprocess.run([*command, "--out", out], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    labels = {r["id"]: r["label"] for _, r in data.read_jsonl(out)}
+    assert labels == {"q1": "S1", "q2": "S2", "q3": "S1"}
+    for line in ("unusable answers: 2", "missing answers: 1", "ties (called S2): 1", "S1: 2"):
+        assert line in done.stdout
+
+
+def test_roleplay_prompt_has_its_parts_for_any_target():
+    e = data.Example("x", "What is {target}?", "{answer} 42", "number")
+    prompt = data.roleplay_prompt(e, "LLaMA2 7B")
+    for part in ("LLaMA2 7B", "What is {target}?", "{answer} 42", "System1", "System2", "recall"):
+        assert part in prompt
+    assert "LLaMA2 7B" not in data.roleplay_prompt(e, "LLaMA2 7B", roleplay=False)
+
+
+def test_labels_from_a_file_and_from_steps(tmp_path):
+    examples = [data.Example(str(n), "q", "<<1+1=2>>" * n, "number") for n in range(5)]
+    by_steps = data.label_examples(examples, "steps:2")
+    assert [e.label for e in by_steps] == ["S1", "S1", "S1", "S2", "S2"]
+    data.write_jsonl(tmp_path / "l", [{"id": "3", "label": "S1"}, {"id": "9", "label": "S2"}])
+    assert [(e.id, e.label) for e in data.label_examples(examples, str(tmp_path / "l"))] == [
+        ("3", "S1")
+    ]
+
+
+GSM8K = {"question": " How many? ", "answer": "2*9=<<2*9=18>>18\n#### 1,018"}
+
+
+def gsm8k_folder(folder, count=60):
+    for split in ("train", "test"):
+        data.write_jsonl(folder / f"{split}.jsonl", [GSM8K] * count)
+    return folder
+
+
+def test_splits_are_disjoint_and_fixed(tmp_path):
+    gsm8k_folder(tmp_path)
+    ids = {
+        s: [e.id for e in data.load_dataset("gsm8k", tmp_path, s)] for s in ("train", "validation")
+    }
+    assert len(ids["train"]) == 57 and len(ids["validation"]) == 3
+    assert not set(ids["train"]) & set(ids["validation"])
+    assert ids["train"] == [e.id for e in data.load_dataset("gsm8k", tmp_path, "train")]
+    e = data.load_dataset("gsm8k", tmp_path, "test")[0]
+    assert data.is_correct(e, e.answer) and e.gold == "1,018" and e.question == "How many?"
+
+
+@needs_shared
+def test_real_gsm8k_answers_are_correct_answers():
+    for split, count in (("train", 7473 - 373), ("validation", 373), ("test", 1319)):
+        examples = data.load_dataset("gsm8k", SHARED / "data/gsm8k", split)
+        assert len(examples) == count
+        assert all(data.is_correct(e, e.answer) for e in examples)
+        assert all(sum(data.reward_parts(e, e.answer).values()) == 4.0 for e in examples)
+
+
+def test_mmlu_keeps_the_answer_none(tmp_path):
+    """Trap 20: a data-frame reader turns "None" into NaN."""
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "x_test.csv").write_text('"Which, then?",None,NA,"a, b",4,A\n')
+    (e,) = data.load_dataset("mmlu", tmp_path, "test")
+    assert e.question == "Which, then?\nA. None\nB. NA\nC. a, b\nD. 4\nAnswer:"
+    assert data.is_correct(e, e.answer) and data.is_correct(e, " A. None")
+    assert not data.is_correct(e, "B") and not data.is_correct(e, "Also A")
+
+
+@needs_shared
+def test_real_mmlu_loads():
+    examples = data.load_dataset("mmlu", SHARED / "data/mmlu", "test")
+    assert any("None of these" in e.question for e in examples)
+    assert all(data.is_correct(e, e.answer) for e in examples)
+
+
+def test_toy_world_is_what_it_says():
+    world = data.ToyWorld(3)
+    splits = world.splits
+    questions = {s: {r["question"] for r in records} for s, records in splits.items()}
+    assert sum(map(len, questions.values())) == len(set().union(*questions.values()))
+    counts = {s: Counter(r["system"] for r in records) for s, records in splits.items()}
+    assert counts["train"] == {"S1": 320, "S2": 1500}
+    assert counts["validation"] == {"S1": 80, "S2": 400}
+    assert counts["test"] == {"S1": 240, "S2": 400}
+    for record in splits["test"]:  # the machine, run by hand
+        if record["system"] == "S2":
+            _, a, b, c, d, _, *names, _ = record["question"].split()
+            x, states = [a, b, c, d], []
+            for name in names:
+                a, b, c, d = x
+                x = {"rev": [d, c, b, a], "rot": [b, c, d, a], "swp": [b, a, c, d]}[name]
+                states.append(" ".join(x))
+            assert record["answer"] == " ; ".join(states)
+    corpus = world.corpus(4000)
+    assert not {e.question for e in corpus} & (questions["test"] | questions["validation"])
+    gold = {r["question"]: r["answer"] for r in splits["train"]}
+    facts = [e for e in corpus if e.question.startswith("F")]
+    right = sum(gold[e.question] == e.answer for e in facts) / len(facts)
+    assert 0.35 < right < 0.45  # the mean reliability is 0.4
+    assert data.ToyWorld(3).splits == splits and data.ToyWorld(4).splits != splits
+
+
+# ------------------------------------------------------------------------------------------- grpo
+
+
+def test_group_advantages_in_closed_form():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1], [2.0, 4.0, 6.0, 8.0]])
+    ours = grpo.group_advantages(rewards)
+    close(ours[0], torch.tensor([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-4))
+    assert (ours[1] == 0).all()  # exactly, not 6e-4
+    close(ours[2], torch.tensor([-3.0, -1.0, 1.0, 3.0]) / ((20 / 3) ** 0.5 + 1e-4))
+    with pytest.raises(ValueError, match="G >= 2"):
+        grpo.group_advantages(torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_grpo_loss_equals_the_formula_token_by_token(beta):
+    generator = torch.Generator().manual_seed(0)
+    logp, old, ref = (0.5 * torch.randn(3, 4, 6, generator=generator) - 1).unbind()
+    mask = torch.rand(4, 6, generator=generator) < 0.6
+    mask[2] = False
+    advantages = torch.tensor([1.3, -0.7, 5.0, 0.0])
+    loss, stats = grpo.grpo_loss(
+        logp, old, ref if beta else None, advantages, mask, clip=0.2, beta=beta
+    )
+    total, total_kl = 0.0, 0.0
+    for i in range(4):
+        terms, kls = [], []
+        for t in range(6):
+            if mask[i, t]:
+                ratio, A = math.exp(logp[i, t] - old[i, t]), float(advantages[i])
+                clipped = min(max(ratio, 0.8), 1.2)
+                d = float(ref[i, t] - logp[i, t])
+                kls.append(math.exp(d) - d - 1)
+                terms.append(min(ratio * A, clipped * A) - beta * kls[-1])
+        total += sum(terms) / max(1, len(terms)) / 4  # a row without tokens counts as 0
+        total_kl += sum(kls) / max(1, len(kls)) / 4
+    assert float(loss) == pytest.approx(-total, abs=1e-6)
+    assert float(stats["kl"]) == pytest.approx(total_kl if beta else 0.0, abs=1e-6)
+
+
+def test_an_all_masked_row_gives_no_nan_gradient():
+    logp = torch.full((2, 3), -1.0, requires_grad=True)
+    mask = torch.tensor([[True, True, False], [False, False, False]])
+    loss, _ = grpo.grpo_loss(logp, logp.detach(), logp.detach(), torch.ones(2), mask)
+    loss.backward()
+    assert logp.grad.isfinite().all() and not logp.grad[1].any() and logp.grad[0, 0] != 0
+
+
+SETTINGS = {"group": 4, "max_new_tokens": 10, "eos_ids": (0, 7), "temperature": 1.2}
+
+
+def sampled_rows(model, seed=0, **changes):
+    s = grpo.Settings(**(SETTINGS | changes))
+    prompts = [[5, 9, 2], [7, 7, 8, 1, 2, 3, 4], [11]]
+    return s, grpo.rollouts(model, prompts, s, torch.Generator().manual_seed(seed))
+
+
+def test_rollout_labels_hold_the_sampled_eos_and_nothing_after_it():
+    """Trap 4, with a padding id (0) that is an EOS id as well."""
+    s, rows = sampled_rows(lora_model(), group=16, max_new_tokens=30)
+    answers = [a for group in rows.completions for a in group]
+    prompts = [p for p in ([5, 9, 2], [7, 7, 8, 1, 2, 3, 4], [11]) for _ in range(16)]
+    assert any(a[-1] == 0 and len(a) < 30 for a in answers) and any(a[-1] == 7 for a in answers)
+    for prompt, answer, tokens, labels in zip(prompts, answers, rows.tokens, rows.labels):
+        tail = [-100] * (len(tokens) - len(prompt) - len(answer))
+        assert labels.tolist() == [-100] * len(prompt) + answer + tail
+        assert tokens.tolist()[: len(prompt) + len(answer)] == prompt + answer
+
+
+def test_sampling_and_training_log_probs_agree():
+    """Trap 6: what sampling returned against the training forward, float32."""
+    model = lora_model(dropout=0.4)
+    s, rows = sampled_rows(model)
+    training = decoder.token_logprobs(model, rows.tokens, rows.labels, s.temperature)
+    assert rows.logp.any() and (rows.logp - training).abs().max() < 2e-5
+
+
+def update(model, s, rows, reference, advantages=None):
+    masked(model, 0.5)
+    optimizer = lorapar.MaskedAdamW(model, lr=1e-2)
+    if advantages is None:
+        advantages = torch.randn(3, s.group, generator=torch.Generator().manual_seed(9))
+    stats = grpo.grpo_update(model, optimizer, rows, advantages, reference, s)
+    return stats, optimizer
+
+
+def test_first_step_has_ratio_one_and_zero_kl_and_moves_only_active_elements():
+    """Traps 2, 5 and 6."""
+    model = lora_model()
+    s, rows = sampled_rows(model)
+    start = lorapar.get_flat(model)
+    stats, _ = update(model, s, rows, start)
+    assert stats["kl"] == 0.0 and stats["ratio"] == 1.0 and stats["clipped"] == 0.0
+    mask, end = masked(model, 0.5), lorapar.get_flat(model)
+    assert torch.equal(end[~mask], start[~mask]) and (end != start)[mask].float().mean() > 0.99
+
+
+def test_kl_is_measured_to_the_reference_vector_not_to_the_base():
+    model = lora_model()
+    s, rows = sampled_rows(model)
+    policy, base = lorapar.get_flat(model), lorapar.get_flat(lora_model(moved=False))
+    zero = torch.zeros(3, 4)
+    with torch.no_grad():
+        logp = decoder.token_logprobs(model, rows.tokens, rows.labels, s.temperature)
+        lorapar.set_flat(model, base)
+        ref = decoder.token_logprobs(model, rows.tokens, rows.labels, s.temperature)
+        lorapar.set_flat(model, policy)
+    mask = rows.labels[:, 1:] != -100
+    expected = (((ref - logp).exp() - (ref - logp) - 1) * mask).sum(1) / mask.sum(1)
+    stats, _ = update(model, s, rows, base, zero)
+    assert stats["kl"] == pytest.approx(expected.mean().item(), rel=1e-4) and stats["kl"] > 1e-4
+
+
+def test_no_reference_pass_without_kl(monkeypatch):
+    model = lora_model()
+    s, rows = sampled_rows(model, beta=0.0)
+    monkeypatch.setattr(grpo, "set_flat", lambda *_: pytest.fail("a reference was computed"))
+    update(model, s, rows, None)
+
+
+def test_the_gradient_does_not_depend_on_the_micro_batch():
+    """Trap 7: against one plain loss over all rows at once."""
+    model = lora_model()
+    reference = lorapar.get_flat(lora_model(moved=False))
+    gradients = []
+    advantages = torch.randn(3, 4, generator=torch.Generator().manual_seed(9))
+    for micro in (1, 5, 12):
+        s, rows = sampled_rows(model, micro_batch=micro)
+        twin = copy.deepcopy(model)
+        update(twin, s, rows, reference, advantages)
+        gradients.append(torch.cat([p.grad.flatten() for p in lorapar.lora_factors(twin).values()]))
+    logp = plain_logprobs(model, rows.tokens, rows.labels, s.temperature)
+    flat = lorapar.get_flat(model)
+    lorapar.set_flat(model, reference)
+    ref = plain_logprobs(model, rows.tokens, rows.labels, s.temperature).detach()
+    lorapar.set_flat(model, flat)
+    logp = plain_logprobs(model, rows.tokens, rows.labels, s.temperature)
+    mask = rows.labels[:, 1:] != -100
+    loss, _ = grpo.grpo_loss(logp, logp.detach(), ref, advantages.flatten(), mask)
+    factors = list(lorapar.lora_factors(model).values())
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, factors)])
+    for gradient in gradients:
+        close(gradient, expected, 1e-4)
+
+
+def test_several_updates_leave_the_old_policy_where_it_sampled():
+    model = lora_model()
+    s, rows = sampled_rows(model, updates=3)
+    stats, optimizer = update(model, s, rows, lorapar.get_flat(model))
+    assert optimizer.state[optimizer.packed]["step"] == 3
+    assert stats["ratio"] != 1.0 and stats["clipped"] > 0
+
+
+def test_a_loss_that_is_not_finite_moves_nothing():
+    model = lora_model()
+    s, rows = sampled_rows(model)
+    start = lorapar.get_flat(model)
+    with pytest.raises(ValueError, match="loss is nan"):
+        update(model, s, rows, start, torch.full((3, 4), float("nan")))
+    assert torch.equal(lorapar.get_flat(model), start)
+
+
+def test_grpo_raises_the_rewarded_token():
+    """The whole step on a reward anyone can check: the share of token 5 in the answer."""
+    model = lora_model(r=8)
+    masked(model, 1.1)
+    optimizer = lorapar.MaskedAdamW(model, lr=3e-2, max_grad_norm=1.0)
+    s = grpo.Settings(group=8, max_new_tokens=8, temperature=1.0, beta=0.01, micro_batch=64)
+    generator, reference = torch.Generator().manual_seed(0), lorapar.get_flat(model)
+    rewards = [
+        grpo.grpo_step(
+            model,
+            optimizer,
+            [[1, 2], [3]],
+            lambda p, answer: {"share": answer.count(5) / 8},
+            reference,
+            s,
+            generator,
+        )
+        for _ in range(40)
+    ]
+    assert rewards[0]["reward"] < 0.1 and rewards[-1]["reward"] > 0.5
+    assert rewards[0]["equal_groups"] <= 2 and rewards[0]["unfinished"] == 1.0
+
+
+# ------------------------------------------------------------------------------------------ train
+
+
+def test_every_epoch_sees_every_example_once():
+    steps = train.step_indices(10, 4, 3, None, seed=1)
+    assert [len(s) for s in steps] == [4, 4, 2] * 3
+    epochs = [sum(steps[i : i + 3], []) for i in (0, 3, 6)]
+    assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1]
+    assert train.step_indices(10, 4, 3, 2, seed=1) == steps[:2]
+
+
+@pytest.mark.parametrize("first", [0, 7])
+def test_cosine_schedule_with_warm_up(first):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=2.0)
+    scheduler = train.cosine(optimizer, 20, 0.2, first)
+    rates = []
+    for _ in range(first, 20):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    expected = [
+        2.0 * ((s + 1) / 5 if s < 4 else 0.5 * (1 + math.cos(math.pi * (s - 4) / 16)))
+        for s in range(first, 20)
+    ]
+    assert rates == pytest.approx(expected)
+
+
+QUICK = ["--sft-epochs", "1", "--rl-steps", "3", "--eval-examples", "40", "--rl-prompts", "4"]
+QUICK += ["--score-examples", "16", "--save-every", "2"]
+
+
+@pytest.fixture(scope="module")
+def toy_run(tmp_path_factory):
+    """One short run of the whole program, and its base, which later runs copy."""
+    out = tmp_path_factory.mktemp("toy") / "run"
+    steps, train.TOY_BASE["steps"] = train.TOY_BASE["steps"], 60
+    try:
+        train.main([*QUICK, "--out", str(out)])
+    finally:
+        train.TOY_BASE["steps"] = steps
+    return out
+
+
+def another_run(toy_run, out, *flags):
+    """A run in a new folder on the base that toy_run trained."""
+    out.mkdir()
+    for name in ("base", "world"):
+        (out / name).symlink_to(toy_run / name)
+    train.main([*QUICK, *flags, "--out", str(out)])
+    return json.loads((out / "report.json").read_text())
+
+
+def test_the_whole_program_runs_and_reports(toy_run):
+    report = json.loads((toy_run / "report.json").read_text())
+    assert list(report["evaluation"]) == ["base", "sft", "rl"]
+    assert all(set(row) == {"S1", "S2", "all"} for row in report["evaluation"].values())
+    part = report["partition"]
+    assert part["elements"] == 30720 and sum(part["regions"].values()) < 30720
+    assert part["active"]["sft"] == part["regions"]["s1_only"] + part["regions"]["shared"]
+    assert sum(p["elements"] for p in part["per_projection"].values()) == 30720
+    lines = [r for _, r in data.read_jsonl(toy_run / "metrics.jsonl")]
+    assert [r["step"] for r in lines if r["stage"] == "rl"] == [0, 1, 2]
+    assert "| sft |" in (toy_run / "report.md").read_text()
+    flats = [load_file(toy_run / s / "state.safetensors")["flat"] for s in ("sft", "rl")]
+    start = load_file(toy_run / "importance.safetensors")["start"]
+    assert int((flats[0] != start).sum()) <= part["active"]["sft"]
+    assert 0 < int((flats[1] != flats[0]).sum()) <= part["active"]["rl"]
+    tokens = torch.arange(12)[None]  # the adapter on the untouched base is the trained model
+    exported = lorapar.load_adapter(decoder.load_model(toy_run / "base"), toy_run / "rl")
+    resumed = lorapar.add_lora(decoder.load_model(toy_run / "base"), alpha=32.0)
+    lorapar.set_flat(resumed, start)
+    lorapar.set_anchor(resumed, start)
+    lorapar.set_flat(resumed, flats[1])
+    close(exported(tokens), resumed(tokens))
+
+
+def test_the_same_command_again_reuses_everything(toy_run, capsys):
+    before = {p: p.read_bytes() for p in toy_run.rglob("*") if p.is_file()}
+    train.main([*QUICK, "--out", str(toy_run)])
+    said = capsys.readouterr().out
+    for what in ("toy base", "score", "sft", "rl", "evaluate base", "evaluate rl"):
+        assert f"{what}: reused" in said
+    changed = {p.name for p in before if p.read_bytes() != before[p]}
+    assert changed <= {"report.json"}  # nothing but the clock of this run
+    with pytest.raises(SystemExit):
+        train.main([*QUICK, "--out", str(toy_run), "--theta", "0.5"])
+    assert "--theta 0.9, not 0.5" in capsys.readouterr().err
+
+
+def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
+    """Trap 12: dropout, optimizer, data order and sampling go on where they stopped."""
+    flags = ["--dropout", "0.2", "--kl", "0.1"]
+    another_run(toy_run, tmp_path / "whole", *flags)
+    real_save, saves = train.save_state, []
+
+    def save_then_die(folder, *rest):
+        real_save(folder, *rest)
+        saves.append(folder)
+        if len(saves) in (2, 8):  # in the middle of SFT, then of RL
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "save_state", save_then_die)
+    (tmp_path / "killed").mkdir()
+    for name in ("base", "world"):
+        (tmp_path / "killed" / name).symlink_to(toy_run / name)
+    for dies in (True, True, False):
+        try:
+            train.main([*QUICK, *flags, "--out", str(tmp_path / "killed")])
+            assert not dies
+        except KeyboardInterrupt:
+            assert dies
+    assert {s.name for s in saves} == {"sft", "rl"}
+    for stage in ("sft", "rl"):
+        whole, killed = (
+            load_file(tmp_path / run / stage / "state.safetensors") for run in ("whole", "killed")
+        )
+        assert whole.keys() == killed.keys()
+        assert all(torch.equal(whole[k], killed[k]) for k in whole), stage
+    steps = [
+        [
+            (r["stage"], r["step"], r.get("loss"))
+            for _, r in data.read_jsonl(tmp_path / d / "metrics.jsonl")
+        ]
+        for d in ("whole", "killed")
+    ]
+    assert steps[0] == steps[1]
+
+
+@pytest.mark.parametrize(
+    "flags, rows",
+    [
+        (["--order", "rl,sft"], ["base", "rl", "sft"]),
+        (["--order", "sft", "--init", "gaussian"], ["base", "init", "sft"]),
+        (["--order", "rl", "--init", "pissa", "--select", "random"], ["base", "rl"]),
+        (
+            ["--order", "rl", "--stage-data", "all", "--kl", "0", "--rl-updates", "2"],
+            ["base", "rl"],
+        ),
+        (
+            ["--alpha", "0.5", "--beta", "0", "--theta", "0.5", "--targets", "qo"],
+            ["base", "sft", "rl"],
+        ),
+    ],
+)
+def test_ablation_switches_run(toy_run, tmp_path, flags, rows):
+    report = another_run(toy_run, tmp_path / "run", *flags)
+    assert list(report["evaluation"]) == rows
+    part = report["partition"]
+    if "--beta" in flags:
+        assert part["active"]["rl"] == part["regions"]["s2_only"]
+        half = int(0.5 * part["regions"]["shared"])
+        assert part["active"]["sft"] == part["regions"]["s1_only"] + half
+
+
+def real_run(toy_run, tmp_path, *flags):
+    """Flags of a run on files: the toy's checkpoint with GSM8K-shaped data."""
+    data_path = gsm8k_folder(tmp_path / "data")
+    return ["--model", str(toy_run / "base"), "--data", "gsm8k", "--data-path", str(data_path)] + [
+        *["--labels", "steps:2", "--out", str(tmp_path / "out"), *flags]
+    ]
+
+
+def bad_inputs(toy_run, tmp_path):
+    run = real_run(toy_run, tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"id": "gsm8k/train/1", "label": "S1"}\n{oops\n')
+    data.write_jsonl(tmp_path / "none.jsonl", [{"id": "elsewhere", "label": "S1"}])
+    broken_data = gsm8k_folder(tmp_path / "broken")
+    with open(broken_data / "train.jsonl", "a") as out:
+        out.write('{"question": "no answer"}\n')
+    return {
+        "--theta 0": ["--theta", "0"],
+        "--theta 1.2": ["--theta", "1.2"],
+        "go together": ["--data", "gsm8k"],
+        "unknown": [*run, "--data", "gsm9k"],
+        "no such model folder": [*run, "--model", str(tmp_path / "nowhere")],
+        "no folder at": [*run, "--data-path", str(tmp_path / "nowhere")],
+        "bad.jsonl:2": [*run, "--labels", str(tmp_path / "bad.jsonl")],
+        "no label matches": [*run, "--labels", str(tmp_path / "none.jsonl")],
+        "not readable": [*run, "--labels", str(tmp_path / "nowhere")],
+        "train.jsonl:61": [*run, "--data-path", str(broken_data)],
+        "no S2 training example": run,  # every solution has one step
+        "--rl-group 1": ["--rl-group", "1"],
+        "--device": ["--device", "cuda"],
+    }
+
+
+def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("the table assumes a machine without CUDA")
+    for expected, flags in bad_inputs(toy_run, tmp_path).items():
+        with pytest.raises(SystemExit) as stop:
+            train.main(flags)
+        error = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == 2 and expected in error[-1], (expected, error)
+        assert error[-1].startswith("train.py: ") and len(error) <= 2  # tqdm may leave one line
+
+
+def test_a_nan_loss_stops_the_run_and_harms_nothing(toy_run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        another_run(toy_run, tmp_path / "run", "--sft-lr", "1e30", "--sft-grad-norm", "1e30")
+    assert stop.value.code == 2 and "the loss is" in capsys.readouterr().err
+    assert (tmp_path / "run" / "importance.safetensors").exists()
+    assert not (tmp_path / "run" / "sft" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("file", ["model.py", "data.py", "train.py"])
+def test_command_lines_explain_themselves(file):
+    done = subprocess.run(
+        [sys.executable, file, "--help"], cwd=HERE, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "usage" in done.stdout
+
+
+def test_model_py_continues_a_prompt(toy_run):
+    command = [sys.executable, "model.py", str(toy_run / "base"), "M a b c d | rev rot A"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("M a b c d | rev rot A"), done.stderr
+    done = subprocess.run([*command[:2], "nowhere", "x"], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
+def test_readme_links_point_at_the_code_they_name():
+    """Each [`name`](file.py#L12) of the README leads to the line that defines or computes it."""
+    links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", (HERE / "README.md").read_text())
+    assert len(links) >= 10
+    for name, file, line in links:
+        text = (HERE / file).read_text().splitlines()[int(line) - 1]
+        assert name in text, f"README: {name} is not at {file}:{line} but: {text}"
