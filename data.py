@@ -38,6 +38,8 @@ class Tokenizer:
 
     def __init__(self, path):
         folder = Path(path)
+        if not folder.is_dir():
+            raise ValueError(f"{folder}: no such model folder")
         settings = _json_file(folder / "tokenizer_config.json")
         model = _json_file(folder / "config.json") | _json_file(folder / "generation_config.json")
         if (folder / "tokenizer.json").exists():

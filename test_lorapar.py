@@ -729,7 +729,13 @@ def test_tokenizer_reads_special_tokens_from_the_checkpoints_files(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(ValueError, match="tokenizer_config.json"):
         data.Tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match="tokenizer_config.json"):
+        data.Tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(ValueError, match="no tokenizer"):
+        data.Tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="no such model folder"):
         data.Tokenizer(tmp_path / "nowhere")
 
 
@@ -1133,8 +1139,8 @@ def test_a_loss_that_is_not_finite_moves_nothing():
     assert torch.equal(lorapar.get_flat(model), start)
 
 
-def test_grpo_raises_the_rewarded_token():
-    """The whole step on a reward anyone can check: the share of token 5 in the answer."""
+def test_grpo_raises_the_rewarded_tokens():
+    """The whole step on a reward anyone can check: the share of tokens below 32."""
     model = lora_model(r=8)
     masked(model, 1.1)
     optimizer = lorapar.MaskedAdamW(model, lr=3e-2, max_grad_norm=1.0)
@@ -1145,14 +1151,14 @@ def test_grpo_raises_the_rewarded_token():
             model,
             optimizer,
             [[1, 2], [3]],
-            lambda p, answer: {"share": answer.count(5) / 8},
+            lambda p, answer: {"share": sum(t < 32 for t in answer) / 8},
             reference,
             s,
             generator,
         )
-        for _ in range(40)
+        for _ in range(20)
     ]
-    assert rewards[0]["reward"] < 0.1 and rewards[-1]["reward"] > 0.5
+    assert rewards[0]["reward"] < 0.6 and rewards[-1]["reward"] > 0.9
     assert rewards[0]["equal_groups"] <= 2 and rewards[0]["unfinished"] == 1.0
 
 
@@ -1191,7 +1197,7 @@ QUICK += ["--score-examples", "16", "--save-every", "2"]
 def toy_run(tmp_path_factory):
     """One short run of the whole program, and its base, which later runs copy."""
     out = tmp_path_factory.mktemp("toy") / "run"
-    steps, train.TOY_BASE["steps"] = train.TOY_BASE["steps"], 60
+    steps, train.TOY_BASE["steps"] = train.TOY_BASE["steps"], 250
     try:
         train.main([*QUICK, "--out", str(out)])
     finally:

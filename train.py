@@ -17,7 +17,7 @@ import random
 import sys
 import time
 import types
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -189,23 +189,28 @@ def write_json(path, value):
     os.replace(temporary, path)
 
 
-def open_run(c: Config) -> Path:
-    """Makes the run folder, or checks that the run it holds has the same settings."""
-    out, settings = Path(c.out), {k: v for k, v in asdict(c).items() if k != "out"}
-    if (out / "config.json").exists():
-        old = decoder.read_json(out / "config.json")
-        for name in settings | old:
-            if settings.get(name) != old.get(name):
-                raise ValueError(
-                    f"{out} holds a run with --{name.replace('_', '-')} {old.get(name)}, not "
-                    f"{settings.get(name)}: choose another --out, or delete that folder"
-                )
+def settings(c: Config) -> dict:
+    return {name: value for name, value in asdict(c).items() if name != "out"}
+
+
+def open_run(c: Config):
+    """-> the run folder and its report so far. Raises ValueError if it holds another run."""
+    out, report = Path(c.out), {"evaluation": {}, "partition": {}, "data": {}, "seconds": {}}
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", settings)
     except OSError as error:
         raise ValueError(f"--out {out}: {error.strerror}") from None
-    return out
+    if (out / "config.json").exists():
+        old, new = decoder.read_json(out / "config.json"), settings(c)
+        for name in new | old:
+            if new.get(name) != old.get(name):
+                raise ValueError(
+                    f"{out} holds a run with --{name.replace('_', '-')} {old.get(name)}, not "
+                    f"{new.get(name)}: choose another --out, or delete that folder"
+                )
+    if (out / "report.json").exists():
+        report = decoder.read_json(out / "report.json")
+    return out, report
 
 
 def save_state(folder, model, optimizer, step, generator):
@@ -317,15 +322,16 @@ def make_toy_base(c: Config, folder: Path, world: data.ToyWorld):
 
 
 def toy_inputs(c: Config, out: Path):
-    """The toy world's files -> (model folder, data folder, labels file), made once a run folder."""
-    base, world_folder, labels = out / "base", out / "world", out / "labels.jsonl"
+    """The toy world's files -> (model folder, data folder), made once a run folder."""
+    base, world_folder = out / "base", out / "world"
     if (base / "model.safetensors").exists():
         print(f"toy base: reused from {base}")
     else:
+        write_json(out / "config.json", settings(c))
         world = data.make_toy(world_folder, c.seed)
         print(f"toy base: training {TOY_BASE['steps']} steps on the unreliable corpus")
         make_toy_base(c, base, world)
-    return base, world_folder, labels
+    return base, world_folder
 
 
 # ----------------------------------------------------------------------------------- the five calls
@@ -605,38 +611,56 @@ def write_report(c: Config, out: Path, report: dict):
 # ------------------------------------------------------------------------------------ the lecture
 
 
-def load_examples(c: Config, data_path, labels: Path, report: dict):
-    """-> labelled training examples and evaluation examples; the counts go into the report."""
+def load_labels(c: Config, data_path, examples, report: dict) -> list[dict]:
+    """The label records of `examples`: the teachers' votes in the toy, else what --labels says."""
+    if c.data == "toy" and not c.labels:
+        files = sorted((Path(data_path) / "answers").glob("*.jsonl"))
+        records, votes = data.count_votes(data.read_answers(files), len(files))
+        report["data"] |= {f"votes: {k}": v for k, v in votes.items()}
+        return records
+    records = [{"id": e.id, "label": e.label} for e in data.label_examples(examples, c.labels)]
+    if not records:
+        raise ValueError(f"--labels {c.labels}: no label matches an example of {c.data}")
+    return records
+
+
+def prepare(c: Config, model_path, data_path, out: Path, report: dict):
+    """Reads and checks every input before anything is written -> model, tokenizer, labelled
+    training examples by system, evaluation examples. Counts go into the report."""
     train = data.load_dataset(c.data, data_path, "train")
     test = data.load_dataset(c.data, data_path, c.eval_split)
-    if not labels.exists():
-        if c.data == "toy" and not c.labels:
-            files = sorted((Path(data_path) / "answers").glob("*.jsonl"))
-            records, votes = data.count_votes(data.read_answers(files), len(files))
-            report["data"] |= {f"votes: {k}": v for k, v in votes.items()}
-        else:
-            labelled = data.label_examples(train + test, c.labels)
-            if not any(e.label for e in labelled):
-                raise ValueError(f"--labels {c.labels}: no label matches an example of {c.data}")
-            records = [{"id": e.id, "label": e.label} for e in labelled]
-        data.write_jsonl(labels, records)
-    labelled = data.label_examples(train, str(labels))
-    if not labelled:
-        raise ValueError(f"{labels}: no label matches a training example of {c.data}")
+    records = load_labels(c, data_path, train + test, report)
+    labels = out / "labels.jsonl"
+    if labels.exists() and (out / "config.json").exists():
+        if [r for _, r in data.read_jsonl(labels)] != records:
+            raise ValueError(
+                f"--labels {c.labels}: other labels than this run began with ({labels})"
+            )
+    known = {r["id"]: r["label"] for r in records}
+    labelled = [replace(e, label=known[e.id]) for e in train if e.id in known]
     report["data"]["training examples without a label"] = len(train) - len(labelled)
     random.Random(c.seed).shuffle(labelled)
     random.Random(c.seed).shuffle(test)
-    known = {e.id: e for e in data.label_examples(test, str(labels))}
-    test = [known.get(e.id, e) for e in test]
-    return labelled[: c.train_examples], test[: c.eval_examples]
+    test = [replace(e, label=known.get(e.id, e.label)) for e in test]
+    tokenizer = data.Tokenizer(model_path)
+    systems = {}
+    for system in ("S1", "S2"):
+        systems[system] = [e for e in labelled[: c.train_examples] if e.label == system]
+        if not systems[system]:
+            raise ValueError(
+                f"no {system} training example among {len(labelled)} labelled ones: check --labels"
+            )
+    dtypes = {"auto": None if c.device.startswith("cuda") else torch.float32}
+    dtype = dtypes.get(c.dtype, getattr(torch, c.dtype, None))
+    model = decoder.load_model(model_path, c.device, dtype)
+    data.write_jsonl(labels, records)
+    write_json(out / "config.json", settings(c))
+    return model, tokenizer, systems, test[: c.eval_examples]
 
 
 def run(c: Config):
     """The whole method on one run folder. Returns the report (also report.json)."""
-    out = open_run(c)
-    report = {"evaluation": {}, "partition": {}, "data": {}, "seconds": {}}
-    if (out / "report.json").exists():
-        report = decoder.read_json(out / "report.json")
+    out, report = open_run(c)
     last = time.perf_counter()
 
     def took(what):  # the first time counts: a reused result took no time
@@ -645,32 +669,25 @@ def run(c: Config):
         report["seconds"].setdefault(what, round(now - last, 2))
         last = now
 
-    model_path, data_path, labels = c.model, c.data_path, out / "labels.jsonl"
-    if c.data == "toy":
-        model_path, data_path, labels = toy_inputs(c, out)
-        took("toy base")
-    train, test = load_examples(c, data_path, labels, report)
-    tokenizer = data.Tokenizer(model_path)
-    dtypes = {"auto": None if c.device.startswith("cuda") else torch.float32}
-    dtype = dtypes.get(c.dtype, getattr(torch, c.dtype, None))
-    model = decoder.load_model(model_path, c.device, dtype)
-    systems = {s: [e for e in train if e.label == s] for s in ("S1", "S2")}
-    rows = {}
-    for s, examples in systems.items():
-        rows[s], counts = data.tokenize(examples, tokenizer, c.max_length)
-        report["data"] |= {f"{s} {k}": v for k, v in counts.items()} | {
-            f"{s} examples": len(rows[s])
-        }
-        if not rows[s]:
-            raise ValueError(f"no {s} training example is left of {len(train)}: check --labels")
-    took("load")
-
     def evaluated(what):
         if what in report["evaluation"]:
             print(f"evaluate {what}: reused from {out / 'report.json'}")
         else:
             report["evaluation"][what] = evaluate(c, model, tokenizer, test, what)
         took(f"evaluate {what}")
+        write_json(out / "report.json", report)
+
+    model_path, data_path = c.model, c.data_path
+    if c.data == "toy":
+        model_path, data_path = toy_inputs(c, out)
+        took("toy base")
+    model, tokenizer, systems, test = prepare(c, model_path, data_path, out, report)
+    rows = {}
+    for system, examples in systems.items():
+        rows[system], counts = data.tokenize(examples, tokenizer, c.max_length)
+        counts = {"examples": len(rows[system])} | counts
+        report["data"] |= {f"{system} {k}": v for k, v in counts.items()}
+    took("load")
 
     evaluated("base")
     start = torch.Generator().manual_seed(c.seed)
@@ -690,7 +707,6 @@ def run(c: Config):
             rl(c, model, tokenizer, examples, masks["rl"], out)
         took(stage)
         evaluated(stage)
-        write_json(out / "report.json", report)
     print("\n" + write_report(c, out, report))
     print(f"everything is in {out}")
     return report
