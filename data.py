@@ -2,7 +2,7 @@
 
 One example's way: `load_dataset` reads it, `vote` (or a labels file) calls it S1 or S2, `tokenize`
 makes (tokens, labels) with the prompt masked out of the loss, `is_correct` and `reward_parts` judge
-what a model answered. Two commands serve the sample splitter (paper, section 3.1):
+what a model answered. Two commands serve the sample splitter:
 
     python data.py prompts --data gsm8k --data-path DIR --target "LLaMA2 7B" --teachers A,B --out R
     python data.py vote answers/*.jsonl --out labels.jsonl
@@ -236,7 +236,7 @@ def load_dataset(name: str, path, split: str) -> list[Example]:
     return [e for i, e in enumerate(examples) if (i in held_out) == (split == "validation")]
 
 
-# -------------------------------------------------------- the sample splitter (paper, section 3.1)
+# ----------------------------------------------------------------- the paper's sample splitter
 
 ROLEPLAY = """\
 You are now {target}, a language model of that size and training. Keep its knowledge, its habits \

@@ -202,7 +202,7 @@ class _Scored(nn.Module):
 
 
 def importance(model, batches, logprobs=logits_logprobs, chunk_size=8, progress=iter):
-    """I = |g * phi - 1/2 * F * phi^2| for every LoRA element -> (N,) float32 (paper, eq. 3 to 5).
+    """I = |g * phi - 1/2 * F * phi^2| for every LoRA element -> (N,) float32 (paper, eq. 3).
 
     g is the mean over the examples of the per-example gradient, F (the diagonal of the Fisher
     matrix) the mean of its square; an example's loss is the mean cross-entropy of its answer
@@ -247,7 +247,7 @@ def importance(model, batches, logprobs=logits_logprobs, chunk_size=8, progress=
         raise ValueError("importance needs at least one example")
     g = torch.cat([g_sum[n].flatten() for n in names]) / count
     fisher = torch.cat([f_sum[n].flatten() for n in names]) / count
-    scores = (g * phi - 0.5 * fisher * phi**2).abs().float()  # eq. 5
+    scores = (g * phi - 0.5 * fisher * phi**2).abs().float()  # eq. 3
     if not scores.isfinite().all():
         raise ValueError("the importance scores are not finite; is a loss NaN?")
     if not scores.any():
@@ -295,7 +295,7 @@ def cumulative_region(scores: torch.Tensor, theta: float) -> torch.Tensor:
 
 
 def partition(s1, s2, theta: float) -> Partition:
-    """Splits N elements by two score vectors (N,) (paper, section 3.3): a system's region is what
+    """Splits N elements by two score vectors (N,) (the coordinator): a system's region is what
     reaches cumulative importance theta, globally over all elements; the overlap is shared.
 
     The masks live on the CPU. Raises ValueError on theta outside (0, 1] or on bad scores.
@@ -315,7 +315,7 @@ def stage_mask(part: Partition, scores, stage: int, fraction: float) -> torch.Te
     """bool (N,): the stage's own region and the top `fraction` of the shared one by its scores.
 
     Stage 1 (SFT, System 1) takes s1_only and alpha, stage 2 (RL, System 2) s2_only and beta;
-    int(fraction * |shared|) elements, ties to the lower index. Paper, section 3.4.
+    int(fraction * |shared|) elements, ties to the lower index (paper, Algorithm 1).
     """
     if stage not in (1, 2):
         raise ValueError(f"stage = {stage} is not 1 or 2")

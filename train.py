@@ -296,10 +296,9 @@ def make_toy_base(c: Config, folder: Path, world: data.ToyWorld):
         tie_word_embeddings=True,
     )
     model = decoder.Transformer(config).to(c.device)
-    for name, p in model.named_parameters():
-        if p.ndim == 2:  # linears 1 / sqrt(fan in): 0.02 gets stuck in so small a model
-            std = 0.02 if "embed" in name else p.shape[1] ** -0.5
-            torch.nn.init.normal_(p, std=std)
+    for p in model.parameters():
+        if p.ndim == 2:  # 1 / sqrt(fan in): a std of 0.02 gets stuck in so small a model
+            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
     data.save_toy_tokenizer(folder)
     write_json(folder / "config.json", {"eos_token_id": 0})  # the tokenizer reads it from here
     tokenizer = data.Tokenizer(folder)
@@ -308,11 +307,12 @@ def make_toy_base(c: Config, folder: Path, world: data.ToyWorld):
     started = time.perf_counter()
     for step in range(b["steps"]):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * (1 - step / b["steps"])
+            group["lr"] = 3e-3 * min(1, (step + 1) / 100) * (1 - step / b["steps"])
         tokens, labels = data.collate(rows[step * b["batch"] : (step + 1) * b["batch"]], c.device)
         loss = answer_losses(model, tokens, labels).mean()
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 50 == 0:
             elapsed = time.perf_counter() - started
@@ -427,7 +427,7 @@ def cosine(optimizer, steps: int, warmup: float, first_step: int):
 
 
 def sft(c: Config, model, rows, mask, out: Path):
-    """Stage 1: supervised fine-tuning of the masked elements (paper, section 3.4)."""
+    """Stage 1: supervised fine-tuning of the masked elements (paper, Algorithm 1)."""
     torch.manual_seed(c.seed)  # for dropout
     generator = torch.Generator()  # unused here; the state file has a place for it
     lorapar.set_mask(model, mask)
@@ -474,7 +474,7 @@ def sft(c: Config, model, rows, mask, out: Path):
 
 
 def rl(c: Config, model, tokenizer, examples, mask, out: Path):
-    """Stage 2: GRPO on the masked elements (paper, section 3.4); KL to the model as it comes in."""
+    """Stage 2: GRPO on the masked elements (paper, Algorithm 1); KL to the model as it comes in."""
     generator = torch.Generator(c.device).manual_seed(c.seed)
     lorapar.set_mask(model, mask)
     optimizer = lorapar.MaskedAdamW(
