@@ -12,19 +12,31 @@ Left out: calling teachers. The requests are in the batch format that services a
 """
 
 import argparse
+import ast
+import builtins
 import csv
+import ctypes
+import gzip
 import json
+import math
 import os
+import platform
 import random
 import re
+import signal
+import struct
+import subprocess
 import sys
+import tempfile
+import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from pathlib import Path
 
-import torch
+# torch is imported where batches are made: the sandbox starts this file twice for every answer.
 
 # -------------------------------------------------------------------------------------- tokenizer
 
@@ -117,7 +129,8 @@ def _json_file(path) -> dict:
 def read_jsonl(path):
     """Yields (line number, object) of a jsonl file; ValueError names the file and the line."""
     try:
-        with open(path, encoding="utf-8") as lines:
+        opener = gzip.open if str(path).endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
@@ -151,9 +164,10 @@ class Example:
     id: str
     question: str
     answer: str
-    kind: str  # how a reply is checked: "number", "letter", "toy", or "text" (not at all)
+    kind: str  # how a reply is checked: "number", "letter", "code", "toy", or "text" (not at all)
     gold: str = ""
     label: str | None = None  # "S1" or "S2"
+    entry: str = ""  # code: the name of the function that `gold` tests
 
 
 def prompt_text(example: Example) -> str:
@@ -200,6 +214,24 @@ def _mmlu(path, split):
                 )
 
 
+def _humaneval(path, split):
+    """https://github.com/openai/human-eval: HumanEval.jsonl.gz; it has a test split only."""
+    if split != "test":
+        return
+    for number, r in read_jsonl(path / "HumanEval.jsonl.gz"):
+        try:
+            yield Example(
+                id=r["task_id"],
+                question=r["prompt"],
+                answer=r["canonical_solution"],
+                kind="code",
+                gold=r["test"],
+                entry=r["entry_point"],
+            )
+        except KeyError as missing:
+            raise ValueError(f"{path}/HumanEval.jsonl.gz:{number}: no field {missing}") from None
+
+
 def _toy(path, split):
     """The toy world that `make_toy` wrote: {train,validation,test}.jsonl."""
     for number, r in read_jsonl(path / f"{split}.jsonl"):
@@ -210,7 +242,7 @@ def _toy(path, split):
             raise ValueError(f"{path / split}.jsonl:{number}: no field {missing}") from None
 
 
-DATASETS = {"toy": _toy, "gsm8k": _gsm8k, "mmlu": _mmlu}
+DATASETS = {"toy": _toy, "gsm8k": _gsm8k, "mmlu": _mmlu, "humaneval": _humaneval}
 VALIDATION, VALIDATION_SEED = 0.05, 0  # the share of train that validates, and its fixed seed
 
 
@@ -387,6 +419,8 @@ def tokenize(examples, tokenizer, max_length: int):
 def collate(rows, device="cpu"):
     """rows of (tokens, prompt length) -> tokens, labels (B, T) int64, right padded; labels are -100
     on the prompt and on padding. The padding id is 0 and nobody reads it."""
+    import torch
+
     T = max(len(tokens) for tokens, _ in rows)
     tokens = torch.zeros(len(rows), T, dtype=torch.long)
     labels = torch.full((len(rows), T), -100)
@@ -447,6 +481,8 @@ def is_correct(example: Example, completion: str) -> bool:
     if example.kind == "letter":
         letter = re.match(r"\s*\(?([A-D])(?![A-Za-z])", completion)
         return letter is not None and letter[1] == example.gold
+    if example.kind == "code":
+        return passes_tests(example, completion)
     if example.kind == "toy":  # the last state of the string machine decides, spaces do not
         reply, gold = (t.rpartition(";")[2].split() for t in (completion, example.gold))
         return reply == gold
@@ -476,6 +512,323 @@ def reward_parts(example: Example, completion: str) -> dict[str, float]:
         "loose": 0.5 * bool(re.search(loose, text, flags=re.DOTALL)),
         "tags": 0.125 * tags - 0.001 * len(tail),
     }
+
+
+# ---------------------------------------------------------------------------- running code safely
+
+SECONDS = 10  # wall clock and CPU of a candidate; the verdict comes within SECONDS + 5
+MEMORY, FILE, DISK, FILES, MESSAGE = 1 << 30, 16 << 20, 64 << 20, 1000, 1 << 20  # bytes; files
+
+
+def passes_tests(example: "Example", completion: str, allow_network=False) -> bool:
+    """Does the code pass the problem's own tests? (HumanEval; Chen et al. 2021)
+
+    Two processes. The judge runs the problem's tests, with the helpers of its prompt, and is
+    trusted. The candidate's functions live in a second one; arguments and results cross between the
+    two as the text of Python literals, exceptions by name, so no object, patched builtin or walked
+    frame of the candidate is ever near the verdict. The candidate's process has its own temporary
+    folder, no environment, limits on time, memory, files and output, and cannot start processes.
+
+    Closed by the kernel where it can (Linux): network (own namespace, seccomp), new processes and
+    signals (seccomp), files outside the folder but for reading Python's library (Landlock). Where
+    Landlock or seccomp is missing an audit hook stands in, which determined native code gets
+    around; on systems that are not Linux that hook is all there is, and candidates run only
+    with allow_network=True. Not protected against: kernel bugs, side channels, and a candidate that
+    recognises the test inputs and answers from memory.
+
+    Raises RuntimeError if the sandbox itself cannot run: that is no verdict about the answer.
+    """
+    job = {"prompt": example.question, "tests": example.gold, "entry": example.entry}
+    job |= {"program": program(example, completion), "allow_network": allow_network}
+    folder = tempfile.mkdtemp(prefix="candidate-")
+    command = [sys.executable, "-I", "-S", os.path.abspath(__file__), "judge", folder]
+    try:
+        judge = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={},
+            start_new_session=True,
+        )
+        try:
+            out, _ = judge.communicate(json.dumps(job).encode(), timeout=SECONDS + 5)
+        except subprocess.TimeoutExpired:  # the tests themselves hang on what the candidate gave
+            os.killpg(judge.pid, signal.SIGKILL)  # the candidate dies with its parent
+            out, _ = judge.communicate()
+    except OSError as error:
+        raise RuntimeError(f"the sandbox cannot start: {error}") from None
+    finally:
+        if os.listdir(folder):  # trees too deep for shutil, folders without permissions
+            subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL, check=False)
+        subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL, check=False)
+    said = out.decode().split("\n")
+    if said[0] != "ready":
+        raise RuntimeError(f"the sandbox cannot start: {said[0] or 'no answer from the judge'}")
+    return said[1:2] == ["passed"]
+
+
+def program(example: "Example", completion: str) -> str:
+    """The candidate's source: the prompt with the completion as its body, cut where a base model
+    runs on to something else; or, from a chat model, the first fenced block after the prompt."""
+    fenced = re.search(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", completion, flags=re.DOTALL)
+    if fenced:
+        completion = fenced[1]
+    if re.search(rf"^def {example.entry}\b", completion, flags=re.MULTILINE):
+        return example.question + "\n    pass\n\n" + completion  # a whole function of its own
+    body = re.split(r"\n(?=class |def |if __name__|print\(|assert |@|```|<)", completion)[0]
+    return example.question + body
+
+
+def literal(x) -> str:
+    """Plain data as the text of a Python literal; TypeError for anything else."""
+    if type(x) is float:
+        return repr(x).replace("inf", "1e999")
+    if type(x) in (bool, int, complex, str, bytes, type(None)):
+        return ascii(x)
+    if type(x) is dict:
+        return "{" + ",".join(f"{literal(k)}:{literal(v)}" for k, v in x.items()) + "}"
+    for kind, brackets in ((list, "[]"), (tuple, "()"), (set, "{}"), (frozenset, "{}")):
+        if type(x) is kind:
+            items = "".join(literal(item) + "," for item in x)
+            empty = "set()" if brackets == "{}" else brackets
+            return brackets[0] + items + brackets[1] if items else empty
+    raise TypeError(f"{type(x).__name__} is not plain data")
+
+
+def judge_main(folder):
+    """The trusted process: prints "ready" (or why not), then "passed" or "failed"."""
+    job, deadline = json.loads(sys.stdin.buffer.read()), time.monotonic() + SECONDS
+    if sys.platform == "linux":  # orphans of the candidate become children of this process
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    set_limit("RLIMIT_AS", 2 * MEMORY)
+    candidate = subprocess.Popen(
+        [sys.executable, "-I", "-S", os.path.abspath(__file__), "candidate", folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        cwd=folder,
+        env={"HOME": folder, "TMPDIR": folder, "PATH": "/usr/bin:/bin"},
+        start_new_session=True,
+    )
+
+    def watch():  # the time limit, and how much of the disk the candidate takes
+        try:
+            while time.monotonic() < deadline and candidate.poll() is None:
+                if disk_use(folder) > DISK:
+                    break
+                time.sleep(0.02)
+        finally:  # also when the folders nest too deep to be walked
+            candidate.kill()
+
+    def ask(message):
+        candidate.stdin.write(message.encode() + b"\n")
+        candidate.stdin.flush()
+        line = candidate.stdout.readline(MESSAGE)
+        if not line.endswith(b"\n"):
+            raise EOFError("the candidate has ended, or says too much")
+        return ast.literal_eval(line.decode("ascii"))
+
+    def call(*args, **kwargs):
+        kind, value = ask(literal((args, kwargs)))
+        if kind == "returned":
+            return value
+        error = getattr(builtins, str(value), None)
+        known = isinstance(error, type) and issubclass(error, BaseException)
+        raise (error if known else RuntimeError)("raised by the candidate")
+
+    passed = False
+    try:
+        started = ask(literal(job["allow_network"]))
+        print("ready" if started == "ready" else started, flush=True)
+        if started == "ready":
+            threading.Thread(target=watch, daemon=True).start()
+            if ask(literal((job["program"], job["entry"]))) == "loaded":
+                names = {"__name__": "tests"}
+                exec(job["prompt"] + "\n    pass\n", names)  # helpers: HumanEval/32, 38, 50
+                names[job["entry"]] = call  # HumanEval/33 calls the function by its name
+                exec(job["tests"], names)
+                names["check"](call)
+                passed = time.monotonic() < deadline
+    except BaseException:  # whatever the answers made of the tests: it is not a pass
+        passed = False
+    finally:
+        kill_all(candidate)
+    print("passed" if passed else "failed", flush=True)
+    os._exit(0)
+
+
+def kill_all(candidate):
+    """Kills the candidate and every process it left behind, which are children of ours by now."""
+    candidate.kill()
+    candidate.wait()
+    children = Path(f"/proc/self/task/{os.getpid()}/children")
+    while children.exists() and (left := children.read_text().split()):
+        for pid in map(int, left):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+def disk_use(folder) -> int:
+    """Bytes on disk below the folder; more than any limit if there are too many files."""
+    total = files = 0
+    for parent, folders, names in os.walk(folder):
+        files += len(names) + len(folders)
+        if files > FILES:
+            return DISK + 1
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(parent, name)).st_blocks * 512
+            except OSError:
+                pass  # gone already
+    return total
+
+
+def candidate_main(folder):
+    """The untrusted process: closes what it can around itself, then serves calls one a line."""
+    requests, answers = os.fdopen(os.dup(0), "rb"), os.dup(1)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)  # prints go nowhere
+
+    def reply(value):
+        os.write(answers, literal(value).encode("ascii") + b"\n")
+
+    allow_network = ast.literal_eval(requests.readline().decode("ascii"))
+    try:
+        network_closed = confine(folder)
+    except OSError as error:
+        return reply(f"confinement failed: {error}")
+    if not network_closed and not allow_network:
+        return reply("this system cannot close the network to candidates: --allow-network goes on")
+    reply("ready")
+    source, entry = ast.literal_eval(requests.readline().decode("ascii"))
+    names = {"__name__": "candidate"}
+    try:
+        exec(compile(source, "candidate", "exec"), names)
+        function = names[entry]
+        reply("loaded")
+    except BaseException as error:
+        return reply(type(error).__name__)
+    for line in requests:
+        args, kwargs = ast.literal_eval(line.decode("ascii"))
+        try:
+            message = literal(("returned", function(*args, **kwargs)))
+        except BaseException as error:
+            message = literal(("raised", type(error).__name__))
+        os.write(answers, message.encode("ascii") + b"\n") if len(message) < MESSAGE else os._exit(
+            1
+        )
+
+
+def set_limit(name, value):
+    import resource
+
+    resource.setrlimit(getattr(resource, name), (value, value))
+
+
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_SET_SECCOMP = 1, 36, 38, 22
+CLONE_NEWUSER, CLONE_NEWNET, CLONE_THREAD = 0x10000000, 0x40000000, 0x10000
+# System calls that end the candidate: new processes, sockets, signals, other processes' memory,
+# memory outside the limits, namespaces and mounts. (architecture, clone, clone3, the others)
+FORBIDDEN = {
+    "x86_64": (0xC000003E, 56, 435, [57, 58, 59, 322, 41, 53, 62, 200, 234, 129, 297, 424, 101])
+    + ([310, 311, 438, 319, 29, 272, 308, 165, 425],),
+    "aarch64": (0xC00000B7, 220, 435, [221, 281, 198, 199, 129, 130, 131, 138, 240, 424, 117])
+    + ([270, 271, 438, 279, 194, 97, 268, 40, 425],),
+}
+
+
+def confine(folder) -> bool:
+    """Closes what the system lets this process close around itself, for good. Returns whether the
+    network is closed."""
+    for name, value in (("CPU", SECONDS), ("AS", MEMORY), ("FSIZE", FILE), ("CORE", 0)):
+        set_limit(f"RLIMIT_{name}", value)
+    set_limit("RLIMIT_NOFILE", 32)
+    if sys.platform != "linux":
+        audit(folder)
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    namespace = libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    landlocked = landlock(libc, folder)
+    filtered = seccomp(libc)
+    if not (landlocked and filtered):
+        audit(folder)
+    return namespace or filtered
+
+
+def landlock(libc, folder) -> bool:
+    """Files: all rights in the folder, reading Python's and the system's libraries, nothing else.
+    From ABI 4 no TCP, from ABI 6 no signals to processes outside."""
+    abi = libc.syscall(444, None, 0, 1)  # landlock_create_ruleset(VERSION)
+    if abi < 1:
+        return False
+    rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
+    attributes = struct.pack("QQQ", rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
+    ruleset = libc.syscall(444, attributes, 8 if abi < 4 else 16 if abi < 6 else 24, 0)
+    read = 0b1101  # execute, read files, list folders
+    library = os.path.dirname(os.__file__)
+    places = {library: read, "/lib": read, "/lib64": read, "/usr/lib": read, "/usr/lib64": read}
+    places |= {"/usr/share/zoneinfo": read, "/dev/null": 0b110, "/dev/urandom": 0b100}
+    for place, allowed in (places | {folder: rights}).items():
+        if os.path.exists(place):
+            handle = os.open(place, os.O_PATH)
+            rule = struct.pack("=Qi", allowed & rights, handle)
+            if libc.syscall(445, ruleset, 1, rule, 0):  # landlock_add_rule(PATH_BENEATH)
+                return False
+            os.close(handle)
+    done = libc.syscall(446, ruleset, 0) == 0  # landlock_restrict_self
+    os.close(ruleset)
+    return done
+
+
+def seccomp(libc) -> bool:
+    """Kills this process at a forbidden system call; threads stay possible."""
+    if platform.machine() not in FORBIDDEN or sys.maxsize < 2**32:
+        return False
+    architecture, clone, clone3, *calls = FORBIDDEN[platform.machine()]
+    load, equal, at_least, has_bit, result = 0x20, 0x15, 0x35, 0x45, 0x06
+    kill, allow, no_such_call = 0x80000000, 0x7FFF0000, 0x00050000 | 38
+    code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (result, 0, 0, kill), (load, 0, 0, 0)]
+    code += [(at_least, 0, 1, 0x40000000), (result, 0, 0, kill)]  # the x32 calls
+    for number in sum(calls, []):
+        code += [(equal, 0, 1, number), (result, 0, 0, kill)]
+    code += [(equal, 0, 1, clone3), (result, 0, 0, no_such_call)]  # glibc then uses clone
+    code += [(equal, 0, 3, clone), (load, 0, 0, 16), (has_bit, 1, 0, CLONE_THREAD)]
+    code += [(result, 0, 0, kill), (result, 0, 0, allow)]
+    packed = b"".join(struct.pack("HBBI", *instruction) for instruction in code)
+    buffer = ctypes.create_string_buffer(packed)
+    filter_program = struct.pack("HxxxxxxQ", len(code), ctypes.addressof(buffer))
+    return libc.prctl(PR_SET_SECCOMP, 2, ctypes.c_char_p(filter_program), 0, 0) == 0
+
+
+def audit(folder):
+    """The stand-in where the kernel offers less: Python-level access ends the process."""
+    library = os.path.dirname(os.__file__)
+    closed = ("subprocess", "socket", "ctypes", "shutil", "signal", "pty", "webbrowser", "mmap")
+    changing = ("os.", "glob", "tempfile")
+
+    def hook(event, args):
+        if event.split(".")[0] in closed or event in ("os.fork", "os.exec", "os.posix_spawn"):
+            os._exit(1)
+        if event == "open" or event.startswith(changing):
+            for path in args[:2]:
+                if isinstance(path, (str, bytes)) and event != "os.putenv":
+                    real = os.path.realpath(os.fsdecode(path))
+                    reads = event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+                    if not real.startswith(folder) and not (reads and real.startswith(library)):
+                        os._exit(1)
+        if event in ("os.kill", "os.killpg", "os.system"):
+            os._exit(1)
+
+    sys.addaudithook(hook)
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """The unbiased estimate of pass@k from n samples of which `correct` pass (Chen et al. 2021)."""
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
 # ---------------------------------------------------------------------------------- the toy world
@@ -613,6 +966,8 @@ def save_toy_tokenizer(folder):
 
 
 def main():
+    if sys.argv[1:2] in (["judge"], ["candidate"]):  # the sandbox's two processes
+        return {"judge": judge_main, "candidate": candidate_main}[sys.argv[1]](sys.argv[2])
     parser = argparse.ArgumentParser(description="The sample splitter: teacher prompts and votes.")
     commands = parser.add_subparsers(dest="command", required=True)
     prompts = commands.add_parser("prompts", help="write one batch request file a teacher")

@@ -7,13 +7,18 @@ by a smaller test as well, so a bare clone needs nothing but this file:
 """
 
 import copy
+import itertools
 import json
 import math
+import os
 import random
 import re
+import resource
 import subprocess
 import sys
+import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -949,6 +954,170 @@ def test_real_mmlu_loads():
     examples = data.load_dataset("mmlu", SHARED / "data/mmlu", "test")
     assert any("None of these" in e.question for e in examples)
     assert all(data.is_correct(e, e.answer) for e in examples)
+
+
+ADD_TESTS = (
+    "def check(candidate):\n    assert candidate(2, 3) == 5\n    assert candidate(-1, 1) == 0\n"
+)
+ADD = data.Example("add", "def add(a, b):\n", "    return a + b\n", "code", ADD_TESTS, entry="add")
+ATTACKS = {  # what stands before the function, what stands in it
+    "wrong": ("", "return a * b"),
+    "sys.exit": ("import sys; sys.exit(0)", "return 0"),
+    "os._exit": ("", "import os; os._exit(0)"),
+    "SystemExit": ("", "raise SystemExit(0)"),
+    "atexit": ("import atexit, os; atexit.register(os._exit, 0)", "raise SystemExit"),
+    "always equal": ("class E:\n    __eq__ = lambda s, o: True", "return E()"),
+    "str subclass": ("class S(str):\n    __eq__ = lambda s, o: True", "return S('x')"),
+    "int subclass": ("class I(int):\n    __eq__ = lambda s, o: True", "return I(1)"),
+    "builtins": ("import builtins; builtins.AssertionError = builtins.Warning", "return 0"),
+    "redefined check": ("check = lambda candidate: None", "return 0"),
+    "patched main": (
+        "import __main__; __main__.judge_main = __main__.kill_all = lambda *a: True",
+        "import __main__; __main__.passed = True; return 0",
+    ),
+    "frame walk": (
+        "import sys",
+        "f = sys._getframe()\n    while f:\n        f.f_globals['passed'] = True; f = f.f_back\n"
+        "    return 0",
+    ),
+    "gc search": (
+        "import gc",
+        "for o in gc.get_objects():\n        if type(o) is dict: o['passed'] = True\n    return 0",
+    ),
+    "stdout": ("", "print('ready\\npassed', flush=True); return 0"),
+    "descriptors": (
+        "import os\nfor fd in range(3, 32):\n    try: os.write(fd, b'ready\\npassed\\n')\n"
+        "    except OSError: pass",
+        "return 0",
+    ),
+    "forked survivor": (
+        "import os, time\nif os.fork() == 0:\n    time.sleep(300)",
+        "return a + b",
+    ),
+    "double fork": (
+        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+        "        time.sleep(300)\n    os._exit(0)",
+        "return a + b",
+    ),
+    "subprocess": ("", "import subprocess; subprocess.run(['sleep', '300']); return a + b"),
+    "socket": ("import socket; socket.socket()", "return a + b"),
+    "disk": (
+        "i = 0\nwhile True:\n    i += 1\n    try: open(f'f{i}', 'wb').write(b'x' * 10**7)\n"
+        "    except OSError: pass",
+        "return a + b",
+    ),
+    "one large file": ("", "open('f', 'wb').write(b'x' * 900_000_000); return a + b"),
+    "unlinked files": (
+        "import os\nheld = []\nfor i in range(500):\n    held.append(open('f', 'wb'))\n"
+        "    held[-1].write(b'x' * 10**7); os.unlink('f')",
+        "return a + b",
+    ),
+    "deep folders": (
+        "import os\nfor i in range(10**6):\n    os.mkdir('d'); os.chdir('d')",
+        "return a + b",
+    ),
+    "memory": ("", "return len(bytearray(3 << 30))"),
+    "large answer": ("", "return 'x' * (1 << 26)"),
+    "endless loop": ("", "while True: pass"),
+    "endless start": ("while True: pass", ""),
+    "outside read": ("", "open('/etc/passwd').read(); return a + b"),
+    "outside write": ("", "open('/tmp/lorapar_attack', 'w').write('x'); return a + b"),
+    "parent environment": (
+        "import os",
+        "open(f'/proc/{os.getppid()}/environ').read(); return a + b",
+    ),
+    "kill the parent": ("import os, signal", "os.kill(os.getppid(), signal.SIGKILL); return 0"),
+    "ctypes fork": ("import ctypes", "ctypes.CDLL(None).fork(); return a + b"),
+    "NUL": ("x = '\0'", "return 0"),
+    "surrogate": ("x = '\ud800'", "return 0"),
+    "deep nesting": ("x = " + "(" * 100_000, "return 0"),
+    "nested answer": ("", "x = []\n    for _ in range(10**5): x = [x]\n    return x"),
+    "5 MB of text": ("#" * 5_000_000, "return 0"),
+}
+
+
+def code(before, body):
+    return f"{before}\ndef add(a, b):\n    {body or 'pass'}\n"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is closed by Linux")
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_no_candidate_can_fake_a_pass_or_do_harm(attack, capfd):
+    """Trap 3: a real bool, False, in time, nothing left behind, nothing printed."""
+
+    def leftovers():
+        found = Counter(f.name for f in Path("/tmp").glob("candidate-*"))
+        for comm in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                line = comm.read_bytes()
+            except OSError:
+                continue
+            found["process"] += b"candidate" in line and b"data.py" in line
+        return found
+
+    before, memory = leftovers(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.monotonic()
+    assert data.is_correct(ADD, code(*ATTACKS[attack])) is False
+    assert time.monotonic() - started < 20
+    assert leftovers() == before and not Path("/tmp/lorapar_attack").exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300 * 1024
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is closed by Linux")
+def test_right_code_passes_in_every_form_models_write_it():
+    whole = code("import math, collections", "return a + b")
+    for completion in (
+        ADD.answer,
+        "    # a sum\n    return a + b\n\ndef other():\n    return 0\n",
+        "    return a + b\n\nprint(add(1, 2))\n",
+        whole,
+        f"Here you are:\n```python\n{whole}```\nIt adds.",
+        "```\n    return a + b\n```",
+        code("import threading", "t = threading.Thread(target=print); t.start(); return a + b"),
+        code("", "open('own', 'w').write('x'); return len(open('own').read()) - 1 + a + b"),
+    ):
+        assert data.is_correct(ADD, completion) is True, completion
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is closed by Linux")
+def test_values_and_exceptions_cross_as_plain_data():
+    values = [1, -2.5, float("inf"), "a\ud800\0\n", b"\xff", None, True, 1 + 2j]
+    values += [(1,), (), [], {}, {1, 2}, set(), {"a": [(1, {2: 3})]}]
+    tests = f"""def check(candidate):
+    inf = float('inf')
+    for value in {values!r}:
+        back = candidate(value)
+        assert back == value and type(back) is type(value), value
+    try:
+        candidate(value, fail=True)
+    except KeyError:
+        return
+    raise AssertionError
+"""
+    source = "def same(x, fail=False):\n    if fail:\n        raise KeyError(x)\n    return x\n"
+    example = data.Example("x", "def same(x, fail=False):\n", "", "code", tests, entry="same")
+    assert data.is_correct(example, source) is True
+
+
+@needs_shared
+def test_humanevals_own_solutions_pass_and_empty_ones_fail():
+    examples = data.load_dataset("humaneval", SHARED / "data/humaneval", "test")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        assert len(examples) == 164
+        assert all(pool.map(lambda e: data.is_correct(e, e.answer), examples))
+        some = [e for e in examples if e.id.split("/")[1] in ("0", "32", "33", "38", "50")]
+        cheat = (
+            "    return None\ndef poly(xs, x):\n    return 0\ndef encode_shift(s):\n    return s\n"
+        )
+        assert not any(data.is_correct(e, f"```\n{cheat}```") for e in some)
+
+
+def test_pass_at_k_is_the_chance_that_k_of_n_hold_a_right_one():
+    for n, correct, k in ((5, 2, 1), (6, 3, 2), (4, 0, 3), (4, 4, 2)):
+        draws = list(itertools.combinations([1] * correct + [0] * (n - correct), k))
+        expected = sum(any(d) for d in draws) / len(draws)
+        assert data.pass_at_k(n, correct, k) == pytest.approx(expected)
 
 
 def test_toy_world_is_what_it_says():
