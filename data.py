@@ -52,7 +52,10 @@ class Tokenizer:
         folder = Path(path)
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such model folder")
-        settings = _json_file(folder / "tokenizer_config.json")
+        settings = _json_file(folder / "special_tokens_map.json")
+        settings |= {
+            k: v for k, v in _json_file(folder / "tokenizer_config.json").items() if v is not None
+        }
         model = _json_file(folder / "config.json") | _json_file(folder / "generation_config.json")
         if (folder / "tokenizer.json").exists():
             import tokenizers
@@ -91,10 +94,21 @@ class Tokenizer:
             )
         if self.pad_id is None:
             self.pad_id = self.eos_ids[0]
+        self._template = settings.get("chat_template")
+        if isinstance(self._template, list):  # several named templates
+            self._template = {t["name"]: t["template"] for t in self._template}.get("default")
+        if (folder / "chat_template.jinja").exists():
+            self._template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        self._words = {n: self._content(settings, n) or "" for n in ("bos_token", "eos_token")}
+        self._folder = folder
+
+    @staticmethod
+    def _content(settings, name):
+        token = settings.get(name)
+        return token.get("content") if isinstance(token, dict) else token
 
     def _special(self, settings, name):
-        token = settings.get(name)
-        token = token.get("content") if isinstance(token, dict) else token
+        token = self._content(settings, name)
         return None if token is None else self._bpe.token_to_id(token)
 
     def encode(self, text: str, bos=False, eos=False) -> list[int]:
@@ -105,6 +119,32 @@ class Tokenizer:
             ids = self._pieces.encode(text)
         front = [self.bos_id] if bos and self.bos_id is not None else []
         return front + ids + ([self.eos_ids[0]] if eos else [])
+
+    def chat(self, messages: list[dict]) -> str:
+        """The checkpoint's chat template, rendered up to where the assistant begins, in jinja2's
+        sandbox as the ecosystem does. ValueError if there is no template, or it refuses."""
+        from jinja2 import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        if not self._template:
+            raise ValueError(f"{self._folder}: the tokenizer has no chat template: --prompt plain")
+
+        def refuse(message):
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = refuse
+        environment.globals["strftime_now"] = time.strftime
+        environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
+        try:
+            template = environment.from_string(self._template)
+            text = template.render(messages=messages, add_generation_prompt=True, **self._words)
+        except TemplateError as error:
+            raise ValueError(f"{self._folder}: the chat template fails: {error}") from None
+        # encode(bos=True) adds the BOS as an id; sentencepiece would read its text as letters
+        return text if self.bos_id is None else text.removeprefix(self._words["bos_token"])
 
     def decode(self, ids) -> str:
         """Text, special tokens included; the EOS that ended an answer is left out."""
@@ -144,6 +184,17 @@ def read_jsonl(path):
         raise ValueError(f"{path}: not readable ({error})") from None
 
 
+def read_records(path):
+    """Yields (number, object) of a jsonl file or of a json array, by the file's name."""
+    if not str(path).endswith(".json"):
+        yield from read_jsonl(path)
+        return
+    records = _json_file(path)
+    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
+        raise ValueError(f"{path}: not a JSON array of objects")
+    yield from enumerate(records, 1)
+
+
 def write_jsonl(path, records):
     """Writes under a temporary name and renames: a run that dies leaves the old file whole."""
     path = Path(path)
@@ -168,11 +219,55 @@ class Example:
     gold: str = ""
     label: str | None = None  # "S1" or "S2"
     entry: str = ""  # code: the name of the function that `gold` tests
+    context: str = ""  # solved examples that stand before the question (MMLU: five)
 
 
-def prompt_text(example: Example) -> str:
-    """The words every stage asks in: SFT, GRPO, importance and evaluation alike."""
-    return example.question + "\n"
+PROMPTS = ("plain", "chat", "authors")
+FORMAT = """\
+Respond in the following format:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>
+"""
+
+
+def prompt_and_answer(example: Example, tokenizer, style: str = "plain", stage: str = "rl"):
+    """The words every stage asks in, and the answer SFT trains on: (prompt, answer) texts.
+
+    "plain": the question and a new line (none after code and after "Answer:"). "chat": the question
+    in the checkpoint's own template. "authors": as their script, in stage "sft" the bare question
+    and a solution that ends in #### n, elsewhere a system prompt that asks for the tags.
+    """
+    question, answer = example.context + example.question, example.answer
+    if style == "chat":
+        if example.kind == "code":
+            question = f"Complete this Python function.\n```python\n{question}```"
+        return tokenizer.chat([{"role": "user", "content": question}]), answer.strip()
+    if example.kind in ("code", "letter"):
+        return question, answer
+    if style == "authors" and stage == "sft":
+        if example.kind == "number":
+            reasoning = answer.partition("<reasoning>\n")[2].partition("\n</reasoning>")[0]
+            answer = f"{reasoning}\n#### {example.gold}"
+        return question, answer
+    return (f"{FORMAT}\n{question}\n" if style == "authors" else question + "\n"), answer
+
+
+def example_ids(example: Example, tokenizer, style: str = "plain", stage: str = "rl"):
+    """-> prompt ids, answer ids with EOS. They are the tokens of the joined text where that can be
+    cut at the prompt's end (no space or merge then differs from what a model has read), else of
+    the two texts; the authors' SFT puts an EOS between them."""
+    prompt, answer = prompt_and_answer(example, tokenizer, style, stage)
+    start = tokenizer.encode(prompt, bos=True)
+    if style == "authors" and stage == "sft":
+        return start + [tokenizer.eos_ids[0]], tokenizer.encode(answer, eos=True)
+    whole = tokenizer.encode(prompt + answer, bos=True, eos=True)
+    if whole[: len(start)] == start:
+        return start, whole[len(start) :]
+    return start, tokenizer.encode(answer, eos=True)
 
 
 def _gsm8k(path, split):
@@ -194,30 +289,42 @@ def _gsm8k(path, split):
 
 
 def _mmlu(path, split):
-    """https://github.com/hendrycks/test: csv without header; question, four choices, letter."""
-    folder = path / {"train": "dev", "test": "test"}[split]
+    """https://github.com/hendrycks/test: {dev,val,test}/SUBJECT_*.csv without header, the question,
+    four choices and the letter; asked after the subject's five dev examples."""
+    folder = path / {"train": "dev", "validation": "val", "test": "test"}[split]
     files = sorted(folder.glob("*.csv"))
     if not files:
         raise ValueError(f"{folder}: no csv files")
     for file in files:
-        with open(file, encoding="utf-8", newline="") as lines:
-            for number, row in enumerate(csv.reader(lines), 1):  # "None" stays a string here
-                if len(row) != 6 or row[5] not in list("ABCD"):
-                    raise ValueError(f"{file}:{number}: not question, four choices and a letter")
-                choices = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", row[1:5]))
-                yield Example(
-                    id=f"mmlu/{file.stem}/{number - 1}",
-                    question=f"{row[0].strip()}\n{choices}\nAnswer:",
-                    answer=row[5],
-                    kind="letter",
-                    gold=row[5],
-                )
+        subject = file.stem.rpartition("_")[0]
+        shots = path / "dev" / f"{subject}_dev.csv"
+        context = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        context = context.replace("_", " ")
+        if split != "train" and shots.exists():
+            for question, letter in _mmlu_rows(shots):
+                context += f"{question} {letter}\n\n"
+        for number, (question, letter) in enumerate(_mmlu_rows(file)):
+            yield Example(
+                id=f"mmlu/{file.stem}/{number}",
+                question=question,
+                answer=f" {letter}",
+                kind="letter",
+                gold=letter,
+                context=context,
+            )
+
+
+def _mmlu_rows(file):
+    with open(file, encoding="utf-8", newline="") as lines:
+        for number, row in enumerate(csv.reader(lines), 1):  # "None" stays a string here
+            if len(row) != 6 or row[5] not in list("ABCD"):
+                raise ValueError(f"{file}:{number}: not question, four choices and a letter")
+            choices = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", row[1:5]))
+            yield f"{row[0].strip()}\n{choices}\nAnswer:", row[5]
 
 
 def _humaneval(path, split):
     """https://github.com/openai/human-eval: HumanEval.jsonl.gz; it has a test split only."""
-    if split != "test":
-        return
     for number, r in read_jsonl(path / "HumanEval.jsonl.gz"):
         try:
             yield Example(
@@ -232,6 +339,28 @@ def _humaneval(path, split):
             raise ValueError(f"{path}/HumanEval.jsonl.gz:{number}: no field {missing}") from None
 
 
+def _instructions(name, question, more, answer):
+    """A reader of instruction sets (json or jsonl); their answers cannot be checked."""
+
+    def read(path, split):
+        if path.is_dir():
+            files = [
+                f for pattern in ("*.jsonl", "*.json", "*.jsonl.gz") for f in path.glob(pattern)
+            ]
+            if len(files) != 1:
+                raise ValueError(f"{path}: {len(files)} json or jsonl files there; name one")
+            path = files[0]
+        for number, r in read_records(path):
+            try:
+                parts = [r[question], r.get(more) or ""]
+                text = "\n\n".join(part.strip() for part in parts if part.strip())
+                yield Example(f"{name}/{number - 1}", text, r[answer], "text")
+            except (KeyError, AttributeError) as error:
+                raise ValueError(f"{path}:{number}: no text in the field {error}") from None
+
+    return read
+
+
 def _toy(path, split):
     """The toy world that `make_toy` wrote: {train,validation,test}.jsonl."""
     for number, r in read_jsonl(path / f"{split}.jsonl"):
@@ -242,29 +371,90 @@ def _toy(path, split):
             raise ValueError(f"{path / split}.jsonl:{number}: no field {missing}") from None
 
 
-DATASETS = {"toy": _toy, "gsm8k": _gsm8k, "mmlu": _mmlu, "humaneval": _humaneval}
+@dataclass(frozen=True)
+class Source:
+    """Where a data set comes from, who reads its files, and what of it can be checked."""
+
+    read: object  # (path, split) -> examples
+    splits: str
+    checked: str  # "numbers", "letters", "code", "strings", or "" for not at all
+    home: str
+    hub: tuple = ()  # (dataset repository, file) where the publisher keeps plain json on the Hub
+
+
+DATASETS = {
+    "toy": Source(_toy, "train validation test", "strings", "made by make_toy"),
+    "gsm8k": Source(_gsm8k, "train test", "numbers", "github.com/openai/grade-school-math"),
+    "mmlu": Source(_mmlu, "train validation test", "letters", "github.com/hendrycks/test"),
+    "humaneval": Source(_humaneval, "test", "code", "github.com/openai/human-eval"),
+    "dolly": Source(
+        _instructions("dolly", "instruction", "context", "response"),
+        "train",
+        "",
+        "huggingface.co/datasets/databricks/databricks-dolly-15k",
+        ("databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl"),
+    ),
+    "platypus": Source(
+        _instructions("platypus", "instruction", "input", "output"),
+        "train",
+        "",
+        "huggingface.co/datasets/garage-bAInd/Open-Platypus (parquet: save it as jsonl)",
+    ),
+    "codealpaca": Source(
+        _instructions("codealpaca", "instruction", "input", "output"),
+        "train",
+        "",
+        "huggingface.co/datasets/sahil2801/CodeAlpaca-20k",
+        ("sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json"),
+    ),
+    "codefeedback": Source(
+        _instructions("codefeedback", "query", "", "answer"),
+        "train",
+        "",
+        "huggingface.co/datasets/m-a-p/CodeFeedback-Filtered-Instruction",
+        ("m-a-p/CodeFeedback-Filtered-Instruction", "CodeFeedback-Filtered-Instruction.jsonl"),
+    ),
+}
 VALIDATION, VALIDATION_SEED = 0.05, 0  # the share of train that validates, and its fixed seed
+
+
+def find_dataset(name: str, path):
+    """The data set's files: `path` as it is, or, without one, the publisher's file from the Hub."""
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}")
+    source = DATASETS[name]
+    if path is not None:
+        if not Path(path).exists():
+            raise ValueError(f"{name}: nothing at {path}; its home is {source.home}")
+        return Path(path)
+    if not source.hub:
+        raise ValueError(f"{name}: --data-path is missing; its home is {source.home}")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(*source.hub, repo_type="dataset"))
+    except Exception as error:  # network, access and name errors of several libraries
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{name}: not to be had from the Hub ({reason}); --data-path") from None
 
 
 def load_dataset(name: str, path, split: str) -> list[Example]:
     """The examples of `split` ("train", "validation" or "test") in the publisher's order.
 
-    Validation is 5% of the publisher's train, drawn with a fixed seed (the toy brings its own), so
-    the three never overlap. ValueError names an unknown set, a missing file or a bad line.
+    Where the publisher has no validation split it is 5% of train, drawn with a fixed seed, so the
+    three never overlap. ValueError names an unknown set, a missing file or a bad line.
     """
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}")
     if split not in ("train", "validation", "test"):
         raise ValueError(f"unknown split {split!r}; train, validation or test")
-    if path is None or not Path(path).is_dir():
-        raise ValueError(f"{name}: no folder at {path}; give it with --data-path")
-    if split == "test" or name == "toy":
-        return list(DATASETS[name](Path(path), split))
-    examples = list(DATASETS[name](Path(path), "train"))
-    held_out = random.Random(VALIDATION_SEED).sample(
-        range(len(examples)), int(VALIDATION * len(examples))
-    )
-    held_out = set(held_out)
+    path, source = find_dataset(name, path), DATASETS[name]
+    splits = source.splits.split()
+    if split in splits and (split != "train" or "validation" in splits):
+        return list(source.read(path, split))
+    if "train" not in splits or split == "test":
+        raise ValueError(f"{name} has no {split} split; name another data set for this")
+    examples = list(source.read(path, "train"))
+    indices = range(len(examples))
+    held_out = set(random.Random(VALIDATION_SEED).sample(indices, int(VALIDATION * len(indices))))
     return [e for i, e in enumerate(examples) if (i in held_out) == (split == "validation")]
 
 
@@ -383,36 +573,50 @@ def count_votes(answers, teachers: int):
 
 
 def label_examples(examples: list[Example], labels: str) -> list[Example]:
-    """The examples that have a label, with it. labels: a labels.jsonl ({"id", "label"} a line), or
-    "steps:K": S1 where a GSM8K solution has at most K <<...>> calculations, else S2 (a stand-in
-    for users without teacher answers, not the paper's method)."""
+    """The examples that have a label, with it. labels: a labels.jsonl ({"id", "label"} a line), the
+    authors' csv (columns question and _result, System1 or System2), or "steps:K": S1 where a GSM8K
+    solution has at most K <<...>> calculations, else S2 (a stand-in for users without teacher
+    answers, not the paper's method)."""
     if re.fullmatch(r"steps:\d+", labels):
         limit = int(labels[6:])
         return [replace(e, label="S1" if e.answer.count("<<") <= limit else "S2") for e in examples]
-    known = {}
-    for number, record in read_jsonl(labels):
-        if record.get("label") not in ("S1", "S2") or "id" not in record:
-            raise ValueError(f'{labels}:{number}: needs an "id" and a "label" of S1 or S2')
-        known[record["id"]] = record["label"]
-    return [replace(e, label=known[e.id]) for e in examples if e.id in known]
+    known, key = {}, "question" if labels.endswith(".csv") else "id"
+    for where, name, label in _label_records(labels, key):
+        if label not in ("S1", "S2") or name is None:
+            raise ValueError(f'{where}: needs "{key}" and a label of System 1 or System 2')
+        known[name] = label
+    return [replace(e, label=known[getattr(e, key)]) for e in examples if getattr(e, key) in known]
+
+
+def _label_records(path, key):
+    if key == "id":
+        for number, record in read_jsonl(path):
+            yield f"{path}:{number}", record.get("id"), record.get("label")
+        return
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as lines:
+            for number, row in enumerate(csv.DictReader(lines), 2):
+                name = row.get("question")
+                yield f"{path}:{number}", name and name.strip(), verdict(row.get("_result"))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: not readable ({error})") from None
 
 
 # ---------------------------------------------------------------------------- tokens and batches
 
 
-def tokenize(examples, tokenizer, max_length: int):
+def tokenize(examples, tokenizer, max_length: int, style="plain", stage="sft"):
     """-> rows of (tokens, prompt length), and a report {"left out": prompts as long as max_length,
     "cut": answers cut at it}. A row always holds at least one answer token; EOS ends the answer
     unless it was cut."""
     rows, report = [], {"left out": 0, "cut": 0}
     for e in examples:
-        prompt = tokenizer.encode(prompt_text(e), bos=True)
-        tokens = prompt + tokenizer.encode(e.answer, eos=True)
+        prompt, answer = example_ids(e, tokenizer, style, stage)
         if len(prompt) >= max_length:
             report["left out"] += 1
             continue
-        report["cut"] += len(tokens) > max_length
-        rows.append((tokens[:max_length], len(prompt)))
+        report["cut"] += len(prompt + answer) > max_length
+        rows.append(((prompt + answer)[:max_length], len(prompt)))
     return rows, report
 
 
@@ -472,9 +676,10 @@ def final_number(text: str):
     return parse_number(numbers[-1]) if numbers else None
 
 
-def is_correct(example: Example, completion: str) -> bool:
+def is_correct(example: Example, completion: str, allow_network=False) -> bool:
     """Does the reply give the right answer? Numbers are compared as numbers, letters as letters,
-    the toy's strings exactly. ValueError for a set whose answers cannot be checked."""
+    code by running the problem's tests in a sandbox (allow_network: see passes_tests), the toy's
+    strings exactly. ValueError for a set whose answers cannot be checked."""
     if example.kind == "number":
         value = final_number(completion)
         return value is not None and value == parse_number(example.gold)
@@ -482,7 +687,7 @@ def is_correct(example: Example, completion: str) -> bool:
         letter = re.match(r"\s*\(?([A-D])(?![A-Za-z])", completion)
         return letter is not None and letter[1] == example.gold
     if example.kind == "code":
-        return passes_tests(example, completion)
+        return passes_tests(example, completion, allow_network)
     if example.kind == "toy":  # the last state of the string machine decides, spaces do not
         reply, gold = (t.rpartition(";")[2].split() for t in (completion, example.gold))
         return reply == gold
@@ -972,7 +1177,7 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
     prompts = commands.add_parser("prompts", help="write one batch request file a teacher")
     prompts.add_argument("--data", required=True, choices=sorted(DATASETS))
-    prompts.add_argument("--data-path", required=True, help="the data set's folder")
+    prompts.add_argument("--data-path", help="the data set's folder or file")
     prompts.add_argument("--target", required=True, help='the model to act as, "LLaMA2 7B"')
     prompts.add_argument("--teachers", required=True, help="model names, comma separated")
     prompts.add_argument("--no-roleplay", action="store_true", help="ask without role play")
@@ -980,10 +1185,17 @@ def main():
     votes = commands.add_parser("vote", help="join teachers' answers into labels.jsonl")
     votes.add_argument("answers", nargs="+", help="one batch output file a teacher")
     votes.add_argument("--out", required=True, help="labels file to write")
+    votes.add_argument(
+        "--shuffle", type=int, metavar="SEED", help="the random split of the same sizes (table 1)"
+    )
     args = parser.parse_args()
     try:
         if args.command == "vote":
             records, report = count_votes(read_answers(args.answers), len(args.answers))
+            if args.shuffle is not None:
+                moved = [r["label"] for r in records]
+                random.Random(args.shuffle).shuffle(moved)
+                records = [{"id": r["id"], "label": x} for r, x in zip(records, moved)]
             write_jsonl(args.out, records)
             print("\n".join(f"{key}: {value}" for key, value in report.items()))
             return

@@ -10,7 +10,9 @@ policy that samples is the policy that learns, and dropout is off in both, so th
 """
 
 import math
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -174,18 +176,18 @@ def grpo_step(model, optimizer, prompts, rewards, reference, s: Settings, genera
     started = time.perf_counter()
     rows = rollouts(model, prompts, s, generator)
     sampled = time.perf_counter()
-    parts = [[rewards(p, a) for a in group] for p, group in enumerate(rows.completions)]
-    totals = torch.tensor([[sum(part.values()) for part in group] for group in parts])  # (P, G)
+    answers = [(p, a) for p, group in enumerate(rows.completions) for a in group]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a reward may run code for seconds
+        parts = list(pool.map(lambda answer: rewards(*answer), answers))
+    totals = torch.tensor([sum(part.values()) for part in parts]).view(len(prompts), s.group)
     stats = grpo_update(model, optimizer, rows, group_advantages(totals), reference, s)
-    answers = [answer for group in rows.completions for answer in group]
-    parts = [part for group in parts for part in group]
     return stats | {
         "reward": totals.mean().item(),
         "reward_std": totals.std().item(),
         "parts": {k: sum(part[k] for part in parts) / len(parts) for k in parts[0]},
         "equal_groups": int((totals == totals[:, :1]).all(1).sum()),
-        "length": sum(map(len, answers)) / len(answers),
-        "unfinished": sum(a[-1] not in s.eos_ids for a in answers) / len(answers),
+        "length": sum(len(a) for _, a in answers) / len(answers),
+        "unfinished": sum(a[-1] not in s.eos_ids for _, a in answers) / len(answers),
         "grad_norm": optimizer.grad_norm.item(),
         "rollout_s": round(sampled - started, 4),
         "update_s": round(time.perf_counter() - sampled, 4),

@@ -300,6 +300,16 @@ def token_logprobs(model, tokens, labels, temperature=1.0, answer_tokens=None):
     return torch.zeros(targets.shape, device=logp.device).index_put(rows, logp)
 
 
+@torch.no_grad()
+def next_logprobs(model, prompts):
+    """Log-probs of the token after each prompt (lists of ids): (P, V) float32. For letters."""
+    lengths = torch.tensor([len(p) for p in prompts])
+    rows = [p + [0] * (int(lengths.max()) - len(p)) for p in prompts]
+    hidden = model.model(torch.tensor(rows, device=model.head_weight.device))
+    last = hidden[torch.arange(len(prompts)), lengths - 1]
+    return F.linear(last, model.head_weight).float().log_softmax(-1)
+
+
 # ------------------------------------------------------------------------------------ generation
 
 
@@ -424,6 +434,23 @@ def read_json(path) -> dict:
         raise ValueError(f"{path}: not readable as JSON ({error})") from None
 
 
+def find_model(name) -> Path:
+    """A model folder as it is, or a Hub id ("Qwen/Qwen2.5-7B"), downloaded into the Hub's ordinary
+    cache: weights and tokenizer files only. ValueError if it is neither."""
+    if Path(name).is_dir():
+        return Path(name)
+    if str(name).count("/") != 1 or Path(name).is_absolute() or str(name).startswith("."):
+        raise ValueError(f"{name}: no such model folder, and not a Hub id like Qwen/Qwen2.5-7B")
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=["*/*"]))
+    except Exception as error:  # network, access and name errors of several libraries
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{name}: no such folder, nor to be had from the Hub ({reason})") from None
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a Hugging Face folder: one file, or the shards its index names."""
     if (folder / "model.safetensors.index.json").exists():
@@ -511,7 +538,7 @@ def main():
     import sys
 
     parser = argparse.ArgumentParser(description="Continue a prompt with a checkpoint.")
-    parser.add_argument("folder", help="a Hugging Face model folder with its tokenizer")
+    parser.add_argument("folder", help="a Hugging Face model folder, or a Hub id")
     parser.add_argument("prompt")
     parser.add_argument("--max-new-tokens", type=int, default=100)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
@@ -520,7 +547,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     try:
-        folder = Path(args.folder)
+        folder = find_model(args.folder)
         cuda = args.device.startswith("cuda")
         model = load_model(folder, args.device, None if cuda else torch.float32)
         if (folder / "tokenizer.json").exists():

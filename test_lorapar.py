@@ -1506,7 +1506,7 @@ def bad_inputs(toy_run, tmp_path):
         "go together": ["--data", "gsm8k"],
         "unknown": [*run, "--data", "gsm9k"],
         "no such model folder": [*run, "--model", str(tmp_path / "nowhere")],
-        "no folder at": [*run, "--data-path", str(tmp_path / "nowhere")],
+        "nothing at": [*run, "--data-path", str(tmp_path / "nowhere")],
         "bad.jsonl:2": [*run, "--labels", str(tmp_path / "bad.jsonl")],
         "no label matches": [*run, "--labels", str(tmp_path / "none.jsonl")],
         "not readable": [*run, "--labels", str(tmp_path / "nowhere")],

@@ -17,6 +17,7 @@ import random
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
@@ -44,10 +45,19 @@ class Config:
     gives them; without --model the toy preset below replaces some."""
 
     # what goes in and out
-    model: str | None = flag(None, "Hugging Face model folder; without it the toy world runs")
+    model: str | None = flag(None, "model folder or Hub id; without it the toy world runs")
     data: str = flag("toy", f"data set: {', '.join(data.DATASETS)}")
-    data_path: str | None = flag(None, "the data set's folder, as its publisher ships it")
-    labels: str | None = flag(None, 'S1/S2 labels: a labels.jsonl, or "steps:K" (GSM8K stand-in)')
+    data_path: str | None = flag(None, "its folder or file, as its publisher ships it")
+    rl_data: str | None = flag(None, "another set for stage 2, where --data cannot be checked")
+    rl_data_path: str | None = flag(None, "its folder or file")
+    eval_data: str | None = flag(None, "another set for the evaluation")
+    eval_data_path: str | None = flag(None, "its folder or file")
+    labels: str | None = flag(
+        None, 'S1/S2 labels: a labels.jsonl, the authors\' csv, or "steps:K" (GSM8K stand-in)'
+    )
+    prompt: Literal["plain", "chat", "authors"] = flag(
+        "plain", "the question alone, the checkpoint's chat template, or the authors' templates"
+    )
     out: str = flag("runs/toy", "the run folder")
     seed: int = flag(0, "seeds everything")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
@@ -103,6 +113,7 @@ class Config:
     eval_batch: int = flag(64, "prompts a batch in evaluation")
     micro_batch: int = flag(8, "rows a forward and backward")
     save_every: int = flag(50, "steps between saves of the resume state")
+    allow_network: bool = flag(False, "run code answers even where their network cannot be closed")
 
 
 TOY = {
@@ -138,12 +149,12 @@ def read_config(arguments) -> Config:
         elif isinstance(kind, types.UnionType):
             kind = get_args(kind)[0]
         default = f"{TOY[f.name]} in the toy, else {f.default}" if f.name in TOY else f.default
-        parser.add_argument(
-            "--" + f.name.replace("_", "-"),
-            type=kind,
-            choices=choices,
-            help=f"{f.metadata['help']} (default: {default})".replace("%", "%%"),
-        )
+        text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
+        option = "--" + f.name.replace("_", "-")
+        if kind is bool:
+            parser.add_argument(option, action="store_true", help=text)
+        else:
+            parser.add_argument(option, type=kind, choices=choices, help=text)
     said = vars(parser.parse_args(arguments))
     preset = {} if said.get("model") else TOY
     config = Config(**(preset | said))
@@ -155,8 +166,12 @@ def check_config(c: Config):
     """Raises ValueError, naming the flag, on settings that cannot work together."""
     if (c.data == "toy") != (c.model is None):
         raise ValueError("--model and --data go together: give both, or neither for the toy world")
-    if c.data not in data.DATASETS:
-        raise ValueError(f"--data {c.data}: unknown; one of {', '.join(data.DATASETS)}")
+    for name in filter(None, (c.data, c.rl_data, c.eval_data)):
+        if name not in data.DATASETS:
+            raise ValueError(f"--data {name}: unknown; one of {', '.join(data.DATASETS)}")
+    for flag_, name in (("rl", c.rl_data or c.data), ("eval", c.eval_data or c.data)):
+        if not data.DATASETS[name].checked and (flag_ == "eval" or "rl" in c.order):
+            raise ValueError(f"answers of {name} cannot be checked: name a set with --{flag_}-data")
     if c.model and not c.labels:
         raise ValueError('--labels is missing: a file of votes, or "steps:2" for GSM8K')
     if not 0 < c.theta <= 1:
@@ -166,7 +181,7 @@ def check_config(c: Config):
             raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)} is outside [0, 1]")
     for f in fields(Config):
         value = getattr(c, f.name)
-        if isinstance(value, int) and f.name != "seed" and value < 1:
+        if type(value) is int and f.name != "seed" and value < 1:
             raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be at least 1")
         if isinstance(value, float) and not 0 <= value < math.inf:
             raise ValueError(
@@ -395,6 +410,7 @@ def make_partition(c: Config, model, s1, s2, out: Path):
             row[region] = row.get(region, 0) + int(chosen[piece].sum())
         position += factor.numel()
     write_json(out / "partition.json", facts)
+    save_file(regions, out / "partition.safetensors")  # bool (N,), in lora_factors' order
     active = "  ".join(
         f"{k} {n} ({facts['active_percent'][k]:.1f}%)" for k, n in facts["active"].items()
     )
@@ -484,7 +500,7 @@ def rl(c: Config, model, tokenizer, examples, mask, out: Path):
         weight_decay=c.rl_weight_decay,
         max_grad_norm=c.rl_grad_norm,
     )
-    prompts = [tokenizer.encode(data.prompt_text(e), bos=True) for e in examples]
+    prompts = [data.example_ids(e, tokenizer, c.prompt)[0] for e in examples]
     kept = [(e, p) for e, p in zip(examples, prompts) if len(p) <= c.max_prompt]
     if len(kept) < len(examples):
         print(f"rl: {len(examples) - len(kept)} prompts over --max-prompt {c.max_prompt} left out")
@@ -539,24 +555,48 @@ def rl(c: Config, model, tokenizer, examples, mask, out: Path):
     lorapar.save_adapter(model, out / "rl", c.model or "toy")
 
 
-def evaluate(c: Config, model, tokenizer, examples, what: str) -> dict:
+def answer_greedily(c: Config, model, tokenizer, examples, prompts):
+    """-> for each example (text of the answer, is it right): greedy, MMLU by its letters."""
+    if examples[0].kind == "letter":
+        letters = [
+            [
+                data.example_ids(replace(e, answer=f" {x}"), tokenizer, c.prompt)[1][0]
+                for x in "ABCD"
+            ]
+            for e in examples
+        ]
+        logps = decoder.next_logprobs(model, prompts)
+        best = ["ABCD"[int(row[ids].argmax())] for row, ids in zip(logps, letters)]
+        return [(x, x == e.gold) for x, e in zip(best, examples)]
+    answers = decoder.generate(
+        model, prompts, c.max_response, temperature=0, eos_ids=tokenizer.eos_ids
+    )
+    texts = [tokenizer.decode(a[0]) for a in answers]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        right = pool.map(lambda e, t: data.is_correct(e, t, c.allow_network), examples, texts)
+        return list(zip(texts, right))
+
+
+def evaluate(c: Config, model, tokenizer, examples, what: str, answers_file=None) -> dict:
     """Greedy answers -> per system {"accuracy", "probability", "loss", "examples"}.
 
     probability is the mean over examples of p(reference answer, EOS included | question), loss the
-    mean cross-entropy of its tokens. "all" is every example, labelled or not.
+    mean cross-entropy of its tokens. "all" is every example, labelled or not. answers_file gets a
+    line an example that a person can read.
     """
     model.eval()
-    rows, _ = data.tokenize(examples, tokenizer, 10**9)
+    rows, _ = data.tokenize(examples, tokenizer, 10**9, c.prompt, "rl")
     order = sorted(range(len(rows)), key=lambda i: rows[i][1])
-    results = {}
+    results, records = {}, {}
     for start in bar(range(0, len(order), c.eval_batch), f"evaluate {what}"):
         chosen = order[start : start + c.eval_batch]
         prompts = [rows[i][0][: rows[i][1]] for i in chosen]
-        answers = decoder.generate(
-            model, prompts, c.max_response, temperature=0, eos_ids=tokenizer.eos_ids
-        )
-        for i, answer in zip(chosen, answers):
-            results[i] = data.is_correct(examples[i], tokenizer.decode(answer[0]))
+        asked = [examples[i] for i in chosen]
+        for i, (text, right) in zip(chosen, answer_greedily(c, model, tokenizer, asked, prompts)):
+            results[i] = right
+            e = examples[i]
+            records[i] = {"id": e.id, "label": e.label, "correct": right, "gold": e.gold}
+            records[i] |= {"question": e.question, "answer": text}
         for part in [chosen[i : i + c.micro_batch] for i in range(0, len(chosen), c.micro_batch)]:
             tokens, labels = data.collate([rows[i] for i in part], c.device)
             with torch.no_grad():
@@ -571,6 +611,8 @@ def evaluate(c: Config, model, tokenizer, examples, what: str) -> dict:
             means = [sum(column) / len(members) for column in zip(*members)]
             table[system] = dict(zip(("accuracy", "probability", "loss"), means))
             table[system]["examples"] = len(members)
+    if answers_file:
+        data.write_jsonl(answers_file, (records[i] for i in range(len(examples))))
     shown = "  ".join(f"{system} {row['accuracy']:.1%}" for system, row in table.items())
     print(f"evaluate {what}: {shown}")
     return table
@@ -627,9 +669,16 @@ def load_labels(c: Config, data_path, examples, report: dict) -> list[dict]:
 def prepare(c: Config, model_path, data_path, out: Path, report: dict):
     """Reads and checks every input before anything is written -> model, tokenizer, labelled
     training examples by system, evaluation examples. Counts go into the report."""
-    train = data.load_dataset(c.data, data_path, "train")
-    test = data.load_dataset(c.data, data_path, c.eval_split)
-    records = load_labels(c, data_path, train + test, report)
+    train = {"S1": data.load_dataset(c.data, data_path, "train")}
+    train["S2"] = train["S1"]  # stage 2 and the evaluation may have sets of their own
+    if c.rl_data:
+        train["S2"] = data.load_dataset(c.rl_data, c.rl_data_path, "train")
+    if c.eval_data:
+        test = data.load_dataset(c.eval_data, c.eval_data_path, c.eval_split)
+    else:
+        test = data.load_dataset(c.data, data_path, c.eval_split)
+    everything = {e.id: e for e in train["S1"] + train["S2"] + test}
+    records = load_labels(c, data_path, list(everything.values()), report)
     labels = out / "labels.jsonl"
     if labels.exists() and (out / "config.json").exists():
         if [r for _, r in data.read_jsonl(labels)] != records:
@@ -637,14 +686,14 @@ def prepare(c: Config, model_path, data_path, out: Path, report: dict):
                 f"--labels {c.labels}: other labels than this run began with ({labels})"
             )
     known = {r["id"]: r["label"] for r in records}
-    labelled = [replace(e, label=known[e.id]) for e in train if e.id in known]
-    report["data"]["training examples without a label"] = len(train) - len(labelled)
-    random.Random(c.seed).shuffle(labelled)
     random.Random(c.seed).shuffle(test)
     test = [replace(e, label=known.get(e.id, e.label)) for e in test]
     tokenizer = data.Tokenizer(model_path)
     systems = {}
-    for system in ("S1", "S2"):
+    for system, examples in train.items():
+        labelled = [replace(e, label=known[e.id]) for e in examples if e.id in known]
+        report["data"][f"{system} source: without a label"] = len(examples) - len(labelled)
+        random.Random(c.seed).shuffle(labelled)
         systems[system] = [e for e in labelled[: c.train_examples] if e.label == system]
         if not systems[system]:
             raise ValueError(
@@ -673,18 +722,21 @@ def run(c: Config):
         if what in report["evaluation"]:
             print(f"evaluate {what}: reused from {out / 'report.json'}")
         else:
-            report["evaluation"][what] = evaluate(c, model, tokenizer, test, what)
+            file = out / "answers" / f"{what}.jsonl"
+            report["evaluation"][what] = evaluate(c, model, tokenizer, test, what, file)
         took(f"evaluate {what}")
         write_json(out / "report.json", report)
 
-    model_path, data_path = c.model, c.data_path
-    if c.data == "toy":
+    data_path = c.data_path
+    if c.model:
+        model_path = decoder.find_model(c.model)
+    else:
         model_path, data_path = toy_inputs(c, out)
         took("toy base")
     model, tokenizer, systems, test = prepare(c, model_path, data_path, out, report)
     rows = {}
     for system, examples in systems.items():
-        rows[system], counts = data.tokenize(examples, tokenizer, c.max_length)
+        rows[system], counts = data.tokenize(examples, tokenizer, c.max_length, c.prompt, "sft")
         counts = {"examples": len(rows[system])} | counts
         report["data"] |= {f"{system} {k}": v for k, v in counts.items()}
     took("load")
@@ -716,7 +768,9 @@ def main(arguments=None):
     sys.stdout.reconfigure(line_buffering=True)
     try:
         run(read_config(arguments))
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "sandbox" not in str(error):
+            raise
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
 
