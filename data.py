@@ -725,6 +725,10 @@ SECONDS = 10  # wall clock and CPU of a candidate; the verdict comes within SECO
 MEMORY, FILE, DISK, FILES, MESSAGE = 1 << 30, 16 << 20, 64 << 20, 1000, 1 << 20  # bytes; files
 
 
+class SandboxError(RuntimeError):
+    """The sandbox itself cannot run: that is no verdict about an answer."""
+
+
 def passes_tests(example: "Example", completion: str, allow_network=False) -> bool:
     """Does the code pass the problem's own tests? (HumanEval; Chen et al. 2021)
 
@@ -741,7 +745,7 @@ def passes_tests(example: "Example", completion: str, allow_network=False) -> bo
     with allow_network=True. Not protected against: kernel bugs, side channels, and a candidate that
     recognises the test inputs and answers from memory.
 
-    Raises RuntimeError if the sandbox itself cannot run: that is no verdict about the answer.
+    Raises SandboxError if the sandbox itself cannot run.
     """
     job = {"prompt": example.question, "tests": example.gold, "entry": example.entry}
     job |= {"program": program(example, completion), "allow_network": allow_network}
@@ -762,14 +766,14 @@ def passes_tests(example: "Example", completion: str, allow_network=False) -> bo
             os.killpg(judge.pid, signal.SIGKILL)  # the candidate dies with its parent
             out, _ = judge.communicate()
     except OSError as error:
-        raise RuntimeError(f"the sandbox cannot start: {error}") from None
+        raise SandboxError(f"the sandbox cannot start: {error}") from None
     finally:
         if os.listdir(folder):  # trees too deep for shutil, folders without permissions
             subprocess.run(["chmod", "-R", "u+rwx", folder], stderr=subprocess.DEVNULL, check=False)
         subprocess.run(["rm", "-rf", folder], stderr=subprocess.DEVNULL, check=False)
     said = out.decode().split("\n")
     if said[0] != "ready":
-        raise RuntimeError(f"the sandbox cannot start: {said[0] or 'no answer from the judge'}")
+        raise SandboxError(f"the sandbox cannot start: {said[0] or 'no answer from the judge'}")
     return said[1:2] == ["passed"]
 
 

@@ -14,16 +14,20 @@ tokens (B, T) to logits (B, T, V). Paper: Huang et al., LoRA-PAR, Findings of EM
 Left out: DoRA, adapters on embeddings, quantised bases; load_adapter refuses them by name.
 """
 
+import argparse
 import json
 import math
 import os
+import re
+import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.func import functional_call, grad, vmap
@@ -448,12 +452,9 @@ UNSUPPORTED = (
 ).split()
 
 
-def load_adapter(model, folder):
-    """Adds a LoRA adapter in PEFT's format (ours or PEFT's own) to a model without LoRA layers.
-
-    The layers have no anchor: the file holds the whole difference from the base. Raises
-    ValueError, one line, on features we do not have and on tensors that do not fit.
-    """
+def read_adapter(folder):
+    """-> {module name: (A, B, scale)} and the dropout of an adapter in PEFT's format (ours, or
+    PEFT's own). ValueError, one line, on features we do not have."""
     folder = Path(folder)
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
@@ -465,30 +466,46 @@ def load_adapter(model, folder):
     bad = [key for key in UNSUPPORTED if config.get(key)]
     if bad or config.get("bias", "none") != "none":
         raise ValueError(f"{folder}: the adapter uses {', '.join(bad) or 'bias'}: not supported")
-    if any(isinstance(m, LoRALinear) for m in model.modules()):
-        raise ValueError("the model has LoRA layers already; load the adapter into a fresh base")
-    modules = dict(model.named_modules())
     pairs = {}
-    for key in tensors:
-        name, factor = key.removeprefix("base_model.model.").split(".lora_")[0], key[-8:-7]
-        linear = modules.get(name)
-        if not isinstance(linear, nn.Linear) or not key.endswith(f"{name}.lora_{factor}.weight"):
-            raise ValueError(f"{folder}: tensor {key} fits no nn.Linear of the model")
-        pairs.setdefault(name, {})[factor] = tensors[key]
+    for key, tensor in tensors.items():
+        match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
+        if not match:
+            raise ValueError(f"{folder}: tensor {key} is not a LoRA factor of an nn.Linear")
+        pairs.setdefault(match[1], {})[match[2]] = tensor.float()
     for name, pair in pairs.items():
-        out_features, in_features = modules[name].weight.shape
-        shapes = {f: tuple(t.shape) for f, t in pair.items()}
-        rank = shapes.get("A", (0,))[0]
-        if shapes != {"A": (rank, in_features), "B": (out_features, rank)}:
-            raise ValueError(f"{folder}: {name} is ({out_features}, {in_features}), got {shapes}")
-    if not pairs:
-        raise ValueError(f"{folder}: the adapter file holds no tensors")
-    model.requires_grad_(False)
-    for name, pair in pairs.items():
+        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+            raise ValueError(f"{folder}: {name} has no A (r, in) and B (out, r) of one rank")
         rank = len(pair["A"])
         scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        dropout = config.get("lora_dropout", 0.0)
-        layer = LoRALinear(modules[name], pair["A"], pair["B"], scale, dropout, anchored=False)
+        pairs[name] = (pair["A"], pair["B"], scale)
+    if not pairs:
+        raise ValueError(f"{folder}: the adapter file holds no tensors")
+    return pairs, config.get("lora_dropout", 0.0)
+
+
+def check_fit(folder, name, A, B, weight_shape):
+    if weight_shape is None or tuple(weight_shape) != (B.shape[0], A.shape[1]):
+        shape = f"{tuple(weight_shape)} there" if weight_shape else "not there"
+        raise ValueError(
+            f"{folder}: {name} is for a linear of {(B.shape[0], A.shape[1])}, which is {shape}"
+        )
+
+
+def load_adapter(model, folder):
+    """Adds a LoRA adapter in PEFT's format (ours or PEFT's own) to a model without LoRA layers.
+
+    The layers have no anchor: the file holds the whole difference from the base. Raises
+    ValueError, one line, on features we do not have and on tensors that do not fit.
+    """
+    pairs, dropout = read_adapter(folder)
+    if any(isinstance(m, LoRALinear) for m in model.modules()):
+        raise ValueError("the model has LoRA layers already; load the adapter into a fresh base")
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name, (A, B, _) in pairs.items():
+        check_fit(folder, name, A, B, modules[name].weight.shape if name in modules else None)
+    model.requires_grad_(False)
+    for name, (A, B, scale) in pairs.items():
+        layer = LoRALinear(modules[name], A, B, scale, dropout, anchored=False)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.train(model.training))
     return model
@@ -507,3 +524,53 @@ def merge(model):
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, linear)
     return model
+
+
+def merge_files(model_folder, adapter_folder, out):
+    """Writes a full Hugging Face folder: the checkpoint with the adapter folded in, W + s B A in
+    float32, stored in W's own dtype; config and tokenizer files are copied. One shard is in memory
+    at a time. Raises ValueError if something does not fit, or if `out` is the checkpoint itself."""
+    source, out = Path(model_folder), Path(out)
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{source}: no safetensors files there")
+    if out.exists() and out.resolve() == source.resolve():
+        raise ValueError(f"--out {out} is the model itself; name another folder")
+    pairs, _ = read_adapter(adapter_folder)
+    shapes = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            names = tensors.keys()
+            shapes |= {n.removesuffix(".weight"): tensors.get_slice(n).get_shape() for n in names}
+    for name, (A, B, _) in pairs.items():
+        check_fit(adapter_folder, name, A, B, shapes.get(name))
+    out.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        merged = load_file(file)
+        for name in {n.removesuffix(".weight") for n in merged} & set(pairs):
+            (A, B, scale), weight = pairs[name], merged[f"{name}.weight"]
+            merged[f"{name}.weight"] = (weight.float() + scale * (B @ A)).to(weight.dtype)
+        save_file(merged, out / f"{file.name}.tmp", metadata={"format": "pt"})
+        os.replace(out / f"{file.name}.tmp", out / file.name)
+    for file in source.iterdir():
+        if file.is_file() and file.suffix in (".json", ".model", ".jinja", ".txt"):
+            shutil.copy(file, out / file.name)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Fold an adapter into its checkpoint.")
+    parser.add_argument("command", choices=["merge"])
+    parser.add_argument("--model", required=True, help="the base: a Hugging Face model folder")
+    parser.add_argument("--adapter", required=True, help="a folder in PEFT's format")
+    parser.add_argument("--out", required=True, help="the folder to write")
+    args = parser.parse_args()
+    try:
+        merge_files(args.model, args.adapter, args.out)
+    except (ValueError, SafetensorError) as error:
+        print(f"lorapar.py: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"merged: {args.out}")
+
+
+if __name__ == "__main__":
+    main()

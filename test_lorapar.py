@@ -328,6 +328,61 @@ def test_a_truncated_or_absent_file_is_refused(tmp_path):
         decoder.load_model(tmp_path / "nowhere")
 
 
+def test_letters_are_read_from_the_last_position_of_each_prompt():
+    model, prompts = qwen(), [[5, 9, 2], [7] * 11, [1]]
+    ours = decoder.next_logprobs(model, prompts)
+    for row, prompt in zip(ours, prompts):
+        close(row, model(torch.tensor([prompt]))[0, -1].log_softmax(-1))
+
+
+def test_old_files_and_every_stored_dtype_load(tmp_path):
+    """rotary_emb.inv_freq of old files, a stored copy of a tied head; float16, bfloat16."""
+    tokens = torch.arange(12)[None]
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        model = qwen().to(dtype)
+        decoder.save_model(model, tmp_path)
+        state = load_file(tmp_path / "model.safetensors")
+        state = {n: t.clone() for n, t in state.items()}
+        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+        state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+        save_file(state, tmp_path / "model.safetensors")
+        kept = decoder.load_model(tmp_path, dtype=None)
+        assert kept.head_weight.dtype == dtype and kept.model.inv_freq.dtype == torch.float32
+        wide = decoder.load_model(tmp_path)
+        close(wide(tokens), copy.deepcopy(kept).float()(tokens), 1e-6)
+
+
+def test_a_folder_or_a_hub_id_becomes_a_folder(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **kw: asked.append((name, kw)) or tmp_path
+    )
+    assert decoder.find_model(tmp_path) == tmp_path and not asked
+    assert decoder.find_model("Qwen/Qwen2.5-7B") == tmp_path
+    assert asked[0][0] == "Qwen/Qwen2.5-7B" and "*.safetensors" in asked[0][1]["allow_patterns"]
+    for nowhere in ("nowhere", "./a/b", "/a/b", "a/b/c"):
+        with pytest.raises(ValueError, match="no such model folder"):
+            decoder.find_model(nowhere)
+
+    def offline(*_, **__):
+        raise OSError("offline\nand more")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(ValueError, match=r"Hub \(offline\)$"):
+        decoder.find_model("a/b")
+
+
+def test_saving_over_a_loaded_file_leaves_the_loaded_model_whole(tmp_path):
+    """Trap 16: safetensors are memory-mapped."""
+    decoder.save_model(qwen(), tmp_path)
+    model, tokens = decoder.load_model(tmp_path), torch.arange(12)[None]
+    before = model(tokens)
+    other = qwen()
+    other.head_weight.mul_(2)
+    decoder.save_model(other, tmp_path)
+    assert torch.equal(model(tokens), before)
+
+
 # ------------------------------------------------------------------------------------ LoRA layers
 
 
@@ -407,6 +462,52 @@ def test_peft_fixture_loaded_and_merged():
             lorapar.merge(model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_command_writes_a_whole_checkpoint(dtype, tmp_path):
+    """Trap 15: merged in float32, stored in the checkpoint's dtype, every other file copied."""
+    decoder.save_model(qwen().to(dtype), tmp_path / "base")
+    data.save_toy_tokenizer(tmp_path / "base")
+    tuned = lorapar.add_lora(decoder.load_model(tmp_path / "base"), r=3, alpha=6)
+    lorapar.set_flat(tuned, 0.1 * torch.randn(len(lorapar.get_flat(tuned))))
+    lorapar.save_adapter(tuned, tmp_path / "adapter")
+    command = [sys.executable, "lorapar.py", "merge", "--model", tmp_path / "base"]
+    command += ["--adapter", tmp_path / "adapter", "--out", tmp_path / "merged"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    merged, tokens = decoder.load_model(tmp_path / "merged", dtype=None), torch.arange(20)[None]
+    assert merged.head_weight.dtype == dtype
+    assert data.Tokenizer(tmp_path / "base").eos_ids  # and of the copy:
+    assert (tmp_path / "merged" / "tokenizer.json").exists()
+    expected = lorapar.merge(tuned)
+    for name, weight in expected.named_parameters():
+        assert torch.equal(merged.get_parameter(name), weight.to(dtype)), name
+    close(merged.float()(tokens), expected(tokens), 1e-5 if dtype == torch.float32 else 0.05)
+    done = subprocess.run([*command[:-1], command[4]], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 2 and "is the model itself" in done.stderr
+
+
+def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
+    model, tokens = lora_model("gaussian", r=4, alpha=8), torch.arange(20)[None]
+    lorapar.save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config |= {"use_rslora": True, "lora_alpha": 4}  # 4 / sqrt(4) is our 8 / 4
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    close(lorapar.load_adapter(qwen(), tmp_path)(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("init", ["anchored", "pissa"])
+def test_peft_reads_our_adapter_on_the_untouched_base(init, tmp_path):
+    """Trap 11, with the libraries themselves where they are installed."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    decoder.save_model(qwen(), tmp_path / "base", bos_token_id=1, eos_token_id=2)
+    model, tokens = lora_model(init), torch.arange(20)[None]
+    lorapar.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    close(theirs(tokens).logits, qwen()(tokens))
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    close(theirs(tokens).logits, model(tokens))
+
+
 def test_an_adapter_we_cannot_run_is_refused_by_name(tmp_path):
     lorapar.save_adapter(lora_model(), tmp_path)
     good = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -415,7 +516,7 @@ def test_an_adapter_we_cannot_run_is_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match=named):
             lorapar.load_adapter(qwen(), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(good))
-    with pytest.raises(ValueError, match="fits no nn.Linear|is \\(.*got"):
+    with pytest.raises(ValueError, match="which is .*there"):
         lorapar.load_adapter(formula_model(STORED["mistral"][0]), tmp_path)
     with pytest.raises(ValueError, match="already"):
         lorapar.load_adapter(lora_model(), tmp_path)
@@ -744,6 +845,63 @@ def test_tokenizer_reads_special_tokens_from_the_checkpoints_files(tmp_path):
         data.Tokenizer(tmp_path / "nowhere")
 
 
+@needs_shared
+def test_chat_fixture_is_rendered_to_the_letter():
+    folder = SHARED / "fixtures/qwen_tokenizer"
+    tokenizer = data.Tokenizer(folder)
+    chats = json.loads((folder / "expected.json").read_text())["chats"]
+    assert sum(c["add_generation_prompt"] for c in chats) >= 2
+    for case in chats:
+        if case["add_generation_prompt"]:
+            text = tokenizer.chat(case["messages"])
+            assert text == case["rendered"] and tokenizer.encode(text, bos=True) == case["ids"]
+
+
+def test_chat_templates_give_exactly_one_bos(tmp_path):
+    data.save_toy_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="no chat template"):
+        data.Tokenizer(tmp_path).chat([])
+    template = "{{ bos_token }} {% for m in messages %}{{ m.content }} {% endfor %}"
+    template += "{% if messages|length > 1 %}{{ raise_exception('one only') }}{% endif %}"
+    (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "F", "eos_token": "<eos>"}')
+    settings = {"add_bos_token": True, "chat_template": [{"name": "default", "template": template}]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = data.Tokenizer(tmp_path)
+    example = data.Example("x", "A M", "c1", "toy", "c1")
+    assert data.example_ids(example, tokenizer, "chat")[0] == tokenizer.encode("F A M")
+    with pytest.raises(ValueError, match="one only"):
+        tokenizer.chat([{"content": "a"}] * 2)
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].__class__.__mro__ }}")
+    with pytest.raises(ValueError, match="chat template fails"):  # the sandbox of jinja2
+        data.Tokenizer(tmp_path).chat([{"role": "user", "content": "a"}])
+
+
+def test_both_stages_ask_in_the_same_words(tmp_path):
+    data.save_toy_tokenizer(tmp_path)
+    tokenizer = data.Tokenizer(tmp_path)
+    answer = "<reasoning>\n9*2\n</reasoning>\n<answer>\n18\n</answer>"
+    e = data.Example("x", "How many?", answer, "number", "18")
+    assert data.prompt_and_answer(e, tokenizer) == ("How many?\n", answer)
+    assert data.prompt_and_answer(e, tokenizer, "plain", "sft") == ("How many?\n", answer)
+    asked, trained = data.prompt_and_answer(e, tokenizer, "authors", "sft")
+    assert (asked, trained) == ("How many?", "9*2\n#### 18")
+    asked, _ = data.prompt_and_answer(e, tokenizer, "authors", "rl")
+    assert asked.startswith("Respond in") and asked.endswith("How many?\n")
+    toy = data.Example("x", "F t1 e1 A", "c5", "toy")
+    ids = data.example_ids(toy, tokenizer, "authors", "sft")
+    assert ids == (tokenizer.encode("F t1 e1 A") + [0], tokenizer.encode("c5") + [0])
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["llama2_tokenizer", "qwen_tokenizer"])
+def test_training_tokens_are_those_of_the_whole_text(name):
+    tokenizer = data.Tokenizer(SHARED / "fixtures" / name)
+    for e in data.load_dataset("gsm8k", SHARED / "data/gsm8k", "test")[:20]:
+        prompt, answer = data.example_ids(e, tokenizer)
+        whole = tokenizer.encode(e.question + "\n" + e.answer, bos=True, eos=True)
+        assert prompt + answer == whole and prompt == tokenizer.encode(e.question + "\n", bos=True)
+
+
 def test_the_prompt_is_masked_and_the_eos_is_trained(tmp_path):
     """Trap 4: also where the padding id equals the EOS id, as in the toy (both 0)."""
     data.save_toy_tokenizer(tmp_path)
@@ -947,6 +1105,110 @@ def test_mmlu_keeps_the_answer_none(tmp_path):
     assert e.question == "Which, then?\nA. None\nB. NA\nC. a, b\nD. 4\nAnswer:"
     assert data.is_correct(e, e.answer) and data.is_correct(e, " A. None")
     assert not data.is_correct(e, "B") and not data.is_correct(e, "Also A")
+
+
+PUBLISHED = {  # a record in each publisher's own fields -> question, answer
+    "dolly": (
+        {"instruction": "Sum up.", "context": " Text. ", "response": "Short.", "category": "x"},
+        ("Sum up.\n\nText.", "Short."),
+    ),
+    "platypus": (
+        {"instruction": "2+2?", "input": "", "output": "4", "data_source": "x"},
+        ("2+2?", "4"),
+    ),
+    "codealpaca": (
+        {"instruction": "Sort.", "input": "[2, 1]", "output": "[1, 2]"},
+        ("Sort.\n\n[2, 1]", "[1, 2]"),
+    ),
+    "codefeedback": (
+        {"query": "Why?", "answer": "Because.", "resource": "x", "lang": "python"},
+        ("Why?", "Because."),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_instruction_sets_in_their_publishers_fields(name, tmp_path, monkeypatch):
+    record, (question, answer) = PUBLISHED[name]
+    jsonl, array = tmp_path / "a" / "x.jsonl", tmp_path / "b" / "x.json"
+    data.write_jsonl(jsonl, [record] * 40)
+    array.parent.mkdir()
+    array.write_text(json.dumps([record] * 40))
+    for path in (jsonl, array, jsonl.parent, array.parent):
+        examples = data.load_dataset(name, path, "train")
+        assert len(examples) == 38 and len(data.load_dataset(name, path, "validation")) == 2
+        assert (examples[0].question, examples[0].answer) == (question, answer)
+    with pytest.raises(ValueError, match="cannot be checked"):
+        data.is_correct(examples[0], "x")
+    with pytest.raises(ValueError, match="no test split"):
+        data.load_dataset(name, jsonl, "test")
+    jsonl.write_text('{"a": 1}\n')
+    with pytest.raises(ValueError, match=r"x\.jsonl:1: no text in the field"):
+        data.load_dataset(name, jsonl, "train")
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.hf_hub_download", lambda *a, **kw: asked.append((a, kw)) or str(array)
+    )
+    if data.DATASETS[name].hub:
+        assert len(data.load_dataset(name, None, "train")) == 38
+        assert asked == [(data.DATASETS[name].hub, {"repo_type": "dataset"})]
+    else:
+        with pytest.raises(ValueError, match="--data-path is missing"):
+            data.load_dataset(name, None, "train")
+
+
+def test_mmlu_is_asked_after_five_solved_examples_of_its_subject(tmp_path):
+    for split in ("dev", "test"):
+        (tmp_path / split).mkdir()
+        rows = "".join(f"{split}{i}?,a,b,c,d,{'ABCD'[i % 4]}\n" for i in range(5))
+        (tmp_path / split / f"high_school_x_{split}.csv").write_text(rows)
+    e = data.load_dataset("mmlu", tmp_path, "test")[1]
+    prompt, answer = data.prompt_and_answer(e, None)
+    shots = prompt.split("\n\n")
+    assert shots[0].endswith("about high school x.") and len(shots) == 7
+    assert shots[2] == "dev1?\nA. a\nB. b\nC. c\nD. d\nAnswer: B"
+    assert shots[6] == "test1?\nA. a\nB. b\nC. c\nD. d\nAnswer:" and answer == " B"
+
+
+def test_labels_of_the_authors_csv(tmp_path):
+    file = tmp_path / "labels.csv"
+    file.write_text('question,answer,_result\n"One, two?",1,System1\nThree?,3,System2\n')
+    examples = [data.Example(str(i), q, "", "text") for i, q in enumerate(["Three?", "One, two?"])]
+    labelled = data.label_examples(examples, str(file))
+    assert [e.label for e in labelled] == ["S2", "S1"]
+    file.write_text("question,answer,_result\nThree?,3,perhaps\n")
+    with pytest.raises(ValueError, match=r"labels\.csv:2"):
+        data.label_examples(examples, str(file))
+
+
+def test_requests_are_in_the_batch_format(tmp_path):
+    gsm8k_folder(tmp_path)
+    command = [sys.executable, "data.py", "prompts", "--data", "gsm8k", "--data-path", tmp_path]
+    command += ["--target", "LLaMA2 7B", "--teachers", "A,org/B", "--out", tmp_path / "r"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = [r for _, r in data.read_jsonl(tmp_path / "r" / "org_B.jsonl")]
+    assert len({r["custom_id"] for r in records}) == 57
+    assert set(records[0]) == {"custom_id", "method", "url", "body"}
+    assert records[0]["body"]["model"] == "org/B"
+    (message,) = records[0]["body"]["messages"]
+    assert message["role"] == "user" and "LLaMA2 7B" in message["content"]
+
+
+def test_the_random_split_keeps_the_sizes_of_the_vote(tmp_path):
+    answers = [
+        {"custom_id": str(i), "choices": [{"message": {"content": f"System{1 + (i > 9)}"}}]}
+        for i in range(40)
+    ]
+    data.write_jsonl(tmp_path / "t.jsonl", answers)
+    splits = []
+    for extra in ([], ["--shuffle", "1"]):
+        command = [sys.executable, "data.py", "vote", tmp_path / "t.jsonl", *extra]
+        done = subprocess.run([*command, "--out", tmp_path / "l.jsonl"], cwd=HERE)
+        assert done.returncode == 0
+        splits.append([r["label"] for _, r in data.read_jsonl(tmp_path / "l.jsonl")])
+    assert Counter(splits[0]) == Counter(splits[1]) == {"S1": 10, "S2": 30}
+    assert splits[0] != splits[1]
 
 
 @needs_shared
@@ -1491,6 +1753,52 @@ def real_run(toy_run, tmp_path, *flags):
     return ["--model", str(toy_run / "base"), "--data", "gsm8k", "--data-path", str(data_path)] + [
         *["--labels", "steps:2", "--out", str(tmp_path / "out"), *flags]
     ]
+
+
+def test_stage_2_and_evaluation_may_have_data_sets_of_their_own(toy_run, tmp_path):
+    """The paper trains on Dolly and evaluates elsewhere."""
+    record = {"instruction": "F t1 e1 A", "context": "", "response": "c5"}
+    data.write_jsonl(tmp_path / "dolly.jsonl", [record] * 40)
+    many = GSM8K | {"answer": "<<1>><<2>><<3>>\n#### 3"}
+    data.write_jsonl(tmp_path / "gsm" / "train.jsonl", [many] * 40)
+    data.write_jsonl(tmp_path / "gsm" / "test.jsonl", [GSM8K] * 4)
+    flags = ["--model", str(toy_run / "base"), "--data", "dolly", "--labels", "steps:2"]
+    flags += ["--data-path", str(tmp_path / "dolly.jsonl"), "--out", str(tmp_path / "out")]
+    flags += ["--rl-steps", "1", "--sft-steps", "1", "--max-response", "4"]
+    with pytest.raises(SystemExit):
+        train.main(flags)  # stage 2 could not be rewarded
+    for name in ("rl", "eval"):
+        flags += [f"--{name}-data", "gsm8k", f"--{name}-data-path", str(tmp_path / "gsm")]
+    train.main(flags)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["data"]["S1 examples"] == report["data"]["S2 examples"] == 38
+    assert report["evaluation"]["rl"]["all"]["examples"] == 4
+    saved = load_file(tmp_path / "out" / "partition.safetensors")
+    assert {k: int(v.sum()) for k, v in saved.items()} == report["partition"]["regions"]
+
+
+def test_eval_command_gives_the_number_and_every_answer(toy_run, tmp_path, capsys):
+    gsm8k_folder(tmp_path / "data", 6)
+    (tmp_path / "mmlu" / "test").mkdir(parents=True)
+    (tmp_path / "mmlu" / "test" / "x_test.csv").write_text("c1?,a,b,c,d,A\nc2?,a,b,c,d,B\n")
+    for name, path, extra in (
+        ("gsm8k", "data", ["--samples", "3"]),
+        ("mmlu", "mmlu", ["--adapter", str(toy_run / "rl")]),
+    ):
+        command = ["eval", "--model", str(toy_run / "base"), "--data", name, *extra]
+        command += ["--data-path", str(tmp_path / path), "--out", str(tmp_path / "a.jsonl")]
+        train.main([*command, "--max-response", "4"])
+        table = json.loads(
+            capsys.readouterr().out.partition("{")[2].join(["{", ""]).rsplit("\n", 2)[0]
+        )
+        records = [r for _, r in data.read_jsonl(tmp_path / "a.jsonl")]
+        assert len(records) == table["all"]["examples"] == (6 if name == "gsm8k" else 2)
+        mean = sum(r["correct"] for r in records) / len(records)
+        assert table["all"]["accuracy"] == pytest.approx(mean)
+        if name == "gsm8k":
+            assert "pass@3" in table["all"] and all(len(r["answers"]) == 3 for r in records)
+        else:
+            assert all(r["answers"][0] in "ABCD" for r in records)
 
 
 def bad_inputs(toy_run, tmp_path):

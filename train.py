@@ -137,12 +137,10 @@ TOY = {
 TOY_BASE = {"layers": 2, "hidden": 128, "heads": 4, "ffn": 256, "steps": 1000, "batch": 96}
 
 
-def read_config(arguments) -> Config:
-    """The command line -> Config: defaults, then the toy preset, then what the user said."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.partition("\n")[0], argument_default=argparse.SUPPRESS
-    )
+def add_flags(parser, names):
     for f in fields(Config):
+        if f.name not in names:
+            continue
         kind, choices = f.type, None
         if get_origin(kind) is Literal:
             kind, choices = str, get_args(kind)
@@ -155,6 +153,16 @@ def read_config(arguments) -> Config:
             parser.add_argument(option, action="store_true", help=text)
         else:
             parser.add_argument(option, type=kind, choices=choices, help=text)
+
+
+def read_config(arguments) -> Config:
+    """The command line -> Config: defaults, then the toy preset, then what the user said."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.partition("\n")[0],
+        epilog="python train.py eval --help: evaluate a checkpoint, with or without an adapter",
+        argument_default=argparse.SUPPRESS,
+    )
+    add_flags(parser, [f.name for f in fields(Config)])
     said = vars(parser.parse_args(arguments))
     preset = {} if said.get("model") else TOY
     config = Config(**(preset | said))
@@ -174,6 +182,11 @@ def check_config(c: Config):
             raise ValueError(f"answers of {name} cannot be checked: name a set with --{flag_}-data")
     if c.model and not c.labels:
         raise ValueError('--labels is missing: a file of votes, or "steps:2" for GSM8K')
+    check_ranges(c)
+
+
+def check_ranges(c: Config):
+    """Raises ValueError, naming the flag, on a value out of range."""
     if not 0 < c.theta <= 1:
         raise ValueError(f"--theta {c.theta} is outside (0, 1]")
     for name in ("alpha", "beta", "dropout", "sft_warmup", "rl_warmup"):
@@ -555,36 +568,43 @@ def rl(c: Config, model, tokenizer, examples, mask, out: Path):
     lorapar.save_adapter(model, out / "rl", c.model or "toy")
 
 
-def answer_greedily(c: Config, model, tokenizer, examples, prompts):
-    """-> for each example (text of the answer, is it right): greedy, MMLU by its letters."""
+def answer(c: Config, model, tokenizer, examples, prompts, samples: int, generator):
+    """-> for each example its [(text of an answer, is it right)]: one greedy answer, or `samples`
+    of them at c.temperature. MMLU is answered by the most likely of its four letters."""
     if examples[0].kind == "letter":
         letters = [
-            [
-                data.example_ids(replace(e, answer=f" {x}"), tokenizer, c.prompt)[1][0]
-                for x in "ABCD"
-            ]
-            for e in examples
+            data.example_ids(replace(examples[0], answer=f" {x}"), tokenizer, c.prompt)[1][0]
+            for x in "ABCD"
         ]
-        logps = decoder.next_logprobs(model, prompts)
-        best = ["ABCD"[int(row[ids].argmax())] for row, ids in zip(logps, letters)]
-        return [(x, x == e.gold) for x, e in zip(best, examples)]
+        best = decoder.next_logprobs(model, prompts)[:, letters].argmax(-1).tolist()
+        return [[("ABCD"[i], "ABCD"[i] == e.gold)] for i, e in zip(best, examples)]
     answers = decoder.generate(
-        model, prompts, c.max_response, temperature=0, eos_ids=tokenizer.eos_ids
+        model,
+        prompts,
+        c.max_response,
+        temperature=0 if samples == 1 else c.temperature,
+        eos_ids=tokenizer.eos_ids,
+        samples_per_prompt=samples,
+        generator=generator,
     )
-    texts = [tokenizer.decode(a[0]) for a in answers]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        right = pool.map(lambda e, t: data.is_correct(e, t, c.allow_network), examples, texts)
-        return list(zip(texts, right))
+    texts = [[tokenizer.decode(tokens) for tokens in group] for group in answers]
+    asked = [(e, text) for e, group in zip(examples, texts) for text in group]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # code answers run for seconds
+        right = list(pool.map(lambda x: data.is_correct(*x, c.allow_network), asked))
+    verdicts = iter(right)
+    return [[(text, next(verdicts)) for text in group] for group in texts]
 
 
-def evaluate(c: Config, model, tokenizer, examples, what: str, answers_file=None) -> dict:
-    """Greedy answers -> per system {"accuracy", "probability", "loss", "examples"}.
+def evaluate(c: Config, model, tokenizer, examples, what, answers_file=None, samples=1) -> dict:
+    """Answers -> per system {"accuracy", "probability", "loss", "examples"}; greedy, or pass@1 and
+    pass@k of `samples` answers at c.temperature.
 
     probability is the mean over examples of p(reference answer, EOS included | question), loss the
     mean cross-entropy of its tokens. "all" is every example, labelled or not. answers_file gets a
     line an example that a person can read.
     """
     model.eval()
+    generator = torch.Generator(c.device).manual_seed(c.seed)
     rows, _ = data.tokenize(examples, tokenizer, 10**9, c.prompt, "rl")
     order = sorted(range(len(rows)), key=lambda i: rows[i][1])
     results, records = {}, {}
@@ -592,24 +612,27 @@ def evaluate(c: Config, model, tokenizer, examples, what: str, answers_file=None
         chosen = order[start : start + c.eval_batch]
         prompts = [rows[i][0][: rows[i][1]] for i in chosen]
         asked = [examples[i] for i in chosen]
-        for i, (text, right) in zip(chosen, answer_greedily(c, model, tokenizer, asked, prompts)):
-            results[i] = right
-            e = examples[i]
-            records[i] = {"id": e.id, "label": e.label, "correct": right, "gold": e.gold}
-            records[i] |= {"question": e.question, "answer": text}
+        answers = answer(c, model, tokenizer, asked, prompts, samples, generator)
+        for i, e, given in zip(chosen, asked, answers):
+            right = sum(correct for _, correct in given)
+            ks = [k for k in (10, 100, samples) if 1 < k <= samples]
+            results[i] = {"accuracy": right / len(given)}
+            results[i] |= {f"pass@{k}": data.pass_at_k(samples, right, k) for k in ks}
+            records[i] = {"id": e.id, "label": e.label, "correct": right / len(given)}
+            records[i] |= {"gold": e.gold, "question": e.question}
+            records[i]["answers"] = [text for text, _ in given]
         for part in [chosen[i : i + c.micro_batch] for i in range(0, len(chosen), c.micro_batch)]:
             tokens, labels = data.collate([rows[i] for i in part], c.device)
             with torch.no_grad():
                 logp = decoder.token_logprobs(model, tokens, labels).sum(1)
             counts = (labels[:, 1:] != -100).sum(1)
             for i, p, n in zip(part, logp.tolist(), counts.tolist()):
-                results[i] = (results[i], math.exp(p), -p / n)
+                results[i] |= {"probability": math.exp(p), "loss": -p / n}
     table = {}
     for system in ("S1", "S2", "all"):
         members = [results[i] for i, e in enumerate(examples) if system in ("all", e.label)]
         if members:
-            means = [sum(column) / len(members) for column in zip(*members)]
-            table[system] = dict(zip(("accuracy", "probability", "loss"), means))
+            table[system] = {k: sum(m[k] for m in members) / len(members) for k in members[0]}
             table[system]["examples"] = len(members)
     if answers_file:
         data.write_jsonl(answers_file, (records[i] for i in range(len(examples))))
@@ -651,6 +674,11 @@ def write_report(c: Config, out: Path, report: dict):
 
 
 # ------------------------------------------------------------------------------------ the lecture
+
+
+def load(c: Config, model_path):
+    dtypes = {"auto": None if c.device.startswith("cuda") else torch.float32}
+    return decoder.load_model(model_path, c.device, dtypes.get(c.dtype, getattr(torch, c.dtype, 0)))
 
 
 def load_labels(c: Config, data_path, examples, report: dict) -> list[dict]:
@@ -699,9 +727,7 @@ def prepare(c: Config, model_path, data_path, out: Path, report: dict):
             raise ValueError(
                 f"no {system} training example among {len(labelled)} labelled ones: check --labels"
             )
-    dtypes = {"auto": None if c.device.startswith("cuda") else torch.float32}
-    dtype = dtypes.get(c.dtype, getattr(torch, c.dtype, None))
-    model = decoder.load_model(model_path, c.device, dtype)
+    model = load(c, model_path)
     data.write_jsonl(labels, records)
     write_json(out / "config.json", settings(c))
     return model, tokenizer, systems, test[: c.eval_examples]
@@ -764,13 +790,48 @@ def run(c: Config):
     return report
 
 
+EVAL_FLAGS = "model data data_path labels prompt seed device dtype max_response temperature"
+EVAL_FLAGS += " eval_examples eval_split eval_batch micro_batch allow_network"
+
+
+def run_eval(arguments):
+    """python train.py eval: the accuracy of a checkpoint, with or without an adapter."""
+    parser = argparse.ArgumentParser("train.py eval", argument_default=argparse.SUPPRESS)
+    add_flags(parser, EVAL_FLAGS.split())
+    parser.add_argument("--adapter", default=None, help="a folder in PEFT's format")
+    parser.add_argument("--samples", type=int, default=1, help="over 1: sample, and give pass@k")
+    parser.add_argument("--out", default="answers.jsonl", help="every answer, a line an example")
+    said = vars(parser.parse_args(arguments))
+    adapter, samples, out = (said.pop(name) for name in ("adapter", "samples", "out"))
+    c = Config(**said)
+    if not c.model or c.data == "toy" or samples < 1:
+        raise ValueError("eval needs --model and --data, and --samples of at least 1")
+    check_ranges(c)
+    examples = data.load_dataset(c.data, c.data_path, c.eval_split)
+    if not data.DATASETS[c.data].checked:
+        raise ValueError(f"answers of {c.data} cannot be checked")
+    if c.labels:
+        known = {e.id: e for e in data.label_examples(examples, c.labels)}
+        examples = [known.get(e.id, e) for e in examples]
+    random.Random(c.seed).shuffle(examples)
+    path = decoder.find_model(c.model)
+    tokenizer, model = data.Tokenizer(path), load(c, path)
+    if adapter:
+        lorapar.load_adapter(model, adapter)
+    table = evaluate(c, model, tokenizer, examples[: c.eval_examples], c.data, out, samples)
+    print(json.dumps(table, indent=2))
+    print(f"every answer is in {out}")
+
+
 def main(arguments=None):
     sys.stdout.reconfigure(line_buffering=True)
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        run(read_config(arguments))
-    except (ValueError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "sandbox" not in str(error):
-            raise
+        if arguments[:1] == ["eval"]:
+            run_eval(arguments[1:])
+        else:
+            run(read_config(arguments))
+    except (ValueError, data.SandboxError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
 
