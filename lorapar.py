@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -273,14 +274,12 @@ class Partition(NamedTuple):
     shared: torch.Tensor
 
 
-def largest(scores: np.ndarray, count: int) -> np.ndarray:
-    """bool: the `count` largest scores, ties to the lower index (a stable descending sort)."""
-    if count == 0:
-        return np.zeros(len(scores), dtype=bool)
-    threshold = np.partition(scores, len(scores) - count)[len(scores) - count]
+def at_least(scores: np.ndarray, threshold, count: int) -> np.ndarray:
+    """bool: the `count` largest scores, where the smallest of them is `threshold`; ties go to the
+    lower index, as in a stable descending sort."""
     chosen = scores > threshold
     ties = np.flatnonzero(scores == threshold)
-    chosen[ties[: count - chosen.sum()]] = True
+    chosen[ties[: count - np.count_nonzero(chosen)]] = True
     return chosen
 
 
@@ -288,14 +287,17 @@ def cumulative_region(scores: torch.Tensor, theta: float) -> torch.Tensor:
     """bool (N,): the shortest prefix of the stable descending order whose cumulative sum (float64)
     reaches theta times the cumulative sum's own last entry; theta = 1 is everything.
 
-    Only the values are sorted (in numpy: fast), the elements are then found by their threshold.
+    Only the values are sorted (by numpy's vector code), the elements are found by their threshold.
     """
     values = scores.detach().cpu().numpy()
+    descending = np.sort(values)[::-1]
+    if not (np.isfinite(descending[0]) and descending[0] > 0 and descending[-1] >= 0):  # NaN first
+        raise ValueError("importance scores must be finite, not negative and not all zero")
     if theta == 1:
         return torch.ones(len(values), dtype=torch.bool)
-    cumulative = np.sort(values)[::-1].cumsum(dtype=np.float64)
-    count = int(np.searchsorted(cumulative, theta * cumulative[-1], side="left")) + 1
-    return torch.from_numpy(largest(values, count))
+    cumulative = descending.cumsum(dtype=np.float64)
+    last = int(np.searchsorted(cumulative, theta * cumulative[-1], side="left"))
+    return torch.from_numpy(at_least(values, descending[last], last + 1))
 
 
 def partition(s1, s2, theta: float) -> Partition:
@@ -306,12 +308,10 @@ def partition(s1, s2, theta: float) -> Partition:
     """
     if not 0 < theta <= 1:
         raise ValueError(f"theta = {theta} is outside (0, 1]")
-    for name, s in (("s1", s1), ("s2", s2)):
-        if s.shape != s1.shape or s.ndim != 1:
-            raise ValueError(f"scores {name} have shape {tuple(s.shape)}, s1 {tuple(s1.shape)}")
-        if not s.isfinite().all() or (s < 0).any() or not s.any():
-            raise ValueError(f"scores {name} must be finite, not negative and not all zero")
-    one, two = cumulative_region(s1, theta), cumulative_region(s2, theta)
+    if s1.shape != s2.shape or s1.ndim != 1 or not len(s1):
+        raise ValueError(f"importance scores have shapes {tuple(s1.shape)} and {tuple(s2.shape)}")
+    with ThreadPoolExecutor(2) as pool:  # numpy sorts outside the interpreter lock
+        one, two = pool.map(lambda s: cumulative_region(s, theta), (s1, s2))
     return Partition(one & ~two, two & ~one, one & two)
 
 
@@ -327,8 +327,11 @@ def stage_mask(part: Partition, scores, stage: int, fraction: float) -> torch.Te
         raise ValueError(f"fraction = {fraction} is outside [0, 1]")
     mask = (part.s1_only if stage == 1 else part.s2_only).clone()
     shared = part.shared.nonzero()[:, 0]
-    chosen = largest(scores.detach().cpu().numpy()[shared.numpy()], int(fraction * len(shared)))
-    mask[shared[torch.from_numpy(chosen)]] = True
+    count = int(fraction * len(shared))
+    if count:
+        values = scores.detach().cpu().numpy()[shared.numpy()]
+        threshold = np.partition(values, len(values) - count)[len(values) - count]
+        mask[shared[torch.from_numpy(at_least(values, threshold, count))]] = True
     return mask
 
 

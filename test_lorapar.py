@@ -682,9 +682,11 @@ def test_partition_refuses_bad_input():
     for theta in (0, -0.1, 1.01, float("nan")):
         with pytest.raises(ValueError, match="theta"):
             lorapar.partition(good, good, theta)
-    for bad in (torch.zeros(4), torch.tensor([1.0, float("nan"), 1, 1]), -good, torch.ones(3)):
-        with pytest.raises(ValueError, match="scores"):
-            lorapar.partition(good, bad, 0.5)
+    nan, inf = (torch.tensor([1.0, float(x), 1, 1]) for x in ("nan", "inf"))
+    for bad in (torch.zeros(4), nan, inf, -good, torch.tensor([1.0, -1, 1, 1]), torch.ones(3)):
+        for theta in (0.5, 1):
+            with pytest.raises(ValueError, match="scores"):
+                lorapar.partition(good, bad, theta)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.33, 0.5, 1.0])

@@ -14,6 +14,8 @@ import json
 import math
 import os
 import random
+import resource
+import statistics
 import sys
 import time
 import types
@@ -159,7 +161,8 @@ def read_config(arguments) -> Config:
     """The command line -> Config: defaults, then the toy preset, then what the user said."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
-        epilog="python train.py eval --help: evaluate a checkpoint, with or without an adapter",
+        epilog="python train.py eval --help: evaluate a checkpoint, with or without an adapter; "
+        "python train.py bench --help: what a model shape costs on this machine",
         argument_default=argparse.SUPPRESS,
     )
     add_flags(parser, [f.name for f in fields(Config)])
@@ -823,12 +826,180 @@ def run_eval(arguments):
     print(f"every answer is in {out}")
 
 
+# --------------------------------------------------------------------------------------- benchmark
+
+SHAPES = {  # hidden, layers, heads, key-value heads, ffn, vocabulary
+    "58m": (512, 8, 8, 8, 1376, 32000),
+    "llama-2-7b": (4096, 32, 32, 32, 11008, 32000),
+    "qwen2.5-7b": (3584, 28, 28, 4, 18944, 152064),
+}
+
+
+def random_model(name, device, dtype):
+    """A model of a known shape, or of a folder's config.json, with random weights."""
+    if name in SHAPES:
+        hidden, layers, heads, kv_heads, ffn, vocabulary = SHAPES[name]
+        kind = "qwen2" if name.startswith("qwen") else "llama"
+        sizes = (vocabulary, hidden, ffn, layers, heads, kv_heads, hidden // heads)
+        config = decoder.Config(*sizes, model_type=kind)
+    else:
+        path = decoder.find_model(name) / "config.json"
+        config = decoder.Config.from_dict(decoder.read_json(path), str(path))
+    with torch.device("meta"):
+        model = decoder.Transformer(config)
+    model.to_empty(device=device).to(dtype).requires_grad_(False)
+    for p in model.parameters():
+        p.normal_(std=0.02) if p.ndim == 2 else p.fill_(1.0)
+    model.model.inv_freq = decoder.rope_frequencies(config).to(device)
+    return model.eval()
+
+
+def seconds(work, device, repeats=3) -> float:
+    """The median time of work(), after one call to warm up."""
+    times = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        work()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[1:])
+
+
+def machine_limits(device, dtype):
+    """-> floating point operations a second of a large matrix product, bytes a second of a copy."""
+    n = 8192 if device.startswith("cuda") else 2048
+    square = torch.randn(n, n, device=device, dtype=dtype)
+    product = seconds(lambda: square @ square, device, 5)
+    block = torch.zeros(2**27, dtype=torch.uint8, device=device)
+    other = torch.zeros_like(block)
+    copy = seconds(lambda: other.copy_(block), device, 5)
+    return 2 * n**3 / product, 2 * len(block) / copy
+
+
+def run_bench(arguments):
+    """python train.py bench: what a shape costs on this device, each figure beside its floor.
+
+    Floors: the arithmetic at the rate of a large matrix product, the bytes at the rate of a copy,
+    both measured here. SFT counts 4 FLOPs a parameter and token (forward, and backward to the
+    activations: the frozen weights need no gradient), decoding reads weights and KV cache once.
+    """
+    parser = argparse.ArgumentParser("train.py bench", description=run_bench.__doc__)
+    parser.add_argument("--shape", default="58m", help=f"{', '.join(SHAPES)}, or a model folder")
+    add_flags(parser, ["device", "targets", "r"])
+    parser.add_argument("--dtype", default=None, help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--batch", type=int, default=8, help="rows of SFT and importance")
+    parser.add_argument("--length", type=int, default=256, help="tokens a row, half of them answer")
+    parser.add_argument("--prompts", type=int, default=4, help="prompts of a GRPO step")
+    parser.add_argument("--group", type=int, default=8, help="answers a prompt")
+    parser.add_argument("--new-tokens", type=int, default=64, help="tokens an answer")
+    parser.add_argument("--json", action="store_true", help="one JSON line a figure")
+    parser.set_defaults(device=Config.device, targets=Config.targets, r=Config.r)
+    b = parser.parse_args(arguments)
+    cuda = b.device.startswith("cuda")
+    dtype = getattr(torch, b.dtype or ("bfloat16" if cuda else "float32"))
+    torch.manual_seed(0)
+
+    flops, bandwidth = machine_limits(b.device, dtype)
+
+    def figure(what, value, unit, floor=None):
+        share = f"  {floor / value:6.1%} of the floor's speed" if floor else ""
+        if b.json:
+            line = {"shape": b.shape, "device": b.device, "figure": what, "value": value}
+            print(json.dumps(line | {"unit": unit, "floor_seconds": floor}))
+        else:
+            print(f"{what:44s} {value:12.4g} {unit}{share}")
+
+    figure("matrix product", flops / 1e9, "GFLOP/s")
+    figure("memory copy, bytes read and written", bandwidth / 1e9, "GB/s")
+    model = random_model(b.shape, b.device, dtype)
+    lorapar.add_lora(model, b.targets, b.r)
+    c = model.config
+    head = model.head_weight.numel()
+    body = sum(p.numel() for layer in model.model.layers for p in layer.parameters())
+    weights = (body + head) * model.head_weight.element_size()
+    rows = [(torch.randint(c.vocab_size, (b.length,)).tolist(), b.length // 2)] * b.batch
+    tokens, labels = data.collate(rows, b.device)
+    answers = int((labels[:, 1:] != -100).sum())
+    N = len(lorapar.get_flat(model))
+    optimizer = lorapar.MaskedAdamW(model, lr=1e-5, max_grad_norm=1.0)
+
+    def forward_backward():
+        answer_losses(model, tokens, labels).mean().backward()
+
+    def sft_step():
+        forward_backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    floor = 4 * (body * tokens.numel() + head * answers) / flops
+    time_sft = seconds(sft_step, b.device)
+    figure("SFT step", time_sft, "s", floor)
+    figure("SFT tokens", tokens.numel() / time_sft, "tokens/s")
+    optimizer.zero_grad()
+    plain = seconds(forward_backward, b.device)
+
+    def score_batch():
+        lorapar.importance(model, [(tokens, labels)], decoder.token_logprobs, chunk_size=b.batch)
+
+    time_score = seconds(score_batch, b.device)
+    figure("importance", time_score, "s", floor)
+    figure("importance: a plain forward and backward", plain, "s")
+    figure("importance: plain time / its time", plain / time_score, "")
+    figure("importance examples", b.batch / time_score, "examples/s")
+
+    scores = torch.rand(2, N) ** 4
+    time_cut = seconds(lambda: lorapar.partition(*scores, 0.9), b.device)
+    figure(f"partition of {N} elements, both systems", time_cut, "s")
+    figure("partition: two sorts", seconds(lambda: scores.sort(stable=True), b.device, 1), "s")
+
+    prompts = [row[: b.length // 2] for row, _ in rows[:1] * b.prompts]
+    s = grpo.Settings(
+        group=b.group, max_new_tokens=b.new_tokens, temperature=1.0, micro_batch=b.batch
+    )
+    R = b.prompts * b.group
+    time_rollout = seconds(lambda: grpo.rollouts(model, prompts, s), b.device, 2)
+    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * R * dtype.itemsize
+    prefill = 2 * body * len(prompts) * len(prompts[0]) / flops
+    steps = [
+        max(2 * (body + head) * R / flops, (weights + cache * (len(prompts[0]) + t)) / bandwidth)
+        for t in range(1, b.new_tokens)
+    ]
+    figure("rollouts", time_rollout, "s", prefill + sum(steps))
+    figure("rollout tokens", R * b.new_tokens / time_rollout, "tokens/s")
+    sampled = grpo.rollouts(model, prompts, s)
+    advantages = torch.randn(b.prompts, b.group)
+    reference = lorapar.get_flat(model)
+    for beta, what in ((0.0, "GRPO update without KL"), (0.04, "GRPO update with KL")):
+        s.beta = beta
+        time_update = seconds(
+            lambda: grpo.grpo_update(model, optimizer, sampled, advantages, reference, s),
+            b.device,
+            2,
+        )
+        passes = 6 if beta else 4  # the reference pass is a forward more
+        floor = (passes * body * sampled.tokens.numel() + passes * head * R * b.new_tokens) / flops
+        figure(what, time_update, "s", floor)
+    figure("GRPO step", time_rollout + time_update, "s")
+    if cuda:
+        figure("peak memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        figure("peak memory", peak / 1e9, "GB")
+    # GSM8K's 7,473 training problems: about 200 tokens each; RL: 8 answers of up to 256 tokens
+    figure("SFT epoch on GSM8K, projected", 7473 * 200 / (tokens.numel() / time_sft) / 3600, "h")
+    step_tokens = R * b.new_tokens / (time_rollout + time_update)
+    figure("RL epoch on GSM8K, projected", 7473 * 8 * 256 / step_tokens / 3600, "h")
+
+
 def main(arguments=None):
     sys.stdout.reconfigure(line_buffering=True)
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         if arguments[:1] == ["eval"]:
             run_eval(arguments[1:])
+        elif arguments[:1] == ["bench"]:
+            run_bench(arguments[1:])
         else:
             run(read_config(arguments))
     except (ValueError, data.SandboxError) as error:
