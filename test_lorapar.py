@@ -1266,8 +1266,8 @@ ATTACKS = {  # what stands before the function, what stands in it
     "subprocess": ("", "import subprocess; subprocess.run(['sleep', '300']); return a + b"),
     "socket": ("import socket; socket.socket()", "return a + b"),
     "disk": (
-        "i = 0\nwhile True:\n    i += 1\n    try: open(f'f{i}', 'wb').write(b'x' * 10**7)\n"
-        "    except OSError: pass",
+        "for i in range(1000):\n    try: open(f'f{i}', 'wb').write(b'x' * 10**7)\n"
+        "    except OSError: full = True\nassert not full",
         "return a + b",
     ),
     "one large file": ("", "open('f', 'wb').write(b'x' * 900_000_000); return a + b"),
@@ -1282,6 +1282,34 @@ ATTACKS = {  # what stands before the function, what stands in it
     ),
     "memory": ("", "return len(bytearray(3 << 30))"),
     "large answer": ("", "return 'x' * (1 << 26)"),
+    "hidden files": (
+        "import os\nfor i in range(17):\n    os.mkdir('d' * 255); os.chdir('d' * 255)\n"
+        "for i in range(100):\n    os.posix_fallocate(os.open(str(i), 65), 0, 16 << 20)",
+        "return a + b",
+    ),
+    "many folders": (
+        "import os",
+        "for i in range(10**6):\n        os.mkdir(str(i))\n    return a + b",
+    ),
+    "closed folder": ("import os; os.chmod('.', 0)", "return a + b"),
+    "mode outside": ("import os; os.chmod('/tmp', 0o1777)", "return a + b"),
+    "limits of the parent": (
+        "import os, resource; resource.prlimit(os.getppid() or 1, resource.RLIMIT_CPU, (0, 0))",
+        "return 0",
+    ),
+    "outliving the parent": (
+        "import ctypes, time; ctypes.CDLL(None).prctl(1, 0, 0, 0, 0); time.sleep(60)",
+        "return a + b",
+    ),
+    "a session of its own": ("import os, time; os.setsid(); time.sleep(60)", "return a + b"),
+    "slow set": (
+        "import sys",
+        "k = '[' + ','.join(str(i * (2**61 - 1)) for i in range(6000)) + ']'\n"
+        "    k = ('(\"returned\",' + k + ')\\n').encode()\n"
+        "    for fd in range(3, 9):\n        __import__('os').write(fd, k)\n    return 0",
+    ),
+    "StopIteration": ("", "raise StopIteration"),
+    "queue": ("import ctypes; ctypes.CDLL(None).msgget(4242, 0o1666)", "return a + b"),
     "endless loop": ("", "while True: pass"),
     "endless start": ("while True: pass", ""),
     "outside read": ("", "open('/etc/passwd').read(); return a + b"),
@@ -1328,20 +1356,52 @@ def test_no_candidate_can_fake_a_pass_or_do_harm(attack, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+ADD_DOC = data.Example(
+    "add", 'def add(a, b):\n    """Add."""\n', "    return a + b\n", "code", ADD_TESTS, entry="add"
+)
+WHOLE = "def add(a, b):\n    return a + b\n"
+BODY = "    return a + b\n"
+RIGHT = {
+    "body": BODY,
+    "body and run-on": "    # a sum\n    return a + b\n\ndef x():\n    pass\n\nprint(add(1))\n",
+    "body and broken run-on": BODY + "\ndef add(a, b):\n    return a *",
+    "body and wrong second": BODY + "\ndef add(a, b):\n    return a * b\n",
+    "body and prose": BODY + "\nThis adds the two numbers.\n",
+    "body and lone fence": BODY + "```\n\nIt adds.",
+    "body and helper": "    return plus(a, b)\n\ndef plus(a, b):\n    return a + b\n",
+    "body without indent": "return a + b",
+    "first line stripped": "x = a\n    return x + b",
+    "lost indents": "for x in [a]:\n    b = b + x\nreturn b",
+    "end token": BODY.rstrip() + "<|endoftext|>junk",
+    "whole": WHOLE,
+    "prose and whole": "Here it is:\n\n" + WHOLE + "\nIt adds.",
+    "fence": f"Here you are:\n```python\n{WHOLE}```\nIt adds.",
+    "other fences": f"```Python3 title=x\n{WHOLE}```",
+    "tildes, carriage returns": f"~~~py\r\n{WHOLE}~~~".replace("\n", "\r\n"),
+    "indented fence": "1. So:\n   ```python\n" + "   def add(a, b):\n       return a + b\n   ```",
+    "open fence": f"```python\n{WHOLE}",
+    "fenced body": f"```\n{BODY}```",
+    "shell first": f"```bash\npip install x\n```\n```python\n{WHOLE}```",
+    "helper fence": f"```python\ndef h(x):\n    return x\n```\n```python\n{WHOLE}```",
+    "imports": "import math, collections\nfrom typing import List\n\n" + WHOLE,
+    "future": "from __future__ import annotations\n" + WHOLE,
+    "own main": WHOLE + "\nassert add(1, 1) == 2\nif __name__ == '__main__':\n    input()\n",
+    "dataclass": "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: 'int'\n" + WHOLE,
+    "string with code": '    s = """\ndef x():\n    pass\n"""\n' + BODY,
+    "class": "class C:\n    def f(s, a, b):\n        return a + b\n\n"
+    "def add(a, b):\n    return C().f(a, b)\n",
+    "threads": "import threading\ndef add(a, b):\n    t = threading.Thread(target=print)\n"
+    "    t.start()\n    return a + b\n",
+    "own file": "def add(a, b):\n    open('own', 'w').write('x')\n"
+    "    return len(open('own').read()) - 1 + a + b\n",
+    "numpy": "import numpy as np\ndef add(a, b):\n    return int(np.add(a, b))\n",
+}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is closed by Linux")
-def test_right_code_passes_in_every_form_models_write_it():
-    whole = code("import math, collections", "return a + b")
-    for completion in (
-        ADD.answer,
-        "    # a sum\n    return a + b\n\ndef other():\n    return 0\n",
-        "    return a + b\n\nprint(add(1, 2))\n",
-        whole,
-        f"Here you are:\n```python\n{whole}```\nIt adds.",
-        "```\n    return a + b\n```",
-        code("import threading", "t = threading.Thread(target=print); t.start(); return a + b"),
-        code("", "open('own', 'w').write('x'); return len(open('own').read()) - 1 + a + b"),
-    ):
-        assert data.is_correct(ADD, completion) is True, completion
+@pytest.mark.parametrize("form", RIGHT)
+def test_right_code_passes_in_every_form_models_write_it(form):
+    assert data.is_correct(ADD_DOC, RIGHT[form]) is True
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is closed by Linux")
