@@ -799,8 +799,9 @@ def program(prompt: str, completion: str, entry: str) -> str:
     completion = re.split(r"\n?^(?:```|~~~)|<\||</s>|\[/PYTHON\]", completion, flags=re.M)[0]
     body = completion.strip() and re.match(r"\s*\n?[ \t]", completion)
     if not body and re.search(rf"^(?:async )?def {entry}\b", completion, re.M):
-        code = r"^(?=import |from |def |async def |class |@|\w+ *=|if |for |while |try:)"
-        completion = re.split(code, completion, maxsplit=1, flags=re.M)[-1]  # less prose before it
+        if not parses(completion.partition(f"def {entry}")[0]):  # prose stands before it
+            code = r"^(?=import |from |def |async def |class |@|\w+ *=)"
+            completion = re.split(code, completion, maxsplit=1, flags=re.M)[-1]
         first = r"^from __future__ .*\n"  # must be the first statement of a file
         future = "".join(re.findall(first, completion, flags=re.M))
         completion = re.sub(first, "", completion, flags=re.M)
