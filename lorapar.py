@@ -53,6 +53,7 @@ class LoRALinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias  # the same tensors, not copies
         self.scale, self.dropout = scale, dropout
+        self._kept = (None, None)
         device = linear.weight.device
         self.lora_A = nn.Parameter(A.to(device, torch.float32).contiguous())
         self.lora_B = nn.Parameter(B.to(device, torch.float32).contiguous())
@@ -72,10 +73,20 @@ class LoRALinear(nn.Linear):
             return A, B
         return torch.cat((A, A - A0)), torch.cat((B - B0, B0), dim=1)
 
+    def cast_factors(self, dtype):
+        """factors() in the dtype of the input; without gradients (decoding) they are kept until
+        a factor changes in place."""
+        if torch.is_grad_enabled():
+            return tuple(f.to(dtype) for f in self.factors())
+        state = (self.lora_A._version, self.lora_B._version, self.lora_A.data_ptr(), dtype)
+        if self._kept[0] != state:
+            self._kept = (state, tuple(f.to(dtype) for f in self.factors()))
+        return self._kept[1]
+
     def forward(self, x):
-        A, B = self.factors()
-        low = F.linear(F.dropout(x, self.dropout, self.training), A.to(x.dtype))  # (..., R)
-        return F.linear(x, self.weight, self.bias) + self.scale * F.linear(low, B.to(x.dtype))
+        A, B = self.cast_factors(x.dtype)
+        low = F.linear(F.dropout(x, self.dropout, self.training), A) * self.scale  # (..., R)
+        return F.linear(x, self.weight, self.bias) + F.linear(low, B)
 
 
 def lora_layers(model) -> dict[str, LoRALinear]:

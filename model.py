@@ -245,18 +245,21 @@ class HeadLogprobs(torch.autograd.Function):
 
     Row i's log-prob depends on hidden row i alone, and with a frozen head its gradient there is
     known as soon as the probabilities p are: (W[target] - p W) / temperature. So the forward takes
-    `CHUNK` rows at a time, keeps that one vector a row, and the backward only scales it.
+    a few rows at a time, keeps that one vector a row, and the backward only scales it.
     """
 
     generate_vmap_rule = True
-    CHUNK = 1024  # rows; the float32 logits that exist at any moment are CHUNK x V
+    # float32 logits that exist at any moment: on the CPU few enough that malloc reuses the pages
+    CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
 
     @staticmethod
     def forward(hidden, weight, targets, temperature, with_grad):
         # hidden (M, H), weight (V, H), targets (M,) -> logp (M,), jacobian (M, H)
+        rows = max(1, HeadLogprobs.CHUNK.get(weight.device.type, 1 << 22) // len(weight))
         logps, jacobians = [], []
-        for h, t in zip(hidden.split(HeadLogprobs.CHUNK), targets.split(HeadLogprobs.CHUNK)):
-            logp_all = ((h @ weight.T).float() / temperature).log_softmax(-1)  # (chunk, V)
+        for h, t in zip(hidden.split(rows), targets.split(rows)):
+            logits = (h @ weight.T).float()
+            logp_all = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
             logps.append(logp_all.gather(-1, t[:, None])[:, 0])
             if with_grad:
                 expected = logp_all.exp().to(weight.dtype) @ weight
@@ -319,16 +322,17 @@ def sample(logits, temperature, top_p, generator):
     temperature 0 takes the most likely token and reports its log-prob at temperature 1. top_p < 1
     restricts what is drawn (nucleus sampling), never the log-prob that is reported.
     """
-    logp = (logits.float() / (temperature or 1.0)).log_softmax(-1)
+    logits = logits.float()
+    logp = (logits if temperature in (0, 1) else logits / temperature).log_softmax(-1)
     if temperature == 0:
         token = logp.argmax(-1, keepdim=True)
     else:
-        p = logp.double().exp()
+        p = logp.exp()
         if top_p < 1:  # the smallest set of most likely tokens whose mass reaches top_p
             ordered, index = p.sort(-1, descending=True)
-            ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+            ordered[ordered.cumsum(-1, dtype=torch.float64) - ordered >= top_p] = 0
             p = torch.zeros_like(p).scatter(-1, index, ordered)
-        cdf = p.cumsum(-1)  # inverse-CDF sampling: one uniform number a row
+        cdf = p.cumsum(-1, dtype=torch.float64)  # inverse-CDF sampling: one uniform number a row
         u = torch.rand(len(p), 1, dtype=cdf.dtype, device=cdf.device, generator=generator)
         token = torch.searchsorted(cdf, u * cdf[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
     return token[:, 0], logp.gather(-1, token)[:, 0]
@@ -382,7 +386,9 @@ def generate(
         caches = [[F.pad(x.repeat_interleave(G, 0), room) for x in pair] for pair in caches]
         visible = torch.arange(L + max_new_tokens, device=device) >= L
         visible = visible | (torch.arange(L + max_new_tokens, device=device) < lengths[:, None])
-        visible = visible.repeat_interleave(G, 0)  # (R, L + max_new_tokens)
+        hidden_slots = torch.zeros(visible.shape, dtype=weight.dtype, device=device)
+        mask = hidden_slots.masked_fill(~visible, -torch.inf).repeat_interleave(G, 0)
+        mask = mask[:, None, None]  # (R, 1, 1, L + max_new_tokens), added to the scores
         positions = lengths.repeat_interleave(G)[:, None]  # (R, 1)
         logits = F.linear(hidden, weight).repeat_interleave(G, 0)  # (R, V)
 
@@ -404,11 +410,11 @@ def generate(
             if still <= len(ended) // 2:  # half the rows have ended: copy the others together
                 keep = (~ended).nonzero()[:, 0]
                 caches = [[x[keep] for x in pair] for pair in caches]
-                visible, positions, alive = visible[keep], positions[keep], alive[keep]
+                mask, positions, alive = mask[keep], positions[keep], alive[keep]
                 token, ended = token[keep], ended[keep]
             slot = L + step
-            mask = visible[:, None, None, : slot + 1]  # (rows, 1, 1, slots)
-            hidden = model.model(token[:, None], positions + step, mask, caches, slot)
+            seen = mask[..., : slot + 1]  # (rows, 1, 1, slots)
+            hidden = model.model(token[:, None], positions + step, seen, caches, slot)
             logits = F.linear(hidden[:, 0], weight)
     finally:
         model.train(was_training)

@@ -164,7 +164,7 @@ def test_padding_changes_neither_logits_nor_greedy_text():
 
 
 def test_token_logprobs_equal_a_full_log_softmax_and_its_gradient(monkeypatch):
-    monkeypatch.setattr(decoder.HeadLogprobs, "CHUNK", 7)  # several chunks, a ragged last one
+    monkeypatch.setattr(decoder.HeadLogprobs, "CHUNK", {"cpu": 7 * 64})  # the last one is ragged
     model, (tokens, labels) = qwen(), answer_batch()
     norm = model.model.norm.weight.requires_grad_()
     ours = decoder.token_logprobs(model, tokens, labels, temperature=0.7)
@@ -187,8 +187,8 @@ def test_token_logprobs_train_the_head_where_it_is_trainable():
 
 
 def test_full_logits_never_exist(monkeypatch):
-    """The head sees answer positions only, at most CHUNK of them at once."""
-    monkeypatch.setattr(decoder.HeadLogprobs, "CHUNK", 4)
+    """Trap 19: the head sees answer positions only, a few of them at once."""
+    monkeypatch.setattr(decoder.HeadLogprobs, "CHUNK", {"cpu": 4 * 64})
     model, (tokens, labels), seen = lora_model(), answer_batch(), []
     original = torch.Tensor.log_softmax
     monkeypatch.setattr(
@@ -528,6 +528,25 @@ def test_dropout_acts_in_train_mode_only():
     assert torch.equal(model(tokens), model(tokens))
     model.train()
     assert not torch.equal(model(tokens), model(tokens))
+
+
+def test_kept_factors_follow_every_change():
+    """Decoding keeps the joined factors; training, set_flat and set_mask must not be missed."""
+    model, tokens = lora_model(), torch.arange(20)[None]
+    with torch.no_grad():
+        before = model(tokens)
+        flat = lorapar.get_flat(model)
+        lorapar.set_flat(model, flat * 1.5)
+        changed = model(tokens)
+    close(changed, model(tokens))  # with gradients nothing is kept
+    assert not torch.equal(changed, before)
+    optimizer = lorapar.MaskedAdamW(model, lr=0.1)
+    random_gradients(model, 0)
+    optimizer.step()
+    with torch.no_grad():
+        trained = model(tokens)
+    close(trained, model(tokens))
+    assert not torch.equal(trained, changed)
 
 
 def test_flat_order_is_named_modules_then_A_then_B_row_major():
