@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # ---------------------------------------------------------------------------------------- config
 
@@ -200,6 +201,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(c) for _ in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.register_buffer("inv_freq", rope_frequencies(c), persistent=False)
+        self.checkpointing = False  # True: recompute each layer in the backward, for long rows
 
     def forward(self, tokens, positions=None, mask=None, caches=None, slot=0):
         """tokens (B, T) -> hidden states (B, T, hidden_size).
@@ -215,7 +217,10 @@ class Decoder(nn.Module):
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, mask, caches and caches[i], slot)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, caches and caches[i], slot)
         return self.norm(x)
 
 

@@ -328,6 +328,18 @@ def test_a_truncated_or_absent_file_is_refused(tmp_path):
         decoder.load_model(tmp_path / "nowhere")
 
 
+def test_checkpointing_changes_no_gradient():
+    model, (tokens, labels) = lora_model(dropout=0.3).train(), answer_batch()
+    gradients = []
+    for model.model.checkpointing in (False, True):
+        torch.manual_seed(0)
+        decoder.token_logprobs(model, tokens, labels).sum().backward()
+        gradients.append([p.grad.clone() for p in lorapar.lora_factors(model).values()])
+        model.zero_grad()
+    for plain, recomputed in zip(*gradients):
+        assert torch.equal(plain, recomputed)
+
+
 def test_letters_are_read_from_the_last_position_of_each_prompt():
     model, prompts = qwen(), [[5, 9, 2], [7] * 11, [1]]
     ours = decoder.next_logprobs(model, prompts)

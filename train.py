@@ -114,6 +114,7 @@ class Config:
     eval_split: Literal["test", "validation"] = flag("test", "choose settings on validation only")
     eval_batch: int = flag(64, "prompts a batch in evaluation")
     micro_batch: int = flag(8, "rows a forward and backward")
+    checkpointing: bool = flag(False, "recompute layers in the backward: less memory, 1/3 slower")
     save_every: int = flag(50, "steps between saves of the resume state")
     allow_network: bool = flag(False, "run code answers even where their network cannot be closed")
 
@@ -226,7 +227,8 @@ def settings(c: Config) -> dict:
 
 def open_run(c: Config):
     """-> the run folder and its report so far. Raises ValueError if it holds another run."""
-    out, report = Path(c.out), {"evaluation": {}, "partition": {}, "data": {}, "seconds": {}}
+    out, report = Path(c.out), {"evaluation": {}, "partition": {}, "data": {}}
+    report |= {"seconds": {}, "peak_gb": {}}
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -303,6 +305,15 @@ def clock(seconds: float) -> str:
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
+def peak_memory(device) -> int:
+    """Bytes: the GPU's peak since the last call, or this process' peak so far."""
+    if not device.startswith("cuda"):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
 def bar(items, what):
     """A progress bar; in a log file it speaks every half minute only."""
     return tqdm(items, desc=what, leave=False, mininterval=0.2 if sys.stderr.isatty() else 30)
@@ -339,16 +350,19 @@ def make_toy_base(c: Config, folder: Path, world: data.ToyWorld):
     for step in range(b["steps"]):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, (step + 1) / 100) * (1 - step / b["steps"])
-        tokens, labels = data.collate(rows[step * b["batch"] : (step + 1) * b["batch"]], c.device)
-        loss = answer_losses(model, tokens, labels).mean()
         optimizer.zero_grad()
-        loss.backward()
+        total = 0.0
+        chosen = rows[step * b["batch"] : (step + 1) * b["batch"]]
+        for tokens, labels in data.batches(chosen, b["batch"] // 2, c.device):  # short, then long
+            loss = answer_losses(model, tokens, labels).sum() / b["batch"]
+            loss.backward()
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 50 == 0:
             elapsed = time.perf_counter() - started
             left = elapsed / (step + 1) * (b["steps"] - step - 1)
-            print(f"base {step + 1}/{b['steps']}  loss {loss.item():.3f}  left {clock(left)}")
+            print(f"base {step + 1}/{b['steps']}  loss {total:.3f}  left {clock(left)}")
     decoder.save_model(model, folder, eos_token_id=tokenizer.eos_ids[0])
 
 
@@ -476,6 +490,7 @@ def sft(c: Config, model, rows, mask, out: Path):
     scheduler = cosine(optimizer, len(steps), c.sft_warmup, first)
     metrics, started = Metrics(out, "sft", first), time.perf_counter()
     model.train()
+    model.model.checkpointing = c.checkpointing
     for step in range(first, len(steps)):
         begun, total = time.perf_counter(), 0.0
         chosen = [rows[i] for i in steps[step]]
@@ -502,6 +517,7 @@ def sft(c: Config, model, rows, mask, out: Path):
         if (step + 1) % c.save_every == 0 or step + 1 == len(steps):
             save_state(out / "sft", model, optimizer, step + 1, generator)
     model.eval()
+    model.model.checkpointing = False
     lorapar.save_adapter(model, out / "sft", c.model or "toy")
 
 
@@ -542,6 +558,7 @@ def rl(c: Config, model, tokenizer, examples, mask, out: Path):
         updates=c.rl_updates,
         micro_batch=c.micro_batch,
     )
+    model.model.checkpointing = c.checkpointing
     for step in range(first, len(steps)):
         asked = [kept[i] for i in steps[step]]
 
@@ -568,6 +585,7 @@ def rl(c: Config, model, tokenizer, examples, mask, out: Path):
         )
         if (step + 1) % c.save_every == 0 or step + 1 == len(steps):
             save_state(out / "rl", model, optimizer, step + 1, generator)
+    model.model.checkpointing = False
     lorapar.save_adapter(model, out / "rl", c.model or "toy")
 
 
@@ -670,7 +688,8 @@ def write_report(c: Config, out: Path, report: dict):
     lines += [f"| {p['elements']} | {regions} | {p['jaccard']:.3f} | {active} |", ""]
     lines += [f"- {name}: {value}" for name, value in report["data"].items()]
     seconds = "  ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items())
-    lines += ["", f"Seconds: {seconds}", ""]
+    peaks = "  ".join(f"{k} {v:.2f}" for k, v in report["peak_gb"].items())
+    lines += ["", f"Seconds: {seconds}", "", f"Peak memory up to the end of each, GB: {peaks}", ""]
     text = "\n".join(lines)
     (out / "report.md").write_text(text)
     return text
@@ -745,6 +764,7 @@ def run(c: Config):
         nonlocal last
         now = time.perf_counter()
         report["seconds"].setdefault(what, round(now - last, 2))
+        report["peak_gb"].setdefault(what, round(peak_memory(c.device) / 1e9, 2))
         last = now
 
     def evaluated(what):
@@ -867,14 +887,15 @@ def seconds(work, device, repeats=3) -> float:
 
 
 def machine_limits(device, dtype):
-    """-> floating point operations a second of a large matrix product, bytes a second of a copy."""
-    n = 8192 if device.startswith("cuda") else 2048
-    square = torch.randn(n, n, device=device, dtype=dtype)
-    product = seconds(lambda: square @ square, device, 5)
+    """-> the best operations a second of large matrix products, and bytes a second of a copy."""
+    rates = []
+    for n in (4096, 8192) if device.startswith("cuda") else (1024, 2048, 4096):
+        square = torch.randn(n, n, device=device, dtype=dtype)
+        rates.append(2 * n**3 / seconds(lambda s=square: s @ s, device, 5))
     block = torch.zeros(2**27, dtype=torch.uint8, device=device)
     other = torch.zeros_like(block)
     copy = seconds(lambda: other.copy_(block), device, 5)
-    return 2 * n**3 / product, 2 * len(block) / copy
+    return max(rates), 2 * len(block) / copy
 
 
 def run_bench(arguments):
@@ -981,11 +1002,7 @@ def run_bench(arguments):
         floor = (passes * body * sampled.tokens.numel() + passes * head * R * b.new_tokens) / flops
         figure(what, time_update, "s", floor)
     figure("GRPO step", time_rollout + time_update, "s")
-    if cuda:
-        figure("peak memory", torch.cuda.max_memory_allocated() / 1e9, "GB")
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        figure("peak memory", peak / 1e9, "GB")
+    figure("peak memory", peak_memory(b.device) / 1e9, "GB")
     # GSM8K's 7,473 training problems: about 200 tokens each; RL: 8 answers of up to 256 tokens
     figure("SFT epoch on GSM8K, projected", 7473 * 200 / (tokens.numel() / time_sft) / 3600, "h")
     step_tokens = R * b.new_tokens / (time_rollout + time_update)
