@@ -162,9 +162,14 @@ class Attention(nn.Module):
             for stored, new in zip(cache, (k, v)):
                 stored[:, :, slot : slot + T] = new
             k, v = (stored[:, :, : slot + T] for stored in cache)
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
-        )
+        if T == 1 and mask is not None:  # decoding: the query heads of a group share their keys
+            q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, kv heads, heads a group, D)
+            scores = (q @ k.mT).float() * self.head_dim**-0.5 + mask
+            y = (scores.softmax(-1).to(v.dtype) @ v).view(B, -1, 1, self.head_dim)
+        else:
+            y = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
+            )
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
