@@ -700,9 +700,10 @@ def is_correct(example: Example, completion: str, allow_network=False) -> bool:
 def reward_parts(example: Example, completion: str) -> dict[str, float]:
     """The parts of the GRPO reward; the reward is their sum.
 
-    For numbers the authors' five, repaired (DESIGN decision 10): 2.0 a correct <answer>, 0.5 an
-    integer in it, 0.5 the strict format, 0.5 the loose one, 0.125 each tag that occurs once, less
-    0.001 a character after </answer>. For other kinds 1.0 if the reply is correct.
+    For numbers the authors' five, repaired where they punish good answers: 2.0 a correct
+    <answer> (compared as numbers), 0.5 an integer in it, 0.5 the strict format, 0.5 the loose one,
+    0.125 each tag that occurs once, less 0.001 a character after </answer>. For other kinds 1.0 if
+    the reply is correct.
     """
     if example.kind != "number":
         return {"correct": float(is_correct(example, completion))}
@@ -1037,38 +1038,14 @@ def landlock(libc, folder, writable: bool) -> bool:
 # sockets; signals; other processes' memory; sessions, groups and priorities; mode, owner, times and
 # attributes of files; memory, keys and queues outside the limits; watches; namespaces and mounts.
 FORBIDDEN = {
-    "x86_64": [57, 58, 59, 322, 41, 53, 62, 200, 234, 129, 297, 101, 310, 311, 312, 112, 109, 141]
-    + [142, 144, 203, 314, 251, 90, 91, 268, 92, 93, 94, 260, 132, 235, 261, 280, 188, 189, 190]
-    + [197, 198, 199, 319, 29, 68, 64, 240, 248, 249, 250, 323, 321, 298, 253, 294, 300, 272, 308]
-    + [165, 166, 155, 161],
-    "aarch64": [221, 281, 198, 199, 129, 130, 131, 138, 240, 117, 270, 271, 272, 157, 154, 140, 118]
-    + [
-        119,
-        122,
-        274,
-        30,
-        52,
-        53,
-        54,
-        55,
-        88,
-        5,
-        6,
-        7,
-        14,
-        15,
-        16,
-        279,
-        194,
-        186,
-        190,
-        180,
-        217,
-        218,
-    ]
-    + [219, 282, 280, 241, 26, 262, 97, 268, 40, 39, 41, 51],
+    "x86_64": "57 58 59 322 41 53 62 200 234 129 297 101 310 311 312 112 109 141 142 144 203 314 "
+    "251 90 91 268 92 93 94 260 132 235 261 280 188 189 190 197 198 199 319 29 68 64 240 "
+    "248 249 250 323 321 298 253 294 300 272 308 165 166 155 161",
+    "aarch64": "221 281 198 199 129 130 131 138 240 117 270 271 272 157 154 140 118 119 122 274 30 "
+    "52 53 54 55 88 5 6 7 14 15 16 279 194 186 190 180 217 218 219 282 280 241 26 262 97 "
+    "268 40 39 41 51",
 }
-FORBIDDEN_EVERYWHERE = [424, 425, 428, 429, 430, 434, 438, 440, 442, 447, 448, 452, 463, 466]
+EVERYWHERE = "424 425 428 429 430 434 438 440 442 447 448 452 463 466"
 # architecture: its audit name, clone, prctl, prlimit64
 CALLS = {"x86_64": (0xC000003E, 56, 157, 302), "aarch64": (0xC00000B7, 220, 167, 261)}
 
@@ -1083,7 +1060,7 @@ def seccomp(libc) -> bool:
     kill, allow, no_such_call = 0x80000000, 0x7FFF0000, 0x00050000 | 38
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (result, 0, 0, kill), (load, 0, 0, 0)]
     code += [(at_least, 0, 1, 0x40000000), (result, 0, 0, kill)]  # the x32 calls
-    for number in FORBIDDEN[machine] + FORBIDDEN_EVERYWHERE:
+    for number in map(int, f"{FORBIDDEN[machine]} {EVERYWHERE}".split()):
         code += [(equal, 0, 1, number), (result, 0, 0, kill)]
     code += [(equal, 0, 1, 435), (result, 0, 0, no_such_call)]  # clone3: glibc then uses clone
     first_argument = (load, 0, 0, 16)

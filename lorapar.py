@@ -78,7 +78,8 @@ class LoRALinear(nn.Linear):
         a factor changes in place."""
         if torch.is_grad_enabled():
             return tuple(f.to(dtype) for f in self.factors())
-        state = (self.lora_A._version, self.lora_B._version, self.lora_A.data_ptr(), dtype)
+        parts = (self.lora_A, self.lora_B, self.anchor_A, self.anchor_B)
+        state = (dtype, *((t.data_ptr(), t._version) for t in parts if t is not None))
         if self._kept[0] != state:
             self._kept = (state, tuple(f.to(dtype) for f in self.factors()))
         return self._kept[1]

@@ -383,7 +383,7 @@ def toy_inputs(c: Config, out: Path):
 
 
 def answer_losses(model, tokens, labels):
-    """(B,): the mean cross-entropy over each example's answer tokens (design, decision 2)."""
+    """(B,): the mean cross-entropy over each example's answer tokens."""
     logp = decoder.token_logprobs(model, tokens, labels)
     return -logp.sum(1) / (labels[:, 1:] != -100).sum(1)
 
@@ -805,6 +805,7 @@ def run(c: Config):
             sft(c, model, rows["S1"] + (rows["S2"] if both else []), masks["sft"], out)
         else:
             examples = systems["S2"] + (systems["S1"] if both else [])
+            examples = [e for e in examples if e.kind != "text"]  # what a reward can check
             rl(c, model, tokenizer, examples, masks["rl"], out)
         took(stage)
         evaluated(stage)
