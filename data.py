@@ -526,10 +526,10 @@ def verdict(text: str) -> str | None:
 
 
 def read_answers(paths) -> dict[str, dict[str, str | None]]:
-    """Teachers' batch answers, one file a teacher -> {custom_id: {teacher: "S1" | "S2" | None}}.
+    """Teachers' batch answers, one file a teacher -> {custom_id: {teacher: verdict}}: "S1", "S2",
+    None for a text without a clear one (a refusal), "error" where the service gave no text.
 
-    Joined by custom_id, never by order. A body may be wrapped (response.body) or bare; None stands
-    for an error or for a text without a clear verdict.
+    Joined by custom_id, never by order. A body may be wrapped (response.body) or bare.
     """
     answers = {}
     for path in map(Path, paths):
@@ -545,7 +545,7 @@ def read_answers(paths) -> dict[str, dict[str, str | None]]:
             votes = answers.setdefault(record["custom_id"], {})
             if path.stem in votes:
                 raise ValueError(f"{path}:{number}: second answer for {record['custom_id']}")
-            votes[path.stem] = verdict(text)
+            votes[path.stem] = "error" if text is None else verdict(text)
     return answers
 
 
@@ -557,8 +557,10 @@ def count_votes(answers, teachers: int):
     records, report = [], Counter({"S1": 0, "S2": 0})
     pairs = agreeing = 0
     for custom_id, by_teacher in answers.items():
-        usable = [v for v in by_teacher.values() if v is not None]
-        report["unusable answers"] += len(by_teacher) - len(usable)
+        usable = [v for v in by_teacher.values() if v in ("S1", "S2")]
+        given = list(by_teacher.values())
+        report["refusals (no clear verdict)"] += given.count(None)
+        report["errors"] += given.count("error")
         report["missing answers"] += teachers - len(by_teacher)
         n1, n2 = usable.count("S1"), usable.count("S2")
         pairs += len(usable) * (len(usable) - 1) // 2
@@ -672,6 +674,7 @@ def final_number(text: str):
     if "####" in text:
         found = re.match(rf"\s*({NUMBER})", text.rpartition("####")[2])
         return parse_number(found[1]) if found else None
+    text = re.sub(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}", r"\1/\2", text)
     boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
     if boxed:
         return parse_number(boxed[-1].replace("\\$", "$").replace("\\%", "%"))

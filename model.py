@@ -471,7 +471,10 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a Hugging Face folder: one file, or the shards its index names."""
     if (folder / "model.safetensors.index.json").exists():
         index = read_json(folder / "model.safetensors.index.json")
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+        names = sorted(set((index.get("weight_map") or {}).values()))
+        if not names:
+            raise ValueError(f"{folder}/model.safetensors.index.json: no weight_map")
+        return [folder / name for name in names]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
     if any(folder.glob("pytorch_model*.bin")):

@@ -324,6 +324,16 @@ def test_a_truncated_or_absent_file_is_refused(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no model\.safetensors"):
         decoder.load_model(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match="only pytorch_model.bin"):
+        decoder.load_model(folder)
+    index = folder / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {"model.norm.weight": "gone.safetensors"}}')
+    with pytest.raises(ValueError, match="gone.safetensors: this shard is missing"):
+        decoder.load_model(folder)
+    index.write_text("{}")
+    with pytest.raises(ValueError, match="no weight_map"):
+        decoder.load_model(folder)
     with pytest.raises(ValueError, match="no such model folder"):
         decoder.load_model(tmp_path / "nowhere")
 
@@ -1010,6 +1020,7 @@ NUMBERS = [  # gold, reply, right?
     ("0.5", "1/2", True),
     ("0.5", "<answer>.5</answer>", True),
     ("50", "50%", True),
+    ("0.5", "so \\boxed{\\frac{1}{2}}", True),
     ("3", "x = 3/0", False),
     ("18", "#### 1e999999999", False),
     ("18", "<answer>1e999999999</answer>", False),
@@ -1081,7 +1092,8 @@ def test_teacher_answers_are_joined_by_id_and_counted(tmp_path):
     assert done.returncode == 0, done.stderr
     labels = {r["id"]: r["label"] for _, r in data.read_jsonl(out)}
     assert labels == {"q1": "S1", "q2": "S2", "q3": "S1"}
-    for line in ("unusable answers: 2", "missing answers: 1", "ties (called S2): 1", "S1: 2"):
+    counted = ["refusals (no clear verdict): 1", "errors: 1", "missing answers: 1"]
+    for line in [*counted, "ties (called S2): 1", "S1: 2"]:
         assert line in done.stdout
 
 
