@@ -35,7 +35,7 @@ import train
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
+needs_shared = pytest.mark.skipif(not (SHARED / "fixtures").is_dir(), reason="needs ../shared")
 FAMILIES = ["llama2_tiny", "llama3_tiny", "qwen2_tiny"]
 
 # ------------------------------------------------------------------------------------ small models
