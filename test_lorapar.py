@@ -1354,7 +1354,6 @@ ATTACKS = {  # what stands before the function, what stands in it
         "    k = ('(\"returned\",' + k + ')\\n').encode()\n"
         "    for fd in range(3, 9):\n        __import__('os').write(fd, k)\n    return 0",
     ),
-    "StopIteration": ("", "raise StopIteration"),
     "queue": ("import ctypes; ctypes.CDLL(None).msgget(4242, 0o1666)", "return a + b"),
     "endless loop": ("", "while True: pass"),
     "endless start": ("while True: pass", ""),
@@ -1468,6 +1467,16 @@ def test_values_and_exceptions_cross_as_plain_data():
     source = "def same(x, fail=False):\n    if fail:\n        raise KeyError(x)\n    return x\n"
     example = data.Example("x", "def same(x, fail=False):\n", "", "code", tests, entry="same")
     assert data.is_correct(example, source) is True
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is closed by Linux")
+def test_a_stop_iteration_cannot_end_a_loop_of_the_tests():
+    tests = (
+        "def check(candidate):\n    assert all(map(lambda x: candidate(x, 1) == x + 1, [1, 2]))\n"
+    )
+    example = data.Example("add", "def add(a, b):\n", "", "code", tests, entry="add")
+    assert data.is_correct(example, WHOLE) is True
+    assert data.is_correct(example, "    raise StopIteration\n") is False
 
 
 @needs_shared
@@ -1799,7 +1808,7 @@ def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
     def save_then_die(folder, *rest):
         real_save(folder, *rest)
         saves.append(folder)
-        if len(saves) in (2, 8):  # in the middle of SFT, then of RL
+        if len(saves) in (2, 7):  # in the middle of SFT, then of RL
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "save_state", save_then_die)
