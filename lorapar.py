@@ -90,6 +90,12 @@ class LoRALinear(nn.Linear):
         return F.linear(x, self.weight, self.bias) + F.linear(low, B)
 
 
+def put(model, name: str, module):
+    """Puts a module into the model's tree under a dotted name."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
 def lora_layers(model) -> dict[str, LoRALinear]:
     """name -> layer, in the order of named_modules: the order of every flat vector here."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
@@ -158,8 +164,7 @@ def add_lora(
         A, B = start_factors(linear.weight.detach(), init, r, alpha / r, std, generator)
         anchored = init in ("anchored", "pissa", "olora")
         layer = LoRALinear(linear, A, B, alpha / r, dropout, anchored).train(model.training)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
+        put(model, name, layer)
     return model
 
 
@@ -521,8 +526,7 @@ def load_adapter(model, folder):
     model.requires_grad_(False)
     for name, (A, B, scale) in pairs.items():
         layer = LoRALinear(modules[name], A, B, scale, dropout, anchored=False)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer.train(model.training))
+        put(model, name, layer.train(model.training))
     return model
 
 
@@ -536,8 +540,7 @@ def merge(model):
         linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
         linear.bias = layer.bias
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, linear)
+        put(model, name, linear)
     return model
 
 

@@ -114,7 +114,7 @@ class Config:
     eval_split: Literal["test", "validation"] = flag("test", "choose settings on validation only")
     eval_batch: int = flag(64, "prompts a batch in evaluation")
     micro_batch: int = flag(8, "rows a forward and backward")
-    checkpointing: bool = flag(False, "recompute layers in the backward: less memory, 1/3 slower")
+    checkpointing: bool = flag(False, "recompute layers in the backward: less memory, slower")
     save_every: int = flag(50, "steps between saves of the resume state")
     allow_network: bool = flag(False, "run code answers even where their network cannot be closed")
 
@@ -699,8 +699,9 @@ def write_report(c: Config, out: Path, report: dict):
 
 
 def load(c: Config, model_path):
-    dtypes = {"auto": None if c.device.startswith("cuda") else torch.float32}
-    return decoder.load_model(model_path, c.device, dtypes.get(c.dtype, getattr(torch, c.dtype, 0)))
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    dtypes["auto"] = None if c.device.startswith("cuda") else torch.float32
+    return decoder.load_model(model_path, c.device, dtypes[c.dtype])
 
 
 def load_labels(c: Config, data_path, examples, report: dict) -> list[dict]:
