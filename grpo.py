@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from lorapar import get_flat, set_flat
 from model import generate, token_logprobs
@@ -32,22 +33,21 @@ class Settings:
     clip: float = 0.2  # PPO's ratio clip
     beta: float = 0.04  # weight of the KL penalty; 0 computes no reference
     updates: int = 1  # optimizer steps a batch of rollouts (mu)
-    micro_batch: int = 8  # rows a forward and backward
+    micro_batch: int = 8  # answers a forward and backward
 
 
 @dataclass
 class Rollouts:
-    """The answers of one step as right-padded rows: row p * G + g is answer g of prompt p."""
+    """The answers of one step: P prompts, G answers each, and what sampling said of every token."""
 
-    tokens: torch.Tensor  # (B, T) int64, prompt then answer (the sampled EOS included)
-    labels: torch.Tensor  # (B, T) int64, tokens at answer positions, -100 elsewhere
-    logp: torch.Tensor  # (B, T-1) float32, what sampling said; 0 where labels are -100
-    completions: list[list[list[int]]]  # [P][G][new tokens]
+    prompts: list[list[int]]  # [P][tokens]
+    answers: list[list[list[int]]]  # [P][G][new tokens], the sampled EOS included
+    logps: list[list[list[float]]]  # [P][G][log-prob of each new token]
 
 
 def rollouts(model, prompts, s: Settings, generator=None) -> Rollouts:
     """Samples s.group answers to each prompt (a list of ids) from softmax(logits / temperature)."""
-    completions, logps = generate(
+    answers, logps = generate(
         model,
         prompts,
         s.max_new_tokens,
@@ -57,20 +57,29 @@ def rollouts(model, prompts, s: Settings, generator=None) -> Rollouts:
         generator=generator,
         return_logprobs=True,
     )
-    answers = [answer for group in completions for answer in group]
-    answer_logps = [logp for group in logps for logp in group]
-    asked = [prompt for prompt in prompts for _ in range(s.group)]
-    T = max(len(prompt) + len(answer) for prompt, answer in zip(asked, answers))
-    tokens = torch.zeros(len(answers), T, dtype=torch.long)
-    labels = torch.full((len(answers), T), -100)
-    sampled = torch.zeros(len(answers), T - 1)
-    for i, (prompt, answer, logp) in enumerate(zip(asked, answers, answer_logps)):
-        start, end = len(prompt), len(prompt) + len(answer)
-        tokens[i, :end] = torch.tensor(prompt + answer)
-        labels[i, start:end] = torch.tensor(answer)  # by position, so a pad id equal to EOS is fine
-        sampled[i, start - 1 : end - 1] = torch.tensor(logp)
-    device = next(model.parameters()).device
-    return Rollouts(tokens.to(device), labels.to(device), sampled.to(device), completions)
+    return Rollouts(prompts, answers, logps)
+
+
+def pack(rows, device):
+    """Answers behind one copy of their prompt, so that the prompt is computed once for all.
+
+    rows: [(prompt, its answers)]. A row is prompt[:-1] (segment 0), then for answer k = 1, 2, ..
+    the prompt's last token, which predicts the answer's first, and the answer (segment k).
+    -> tokens, labels, segments (B, T) for `token_logprobs`; index (A, longest answer), where in its
+    flattened output the log-probs of each answer stand; mask (A, longest), False at padding.
+    """
+    T = max(len(prompt) - 1 + sum(1 + len(a) for a in answers) for prompt, answers in rows)
+    packed, spans = [], []
+    for b, (prompt, answers) in enumerate(rows):
+        row = [(token, -100, 0) for token in prompt[:-1]]
+        for k, answer in enumerate(answers, 1):
+            start = b * (T - 1) + len(row)
+            spans.append(torch.arange(start, start + len(answer)))
+            row += [(prompt[-1], -100, k)] + [(token, token, k) for token in answer]
+        packed.append(row + [(0, -100, 0)] * (T - len(row)))
+    tokens, labels, segments = torch.tensor(packed, device=device).unbind(-1)
+    index = pad_sequence(spans, batch_first=True, padding_value=-1).to(device)
+    return tokens, labels, segments, index.clamp(min=0), index >= 0
 
 
 def group_advantages(rewards):
@@ -117,46 +126,50 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, beta=0.04):
 def grpo_update(model, optimizer, rows: Rollouts, advantages, reference, s: Settings) -> dict:
     """`s.updates` optimizer steps on one batch of rollouts -> statistics, averaged over them.
 
-    advantages (P, G); reference: the flat vector (N,) of the policy that the KL holds on to. Rows
-    run s.micro_batch at a time, longest first, each cut to its own length; the gradient does not
-    depend on the cut. Raises ValueError if the loss is not finite, before any parameter moves.
+    advantages (P, G); reference: the flat vector (N,) of the policy that the KL holds on to. Some
+    s.micro_batch answers go through the model at a time, those of a prompt behind one copy of it
+    (`pack`); the gradient does not depend on the cut. Raises ValueError if the loss is not finite,
+    before any parameter moves.
     """
-    B, T = rows.tokens.shape
-    advantages = advantages.flatten().to(rows.tokens.device)  # (B,)
-    position = torch.arange(1, T + 1, device=rows.tokens.device)
-    lengths = ((rows.labels != -100) * position).amax(1)  # (B,) prompt and answer
-    order = lengths.argsort(descending=True).split(s.micro_batch)
-    micro = [
-        (i, rows.tokens[i, :end], rows.labels[i, :end]) for i in order for end in [lengths[i[0]]]
-    ]
+    P, G = advantages.shape
+    device = next(model.parameters()).device
+    cut = min(G, s.micro_batch)  # answers of one prompt in a row, then rows in a micro-batch
+    parts = [(p, slice(g, g + cut)) for p in range(P) for g in range(0, G, cut)]
+    parts.sort(key=lambda part: -sum(map(len, rows.answers[part[0]][part[1]])))
+    together = max(1, s.micro_batch // cut)
+    micro = []
+    for chosen in (parts[i : i + together] for i in range(0, len(parts), together)):
+        packed = pack([(rows.prompts[p], rows.answers[p][g]) for p, g in chosen], device)
+        micro.append((*packed, torch.cat([advantages[p, g] for p, g in chosen]).to(device)))
 
-    def logprobs(tokens, labels):
-        return token_logprobs(model, tokens, labels, s.temperature)
+    def logprobs(tokens, labels, segments, index):
+        logp = token_logprobs(model, tokens, labels, s.temperature, segments=segments)
+        return logp.flatten()[index]  # (answers, longest answer)
 
     reference_logps = [None] * len(micro)
     if s.beta:
         policy = get_flat(model)
         set_flat(model, reference)
         with torch.no_grad():
-            reference_logps = [logprobs(tokens, labels) for _, tokens, labels in micro]
+            reference_logps = [logprobs(*packed) for *packed, _, _ in micro]
         set_flat(model, policy)
     old_logps, totals = [None] * len(micro), {}
     for _ in range(s.updates):
         optimizer.zero_grad()
-        for k, (i, tokens, labels) in enumerate(micro):
-            logp = logprobs(tokens, labels)
+        for k, (*packed, mask, advantage) in enumerate(micro):
+            logp = logprobs(*packed)
             if old_logps[k] is None:  # what sampled is what scores first, so the ratio starts at 1
                 old_logps[k] = logp.detach()
             loss, stats = grpo_loss(
                 logp,
                 old_logps[k],
                 reference_logps[k],
-                advantages[i],
-                labels[:, 1:] != -100,
+                advantage,
+                mask,
                 clip=s.clip,
                 beta=s.beta,
             )
-            share = len(i) / B
+            share = len(mask) / (P * G)
             (loss * share).backward()
             for name, value in (stats | {"loss": loss.detach()}).items():
                 totals[name] = totals.get(name, 0) + value * share / s.updates
@@ -176,7 +189,7 @@ def grpo_step(model, optimizer, prompts, rewards, reference, s: Settings, genera
     started = time.perf_counter()
     rows = rollouts(model, prompts, s, generator)
     sampled = time.perf_counter()
-    answers = [(p, a) for p, group in enumerate(rows.completions) for a in group]
+    answers = [(p, a) for p, group in enumerate(rows.answers) for a in group]
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # a reward may run code for seconds
         parts = list(pool.map(lambda answer: rewards(*answer), answers))
     totals = torch.tensor([sum(part.values()) for part in parts]).view(len(prompts), s.group)

@@ -52,6 +52,7 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias  # the same tensors, not copies
+        self.base = type(linear)  # a subclass computes W x its own way
         self.scale, self.dropout = scale, dropout
         self._kept = (None, None)
         device = linear.weight.device
@@ -87,7 +88,7 @@ class LoRALinear(nn.Linear):
     def forward(self, x):
         A, B = self.cast_factors(x.dtype)
         low = F.linear(F.dropout(x, self.dropout, self.training), A) * self.scale  # (..., R)
-        return F.linear(x, self.weight, self.bias) + F.linear(low, B)
+        return self.base.forward(self, x) + F.linear(low, B)
 
 
 def put(model, name: str, module):
@@ -302,19 +303,28 @@ def at_least(scores: np.ndarray, threshold, count: int) -> np.ndarray:
 
 def cumulative_region(scores: torch.Tensor, theta: float) -> torch.Tensor:
     """bool (N,): the shortest prefix of the stable descending order whose cumulative sum (float64)
-    reaches theta times the cumulative sum's own last entry; theta = 1 is everything.
+    reaches theta times the sum of all; theta = 1 is everything.
 
-    Only the values are sorted (by numpy's vector code), the elements are found by their threshold.
+    Nothing but one bin is sorted: floats that are not negative are ordered as their bits are, so
+    the leading 16 bits cut the order into bins, and the sums of these tell where theta falls.
     """
     values = scores.detach().cpu().numpy()
-    descending = np.sort(values)[::-1]
-    if not (np.isfinite(descending[0]) and descending[0] > 0 and descending[-1] >= 0):  # NaN first
+    if not (values.min() >= 0 and 0 < values.max() < np.inf):  # also where one is NaN
         raise ValueError("importance scores must be finite, not negative and not all zero")
     if theta == 1:
         return torch.ones(len(values), dtype=torch.bool)
-    cumulative = descending.cumsum(dtype=np.float64)
-    last = int(np.searchsorted(cumulative, theta * cumulative[-1], side="left"))
-    return torch.from_numpy(at_least(values, descending[last], last + 1))
+    values = np.abs(values)  # -0.0 has the bits of a negative number
+    bins = values.view(f"i{values.itemsize}") >> 8 * values.itemsize - 16
+    mass = np.bincount(bins, weights=values, minlength=1 << 15)[::-1].cumsum()  # from the top bin
+    goal = theta * mass[-1]
+    above = int(np.searchsorted(mass, goal))  # whole bins above the one where theta falls
+    edge = (1 << 15) - 1 - above
+    descending = np.sort(values[bins == edge])[::-1]
+    cumulative = descending.cumsum(dtype=np.float64) + (mass[above - 1] if above else 0.0)
+    last = min(int(np.searchsorted(cumulative, goal)), len(descending) - 1)
+    return torch.from_numpy(
+        at_least(values, descending[last], np.count_nonzero(bins > edge) + last + 1)
+    )
 
 
 def partition(s1, s2, theta: float) -> Partition:

@@ -120,6 +120,43 @@ def rope_frequencies(config: Config) -> torch.Tensor:
 
 # ----------------------------------------------------------------------------------------- model
 
+# PyTorch's own x86 CPU matrix product is MKL's. oneDNN, which it ships too, takes 0.45 to 0.85 of
+# MKL's time on AMD (README), and is within reach only by this operator of torch.compile's.
+ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+class FrozenLinear(torch.autograd.Function):
+    """x W^T by oneDNN, x (..., in), W (out, in), both float32 on the CPU; no gradient for W."""
+
+    @staticmethod
+    def forward(x, weight):
+        return ONEDNN_LINEAR(x, weight, None, "none", [], "")
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[1])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return linear(grad, ctx.saved_tensors[0].T), None
+
+    @staticmethod
+    def vmap(info, in_dims, x, weight):  # one more leading dimension
+        return linear(x.movedim(in_dims[0], 0), weight), 0
+
+
+def linear(x, weight, bias=None):
+    """F.linear, by the quickest kernel at hand."""
+    if weight.requires_grad or weight.is_cuda or weight.dtype != torch.float32 or not ONEDNN_LINEAR:
+        return F.linear(x, weight, bias)
+    y = (FrozenLinear.apply if torch.is_grad_enabled() else FrozenLinear.forward)(x, weight)
+    return y if bias is None else y + bias
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
+
 
 class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float):
@@ -146,39 +183,55 @@ class Attention(nn.Module):
         self.grouped = c.num_key_value_heads != c.num_attention_heads
         bias = c.attention_bias or c.model_type == "qwen2"
         queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
-        self.q_proj = nn.Linear(c.hidden_size, queries, bias=bias)
-        self.k_proj = nn.Linear(c.hidden_size, keys, bias=bias)
-        self.v_proj = nn.Linear(c.hidden_size, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, c.hidden_size, bias=c.attention_bias)
+        self.q_proj = Linear(c.hidden_size, queries, bias=bias)
+        self.k_proj = Linear(c.hidden_size, keys, bias=bias)
+        self.v_proj = Linear(c.hidden_size, keys, bias=bias)
+        self.o_proj = Linear(queries, c.hidden_size, bias=c.attention_bias)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, slot=0):
+    def forward(self, x, cos, sin, mask=None, cache=None, step=0):
         B, T, _ = x.shape
         q, k, v = (
             proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache is not None:  # write this step's keys and values, read everything up to here
-            for stored, new in zip(cache, (k, v)):
-                stored[:, :, slot : slot + T] = new
-            k, v = (stored[:, :, : slot + T] for stored in cache)
-        if T == 1 and mask is not None:  # decoding: the query heads of a group share their keys
-            q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, kv heads, heads a group, D)
-            scores = (q @ k.mT).float() * self.head_dim**-0.5 + mask
-            y = (scores.softmax(-1).to(v.dtype) @ v).view(B, -1, 1, self.head_dim)
+        if cache:
+            y = decode_attention(q, k, v, cache, mask, step)
         else:
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
             )
+        if cache == []:  # a prefill: take the prompts' keys and values along
+            cache += (k.contiguous(), v.contiguous())
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def decode_attention(q, k, v, cache, mask, step):
+    """One more token a row: q (R, heads, 1, D); k, v (R, kv heads, 1, D) join the answers' cache.
+
+    cache holds the prompts' keys and values, (P, kv heads, L, D), read once for the R / P rows of
+    a prompt, and the answers', (R, kv heads, max_new_tokens, D). mask (R, 1, 1, L + step + 1) is 0,
+    or -inf to hide the prompt's padding.
+    """
+    prompt_k, prompt_v, answer_k, answer_v = cache
+    (P, heads, L, D), R = prompt_k.shape, len(q)
+    answer_k[:, :, step : step + 1], answer_v[:, :, step : step + 1] = k, v
+    q = q.view(P, R // P, heads, -1, D)  # p: prompt, g: its rows, k: kv head, h: its query heads
+    to_prompt = torch.einsum("pgkhd,pkld->pgkhl", q, prompt_k).flatten(0, 1)
+    to_answer = q.flatten(0, 1) @ answer_k[:, :, : step + 1].mT  # (R, kv heads, h, step + 1)
+    scores = torch.cat((to_prompt, to_answer), -1).float() * D**-0.5 + mask
+    weights = scores.softmax(-1).to(v.dtype)
+    from_prompt = weights[..., :L].unflatten(0, (P, -1))
+    y = torch.einsum("pgkhl,pkld->pgkhd", from_prompt, prompt_v).flatten(0, 1)
+    return (y + weights[..., L:] @ answer_v[:, :, : step + 1]).reshape(R, -1, 1, D)
 
 
 class MLP(nn.Module):
     def __init__(self, c: Config):
         super().__init__()
-        self.gate_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.up_proj = nn.Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
-        self.down_proj = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.gate_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.up_proj = Linear(c.hidden_size, c.intermediate_size, bias=c.mlp_bias)
+        self.down_proj = Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # SwiGLU
@@ -208,12 +261,12 @@ class Decoder(nn.Module):
         self.register_buffer("inv_freq", rope_frequencies(c), persistent=False)
         self.checkpointing = False  # True: recompute each layer in the backward, for long rows
 
-    def forward(self, tokens, positions=None, mask=None, caches=None, slot=0):
+    def forward(self, tokens, positions=None, mask=None, caches=None, step=0):
         """tokens (B, T) -> hidden states (B, T, hidden_size).
 
-        Without a mask attention is causal, so right padding never reaches a real token. With
-        caches (one (keys, values) pair a layer) the keys of this call go to slots slot..slot+T;
-        then positions (B, T) and mask (B, 1, T, slot + T) say where a row stands and what it sees.
+        Without a mask attention is causal, so right padding never reaches a real token; with one,
+        bool (B, 1, T, T), a token sees what it says. caches, a list a layer, are filled with keys
+        and values if they are empty, else this is step `step` of decoding (`decode_attention`).
         """
         x = self.embed_tokens(tokens)  # (B, T, hidden)
         if positions is None:
@@ -225,7 +278,7 @@ class Decoder(nn.Module):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, caches and caches[i], slot)
+                x = layer(x, cos, sin, mask, caches and caches[i], step)
         return self.norm(x)
 
 
@@ -236,7 +289,7 @@ class Transformer(nn.Module):
         self.model = Decoder(config)
         self.lm_head = None  # tied: the embedding serves as the head
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def head_weight(self):  # (V, hidden)
@@ -244,7 +297,7 @@ class Transformer(nn.Module):
 
     def forward(self, tokens):
         """tokens (B, T) int64 -> logits (B, T, V). Right padding; padded positions mean nothing."""
-        return F.linear(self.model(tokens), self.head_weight)
+        return linear(self.model(tokens), self.head_weight)
 
 
 # ------------------------------------------------------------------------------------- log-probs
@@ -268,11 +321,11 @@ class HeadLogprobs(torch.autograd.Function):
         rows = max(1, HeadLogprobs.CHUNK.get(weight.device.type, 1 << 22) // len(weight))
         logps, jacobians = [], []
         for h, t in zip(hidden.split(rows), targets.split(rows)):
-            logits = (h @ weight.T).float()
+            logits = linear(h, weight).float()
             logp_all = (logits if temperature == 1 else logits / temperature).log_softmax(-1)
             logps.append(logp_all.gather(-1, t[:, None])[:, 0])
             if with_grad:
-                expected = logp_all.exp().to(weight.dtype) @ weight
+                expected = linear(logp_all.exp().to(weight.dtype), weight.T)
                 jacobians.append((weight[t] - expected) / temperature)
         return torch.cat(logps), torch.cat(jacobians) if with_grad else hidden.new_empty(0)
 
@@ -287,14 +340,24 @@ class HeadLogprobs(torch.autograd.Function):
         return grad_logp[:, None].to(jacobian.dtype) * jacobian, None, None, None, None
 
 
-def token_logprobs(model, tokens, labels, temperature=1.0, answer_tokens=None):
+def packed_attention(segments):
+    """segments (B, T) -> positions (B, T) and mask, bool (B, 1, T, T), of several answers packed
+    behind one prompt: a token sees what comes before it in its own segment and in segment 0."""
+    own, other = segments[:, :, None], segments[:, None, :]
+    mask = ((own == other) | (other == 0)).tril()
+    return mask.sum(-1) - 1, mask[:, None]
+
+
+def token_logprobs(model, tokens, labels, temperature=1.0, answer_tokens=None, segments=None):
     """log p(tokens[t+1] | tokens[..t]) at softmax temperature `temperature`, where labels[t+1] is
     not -100, and 0 elsewhere. tokens, labels (B, T) int64, right padded -> (B, T-1) float32.
 
     The head runs only at the answer positions, in chunks. `answer_tokens`, an upper bound on the
-    number of them in a row, makes every shape static, which `torch.func.vmap` asks for.
+    number of them in a row, makes every shape static, which `torch.func.vmap` asks for. With
+    segments (B, T) a row packs several answers behind one prompt (`packed_attention`).
     """
-    hidden = model.model(tokens[:, :-1])  # (B, T-1, H): nothing follows the last token
+    packed = () if segments is None else packed_attention(segments[:, :-1])
+    hidden = model.model(tokens[:, :-1], *packed)  # (B, T-1, H): nothing follows the last token
     targets = labels[:, 1:]
     answer = targets != -100
     rows = answer.nonzero(as_tuple=True) if answer_tokens is None else None
@@ -320,7 +383,7 @@ def next_logprobs(model, prompts):
     rows = [p + [0] * (int(lengths.max()) - len(p)) for p in prompts]
     hidden = model.model(torch.tensor(rows, device=model.head_weight.device))
     last = hidden[torch.arange(len(prompts)), lengths - 1]
-    return F.linear(last, model.head_weight).float().log_softmax(-1)
+    return linear(last, model.head_weight).float().log_softmax(-1)
 
 
 # ------------------------------------------------------------------------------------ generation
@@ -384,51 +447,48 @@ def generate(
     was_training = model.training
     model.eval()
     try:
-        kv_shape = (c.num_key_value_heads, L, c.head_dim)
-        caches = [
-            [weight.new_empty(len(prompts), *kv_shape) for _ in "kv"]
-            for _ in range(c.num_hidden_layers)
-        ]
+        caches = [[] for _ in range(c.num_hidden_layers)]
         hidden = model.model(tokens, caches=caches)  # prefill (P, L, H)
         hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]
-        # Slots of a row's cache: the prompt from 0, nothing up to L, then the answer from L on.
-        room = (0, 0, 0, max_new_tokens)
-        caches = [[F.pad(x.repeat_interleave(G, 0), room) for x in pair] for pair in caches]
-        visible = torch.arange(L + max_new_tokens, device=device) >= L
-        visible = visible | (torch.arange(L + max_new_tokens, device=device) < lengths[:, None])
-        hidden_slots = torch.zeros(visible.shape, dtype=weight.dtype, device=device)
-        mask = hidden_slots.masked_fill(~visible, -torch.inf).repeat_interleave(G, 0)
-        mask = mask[:, None, None]  # (R, 1, 1, L + max_new_tokens), added to the scores
+        room = (R, c.num_key_value_heads, max_new_tokens, c.head_dim)
+        for cache in caches:
+            cache += (weight.new_empty(room) for _ in "kv")
         positions = lengths.repeat_interleave(G)[:, None]  # (R, 1)
-        logits = F.linear(hidden, weight).repeat_interleave(G, 0)  # (R, V)
+        slot = torch.arange(L + max_new_tokens, device=device)  # prompt, padding, answer from L on
+        padding = (slot >= positions) & (slot < L)
+        mask = torch.zeros(padding.shape, device=device).masked_fill(padding, -torch.inf)
+        mask = mask[:, None, None]  # (R, 1, 1, L + max_new_tokens), added to the scores
+        logits = linear(hidden, weight).repeat_interleave(G, 0)  # (R, V)
 
         eos = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
         new_tokens = torch.zeros(R, max_new_tokens, dtype=torch.long, device=device)
         new_logps = torch.zeros(R, max_new_tokens, device=device)
-        count = torch.full((R,), max_new_tokens, device=device)
         alive = torch.arange(R, device=device)  # batch row -> answer
         ended = torch.zeros(R, dtype=torch.bool, device=device)
         for step in range(max_new_tokens):
             token, logp = sample(logits, temperature, top_p, generator)
             new_tokens[alive, step], new_logps[alive, step] = token, logp
-            now = torch.isin(token, eos) & ~ended
-            count[alive[now]] = step + 1
-            ended = ended | now
-            still = int((~ended).sum())
-            if still == 0 or step == max_new_tokens - 1:
+            ended = ended | torch.isin(token, eos)
+            if step == max_new_tokens - 1:
                 break
-            if still <= len(ended) // 2:  # half the rows have ended: copy the others together
+            if device.type == "cpu" or step % 16 == 15:  # elsewhere to look is to wait
                 keep = (~ended).nonzero()[:, 0]
-                caches = [[x[keep] for x in pair] for pair in caches]
-                mask, positions, alive = mask[keep], positions[keep], alive[keep]
-                token, ended = token[keep], ended[keep]
-            slot = L + step
-            seen = mask[..., : slot + 1]  # (rows, 1, 1, slots)
-            hidden = model.model(token[:, None], positions + step, seen, caches, slot)
-            logits = F.linear(hidden[:, 0], weight)
+                if not len(keep):
+                    break
+                if len(keep) <= len(ended) // 2:  # half the rows have ended: the others move up
+                    asked = keep // (len(ended) // len(caches[0][0]))  # row -> its prompt
+                    chosen = (asked, asked, keep, keep)
+                    caches = [[x[i] for x, i in zip(cache, chosen)] for cache in caches]
+                    mask, positions, alive = mask[keep], positions[keep], alive[keep]
+                    token, ended = token[keep], ended[keep]
+            seen = mask[..., : L + step + 1]
+            hidden = model.model(token[:, None], positions + step, seen, caches, step)
+            logits = linear(hidden[:, 0], weight)
     finally:
         model.train(was_training)
 
+    is_eos = torch.isin(new_tokens, eos)
+    count = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, max_new_tokens)  # first EOS
     rows = zip(new_tokens.tolist(), new_logps.tolist(), count.tolist())
     answers = [(t[:n], p[:n]) for t, p, n in rows]
     groups = [answers[i : i + G] for i in range(0, R, G)]

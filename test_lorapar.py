@@ -1582,24 +1582,38 @@ def sampled_rows(model, seed=0, **changes):
     return s, grpo.rollouts(model, prompts, s, torch.Generator().manual_seed(seed))
 
 
-def test_rollout_labels_hold_the_sampled_eos_and_nothing_after_it():
-    """Trap 4, with a padding id (0) that is an EOS id as well."""
-    s, rows = sampled_rows(lora_model(), group=16, max_new_tokens=30)
-    answers = [a for group in rows.completions for a in group]
-    prompts = [p for p in ([5, 9, 2], [7, 7, 8, 1, 2, 3, 4], [11]) for _ in range(16)]
+def as_rows(rows):
+    """Rollouts as plain rows, a prompt and an answer each: tokens, labels, mask of the answers."""
+    pairs = [(p, a) for p, group in zip(rows.prompts, rows.answers) for a in group]
+    tokens, labels = data.collate([(p + a, len(p)) for p, a in pairs])
+    return tokens, labels, labels[:, 1:] != -100
+
+
+def test_packed_answers_have_the_log_probs_of_rows_of_their_own():
+    """Traps 4 and 6: positions, masks and shifted labels behind a shared prompt; 0 is EOS too."""
+    model = lora_model()
+    s, rows = sampled_rows(model, group=16, max_new_tokens=30)
+    answers = [a for group in rows.answers for a in group]
     assert any(a[-1] == 0 and len(a) < 30 for a in answers) and any(a[-1] == 7 for a in answers)
-    for prompt, answer, tokens, labels in zip(prompts, answers, rows.tokens, rows.labels):
-        tail = [-100] * (len(tokens) - len(prompt) - len(answer))
-        assert labels.tolist() == [-100] * len(prompt) + answer + tail
-        assert tokens.tolist()[: len(prompt) + len(answer)] == prompt + answer
+    tokens, labels, segments, index, mask = grpo.pack(list(zip(rows.prompts, rows.answers)), "cpu")
+    ours = decoder.token_logprobs(model, tokens, labels, 0.7, segments=segments).flatten()[index]
+    plain_tokens, plain_labels, plain_mask = as_rows(rows)
+    plain = plain_logprobs(model, plain_tokens, plain_labels, 0.7)
+    assert mask.sum(1).tolist() == [len(a) for a in answers]
+    for row, kept, other, answer in zip(ours, mask, plain, plain_mask):
+        close(row[kept], other[answer], 1e-5)
+    flat = torch.cat([row[kept] for row, kept in zip(labels[:, 1:].flatten()[index], mask)])
+    assert flat.tolist() == [t for a in answers for t in a]
 
 
 def test_sampling_and_training_log_probs_agree():
     """Trap 6: what sampling returned against the training forward, float32."""
     model = lora_model(dropout=0.4)
     s, rows = sampled_rows(model)
-    training = decoder.token_logprobs(model, rows.tokens, rows.labels, s.temperature)
-    assert rows.logp.any() and (rows.logp - training).abs().max() < 2e-5
+    tokens, labels, mask = as_rows(rows)
+    training = decoder.token_logprobs(model, tokens, labels, s.temperature)[mask]
+    sampled = torch.tensor([x for group in rows.logps for answer in group for x in answer])
+    assert sampled.all() and (sampled - training).abs().max() < 2e-5
 
 
 def update(model, s, rows, reference, advantages=None):
@@ -1627,12 +1641,12 @@ def test_kl_is_measured_to_the_reference_vector_not_to_the_base():
     s, rows = sampled_rows(model)
     policy, base = lorapar.get_flat(model), lorapar.get_flat(lora_model(moved=False))
     zero = torch.zeros(3, 4)
+    tokens, labels, mask = as_rows(rows)
     with torch.no_grad():
-        logp = decoder.token_logprobs(model, rows.tokens, rows.labels, s.temperature)
+        logp = decoder.token_logprobs(model, tokens, labels, s.temperature)
         lorapar.set_flat(model, base)
-        ref = decoder.token_logprobs(model, rows.tokens, rows.labels, s.temperature)
+        ref = decoder.token_logprobs(model, tokens, labels, s.temperature)
         lorapar.set_flat(model, policy)
-    mask = rows.labels[:, 1:] != -100
     expected = (((ref - logp).exp() - (ref - logp) - 1) * mask).sum(1) / mask.sum(1)
     stats, _ = update(model, s, rows, base, zero)
     assert stats["kl"] == pytest.approx(expected.mean().item(), rel=1e-4) and stats["kl"] > 1e-4
@@ -1656,13 +1670,12 @@ def test_the_gradient_does_not_depend_on_the_micro_batch():
         twin = copy.deepcopy(model)
         update(twin, s, rows, reference, advantages)
         gradients.append(torch.cat([p.grad.flatten() for p in lorapar.lora_factors(twin).values()]))
-    logp = plain_logprobs(model, rows.tokens, rows.labels, s.temperature)
+    tokens, labels, mask = as_rows(rows)
     flat = lorapar.get_flat(model)
     lorapar.set_flat(model, reference)
-    ref = plain_logprobs(model, rows.tokens, rows.labels, s.temperature).detach()
+    ref = plain_logprobs(model, tokens, labels, s.temperature).detach()
     lorapar.set_flat(model, flat)
-    logp = plain_logprobs(model, rows.tokens, rows.labels, s.temperature)
-    mask = rows.labels[:, 1:] != -100
+    logp = plain_logprobs(model, tokens, labels, s.temperature)
     loss, _ = grpo.grpo_loss(logp, logp.detach(), ref, advantages.flatten(), mask)
     factors = list(lorapar.lora_factors(model).values())
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, factors)])

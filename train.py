@@ -113,7 +113,7 @@ class Config:
     eval_examples: int | None = flag(None, "evaluate on at most this many examples")
     eval_split: Literal["test", "validation"] = flag("test", "choose settings on validation only")
     eval_batch: int = flag(64, "prompts a batch in evaluation")
-    micro_batch: int = flag(8, "rows a forward and backward")
+    micro_batch: int = flag(8, "rows, or answers of GRPO, a forward and backward")
     checkpointing: bool = flag(False, "recompute layers in the backward: less memory, slower")
     save_every: int = flag(50, "steps between saves of the resume state")
     allow_network: bool = flag(False, "run code answers even where their network cannot be closed")
@@ -1001,7 +1001,8 @@ def run_bench(arguments):
             2,
         )
         passes = 6 if beta else 4  # the reference pass is a forward more
-        floor = (passes * body * sampled.tokens.numel() + passes * head * R * b.new_tokens) / flops
+        packed = b.prompts * len(prompts[0]) + R * b.new_tokens  # a prompt once for its group
+        floor = passes * (body * packed + head * R * b.new_tokens) / flops
         figure(what, time_update, "s", floor)
     figure("GRPO step", time_rollout + time_update, "s")
     figure("peak memory", peak_memory(b.device) / 1e9, "GB")
