@@ -52,7 +52,7 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias  # the same tensors, not copies
-        self.base = type(linear)  # a subclass computes W x its own way
+        self.__dict__["linear"] = linear  # computes W x, its own way if it is of a subclass
         self.scale, self.dropout = scale, dropout
         self._kept = (None, None)
         device = linear.weight.device
@@ -88,7 +88,7 @@ class LoRALinear(nn.Linear):
     def forward(self, x):
         A, B = self.cast_factors(x.dtype)
         low = F.linear(F.dropout(x, self.dropout, self.training), A) * self.scale  # (..., R)
-        return self.base.forward(self, x) + F.linear(low, B)
+        return self.linear(x) + F.linear(low, B)
 
 
 def put(model, name: str, module):
@@ -320,7 +320,9 @@ def cumulative_region(scores: torch.Tensor, theta: float) -> torch.Tensor:
     above = int(np.searchsorted(mass, goal))  # whole bins above the one where theta falls
     edge = (1 << 15) - 1 - above
     descending = np.sort(values[bins == edge])[::-1]
-    cumulative = descending.cumsum(dtype=np.float64) + (mass[above - 1] if above else 0.0)
+    cumulative = mass[above - 1] + descending.cumsum(
+        dtype=np.float64
+    )  # the top bin, NaN's, is empty
     last = min(int(np.searchsorted(cumulative, goal)), len(descending) - 1)
     return torch.from_numpy(
         at_least(values, descending[last], np.count_nonzero(bins > edge) + last + 1)
@@ -543,14 +545,12 @@ def load_adapter(model, folder):
 @torch.no_grad()
 def merge(model):
     """Folds every adapter into its weight, W + s (B A - B0 A0) in float32 stored in W's dtype,
-    and puts plain `nn.Linear`s back. In place; returns the model."""
+    and puts the replaced linears back. In place; returns the model."""
     for name, layer in lora_layers(model).items():
         A, B = layer.factors()
         weight = (layer.weight.float() + layer.scale * (B @ A)).to(layer.weight.dtype)
-        linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = layer.bias
-        put(model, name, linear)
+        layer.linear.weight = nn.Parameter(weight, requires_grad=False)
+        put(model, name, layer.linear)
     return model
 
 

@@ -149,7 +149,7 @@ def linear(x, weight, bias=None):
     """F.linear, by the quickest kernel at hand."""
     if weight.requires_grad or weight.is_cuda or weight.dtype != torch.float32 or not ONEDNN_LINEAR:
         return F.linear(x, weight, bias)
-    y = (FrozenLinear.apply if torch.is_grad_enabled() else FrozenLinear.forward)(x, weight)
+    y = FrozenLinear.apply(x, weight)
     return y if bias is None else y + bias
 
 

@@ -178,6 +178,32 @@ def test_token_logprobs_equal_a_full_log_softmax_and_its_gradient(monkeypatch):
         close(torch.autograd.grad((logp * weights).sum(), norm)[0], expected)
 
 
+@pytest.mark.parametrize("rows", [0, 1, 37])
+def test_frozen_products_equal_torchs_own(rows):
+    """decoder.linear: values, gradient, a strided input, and one product an example under vmap."""
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(24, 16, generator=generator), torch.randn(24, generator=generator)
+    x = torch.randn(16, rows, 5, generator=generator).movedim(0, -1).requires_grad_()
+    y, expected = (f(x, weight, bias).square() for f in (decoder.linear, F.linear))
+    assert y.shape == (rows, 5, 24)
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+    ours, theirs = (torch.autograd.grad(z.sum(), x)[0] for z in (y, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+
+    def loss(x):  # of one example (5, 16)
+        return decoder.linear(x, weight, bias).square().sum()
+
+    if rows:
+        per_example = torch.func.vmap(torch.func.grad(loss))(x.detach())
+        torch.testing.assert_close(per_example, theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_a_trainable_weight_keeps_its_gradient():
+    x, weight = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
+    decoder.linear(x, weight).sum().backward()
+    close(weight.grad, x.sum(0).expand(5, 4))
+
+
 def test_token_logprobs_train_the_head_where_it_is_trainable():
     model, (tokens, labels) = qwen(), answer_batch()
     weight = model.head_weight.requires_grad_()
@@ -587,6 +613,16 @@ def test_flat_order_is_named_modules_then_A_then_B_row_major():
     assert first.lora_A[1, 0] == first.in_features
     with pytest.raises(ValueError, match="shape"):
         lorapar.set_flat(model, flat[:-1])
+
+
+def test_a_subclass_of_linear_computes_w_x_its_own_way():
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model, x = nn.Sequential(Doubling(6, 5)), torch.randn(3, 6)
+    expected = model(x)
+    assert torch.equal(lorapar.add_lora(model, ["0"], r=2)(x), expected)
 
 
 def test_add_lora_refuses_bad_calls_and_works_on_any_module():
