@@ -320,9 +320,7 @@ def cumulative_region(scores: torch.Tensor, theta: float) -> torch.Tensor:
     above = int(np.searchsorted(mass, goal))  # whole bins above the one where theta falls
     edge = (1 << 15) - 1 - above
     descending = np.sort(values[bins == edge])[::-1]
-    cumulative = mass[above - 1] + descending.cumsum(
-        dtype=np.float64
-    )  # the top bin, NaN's, is empty
+    cumulative = mass[above - 1] + descending.cumsum(dtype=np.float64)  # no bin is above NaN's
     last = min(int(np.searchsorted(cumulative, goal)), len(descending) - 1)
     return torch.from_numpy(
         at_least(values, descending[last], np.count_nonzero(bins > edge) + last + 1)
