@@ -147,7 +147,8 @@ class FrozenLinear(torch.autograd.Function):
 
 def linear(x, weight, bias=None):
     """F.linear, by the quickest kernel at hand."""
-    if weight.requires_grad or weight.is_cuda or weight.dtype != torch.float32 or not ONEDNN_LINEAR:
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if weight.requires_grad or not on_cpu or ONEDNN_LINEAR is None:
         return F.linear(x, weight, bias)
     y = FrozenLinear.apply(x, weight)
     return y if bias is None else y + bias

@@ -354,7 +354,7 @@ def make_toy_base(c: Config, folder: Path, world: data.ToyWorld):
     write_json(folder / "config.json", {"eos_token_id": 0})  # the tokenizer reads it from here
     tokenizer = data.Tokenizer(folder)
     rows, _ = data.tokenize(world.corpus(b["steps"] * b["batch"]), tokenizer, c.max_length)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     started = time.perf_counter()
     for step in range(b["steps"]):
         for group in optimizer.param_groups:
@@ -914,7 +914,8 @@ def run_bench(arguments):
 
     Floors: the arithmetic at the rate of a large matrix product, the bytes at the rate of a copy,
     both measured here. SFT counts 4 FLOPs a parameter and token (forward, and backward to the
-    activations: the frozen weights need no gradient), decoding reads weights and KV cache once.
+    activations: the frozen weights need no gradient), decoding reads weights and KV cache once a
+    step. A prompt counts once for the answers to it, in rollouts and in the update.
     """
     parser = argparse.ArgumentParser("train.py bench", description=run_bench.__doc__)
     parser.add_argument("--shape", default="58m", help=f"{', '.join(SHAPES)}, or a model folder")
@@ -991,10 +992,11 @@ def run_bench(arguments):
     )
     R = b.prompts * b.group
     time_rollout = seconds(lambda: grpo.rollouts(model, prompts, s), b.device, 2)
-    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * R * dtype.itemsize
-    prefill = 2 * body * len(prompts) * len(prompts[0]) / flops
+    cache = 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_dim * dtype.itemsize
+    asked = len(prompts) * len(prompts[0])  # prompt tokens, each computed once for its group
+    prefill = 2 * body * asked / flops
     steps = [
-        max(2 * (body + head) * R / flops, (weights + cache * (len(prompts[0]) + t)) / bandwidth)
+        max(2 * (body + head) * R / flops, (weights + cache * (asked + R * t)) / bandwidth)
         for t in range(1, b.new_tokens)
     ]
     figure("rollouts", time_rollout, "s", prefill + sum(steps))
@@ -1010,8 +1012,7 @@ def run_bench(arguments):
             2,
         )
         passes = 6 if beta else 4  # the reference pass is a forward more
-        packed = b.prompts * len(prompts[0]) + R * b.new_tokens  # a prompt once for its group
-        floor = passes * (body * packed + head * R * b.new_tokens) / flops
+        floor = passes * (body * (asked + R * b.new_tokens) + head * R * b.new_tokens) / flops
         figure(what, time_update, "s", floor)
     figure("GRPO step", time_rollout + time_update, "s")
     figure("peak memory", peak_memory(b.device) / 1e9, "GB")
