@@ -21,6 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 from lorapar import get_flat, set_flat
 from model import generate, token_logprobs
 
+PACKED = 512  # answer tokens in a row: attention grows with the square of a row's length
+
 
 @dataclass
 class Settings:
@@ -65,8 +67,9 @@ def pack(rows, device):
 
     rows: [(prompt, its answers)]. A row is prompt[:-1] (segment 0), then for answer k = 1, 2, ..
     the prompt's last token, which predicts the answer's first, and the answer (segment k).
-    -> tokens, labels, segments (B, T) for `token_logprobs`; index (A, longest answer), where in its
-    flattened output the log-probs of each answer stand; mask (A, longest), False at padding.
+    -> tokens, labels, segments (B, T) for `token_logprobs`, segments None if each row has but one
+    answer; index (A, longest answer), where in its flattened output the log-probs of each answer
+    stand; mask (A, longest answer), False at padding.
     """
     T = max(len(prompt) - 1 + sum(1 + len(a) for a in answers) for prompt, answers in rows)
     packed, spans = [], []
@@ -78,6 +81,8 @@ def pack(rows, device):
             row += [(prompt[-1], -100, k)] + [(token, token, k) for token in answer]
         packed.append(row + [(0, -100, 0)] * (T - len(row)))
     tokens, labels, segments = torch.tensor(packed, device=device).unbind(-1)
+    if max(len(answers) for _, answers in rows) == 1:
+        segments = None  # ordinary rows
     index = pad_sequence(spans, batch_first=True, padding_value=-1).to(device)
     return tokens, labels, segments, index.clamp(min=0), index >= 0
 
@@ -126,14 +131,15 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, beta=0.04):
 def grpo_update(model, optimizer, rows: Rollouts, advantages, reference, s: Settings) -> dict:
     """`s.updates` optimizer steps on one batch of rollouts -> statistics, averaged over them.
 
-    advantages (P, G); reference: the flat vector (N,) of the policy that the KL holds on to. Some
-    s.micro_batch answers go through the model at a time, those of a prompt behind one copy of it
-    (`pack`); the gradient does not depend on the cut. Raises ValueError if the loss is not finite,
-    before any parameter moves.
+    advantages (P, G); reference: the flat vector (N,) of the policy that the KL holds on to. At
+    most s.micro_batch answers go through the model at a time, those of a prompt behind one copy of
+    it (`pack`); the gradient does not depend on the cut. Raises ValueError if the loss is not
+    finite, before that step moves a parameter.
     """
     P, G = advantages.shape
     device = next(model.parameters()).device
-    cut = min(G, s.micro_batch)  # answers of one prompt in a row, then rows in a micro-batch
+    longest = max(len(answer) for group in rows.answers for answer in group)
+    cut = min(G, s.micro_batch, max(1, PACKED // longest))  # answers of one prompt in a row
     parts = [(p, slice(g, g + cut)) for p in range(P) for g in range(0, G, cut)]
     parts.sort(key=lambda part: -sum(map(len, rows.answers[part[0]][part[1]])))
     together = max(1, s.micro_batch // cut)

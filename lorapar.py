@@ -52,7 +52,7 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias  # the same tensors, not copies
-        self.__dict__["linear"] = linear  # computes W x, its own way if it is of a subclass
+        self.product = getattr(linear, "product", F.linear)  # how W x is computed
         self.scale, self.dropout = scale, dropout
         self._kept = (None, None)
         device = linear.weight.device
@@ -76,7 +76,7 @@ class LoRALinear(nn.Linear):
 
     def cast_factors(self, dtype):
         """factors() in the dtype of the input; without gradients (decoding) they are kept until
-        a factor changes in place."""
+        a factor changes in place (but not through .data)."""
         if torch.is_grad_enabled():
             return tuple(f.to(dtype) for f in self.factors())
         parts = (self.lora_A, self.lora_B, self.anchor_A, self.anchor_B)
@@ -88,7 +88,7 @@ class LoRALinear(nn.Linear):
     def forward(self, x):
         A, B = self.cast_factors(x.dtype)
         low = F.linear(F.dropout(x, self.dropout, self.training), A) * self.scale  # (..., R)
-        return self.linear(x) + F.linear(low, B)
+        return self.product(x, self.weight, self.bias) + F.linear(low, B)
 
 
 def put(model, name: str, module):
@@ -317,7 +317,7 @@ def cumulative_region(scores: torch.Tensor, theta: float) -> torch.Tensor:
     bins = values.view(f"i{values.itemsize}") >> 8 * values.itemsize - 16
     mass = np.bincount(bins, weights=values, minlength=1 << 15)[::-1].cumsum()  # from the top bin
     goal = theta * mass[-1]
-    above = int(np.searchsorted(mass, goal))  # whole bins above the one where theta falls
+    above = max(1, int(np.searchsorted(mass, goal)))  # whole bins above the one where theta falls
     edge = (1 << 15) - 1 - above
     descending = np.sort(values[bins == edge])[::-1]
     cumulative = mass[above - 1] + descending.cumsum(dtype=np.float64)  # no bin is above NaN's
@@ -543,12 +543,14 @@ def load_adapter(model, folder):
 @torch.no_grad()
 def merge(model):
     """Folds every adapter into its weight, W + s (B A - B0 A0) in float32 stored in W's dtype,
-    and puts the replaced linears back. In place; returns the model."""
+    and puts plain `nn.Linear`s back. In place; returns the model."""
     for name, layer in lora_layers(model).items():
         A, B = layer.factors()
         weight = (layer.weight.float() + layer.scale * (B @ A)).to(layer.weight.dtype)
-        layer.linear.weight = nn.Parameter(weight, requires_grad=False)
-        put(model, name, layer.linear)
+        linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = layer.bias
+        put(model, name, linear)
     return model
 
 

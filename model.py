@@ -141,12 +141,14 @@ class FrozenLinear(torch.autograd.Function):
         return linear(grad, ctx.saved_tensors[0].T), None
 
     @staticmethod
-    def vmap(info, in_dims, x, weight):  # one more leading dimension
-        return linear(x.movedim(in_dims[0], 0), weight), 0
+    def vmap(info, in_dims, x, weight):
+        if in_dims[1] is not None:
+            return torch.vmap(F.linear, in_dims)(x, weight), 0
+        return linear(x.movedim(in_dims[0], 0), weight), 0  # one more leading dimension
 
 
 def linear(x, weight, bias=None):
-    """F.linear, by the quickest kernel at hand."""
+    """F.linear, by the quickest kernel at hand (which knows no autocast, nor forward-mode AD)."""
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     if weight.requires_grad or not on_cpu or ONEDNN_LINEAR is None:
         return F.linear(x, weight, bias)
@@ -155,6 +157,8 @@ def linear(x, weight, bias=None):
 
 
 class Linear(nn.Linear):
+    product = staticmethod(linear)  # a LoRA layer in its place computes W x in the same way
+
     def forward(self, x):
         return linear(x, self.weight, self.bias)
 
@@ -265,9 +269,9 @@ class Decoder(nn.Module):
     def forward(self, tokens, positions=None, mask=None, caches=None, step=0):
         """tokens (B, T) -> hidden states (B, T, hidden_size).
 
-        Without a mask attention is causal, so right padding never reaches a real token; with one,
-        bool (B, 1, T, T), a token sees what it says. caches, a list a layer, are filled with keys
-        and values if they are empty, else this is step `step` of decoding (`decode_attention`).
+        Without a mask attention is causal, so right padding never reaches a real token; a mask
+        (B, 1, T, T) of 0 and -inf says what a token sees. caches, a list a layer, take the keys and
+        values along if they are empty, else this is step `step` of decoding (`decode_attention`).
         """
         x = self.embed_tokens(tokens)  # (B, T, hidden)
         if positions is None:
@@ -341,12 +345,13 @@ class HeadLogprobs(torch.autograd.Function):
         return grad_logp[:, None].to(jacobian.dtype) * jacobian, None, None, None, None
 
 
-def packed_attention(segments):
-    """segments (B, T) -> positions (B, T) and mask, bool (B, 1, T, T), of several answers packed
-    behind one prompt: a token sees what comes before it in its own segment and in segment 0."""
+def packed_attention(segments, dtype):
+    """segments (B, T) -> positions (B, T) and mask (B, 1, T, T), 0 or -inf, of several answers
+    packed behind one prompt: a token sees what is before it in its own segment and in segment 0."""
     own, other = segments[:, :, None], segments[:, None, :]
-    mask = ((own == other) | (other == 0)).tril()
-    return mask.sum(-1) - 1, mask[:, None]
+    seen = ((own == other) | (other == 0)).tril()
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+    return seen.sum(-1) - 1, mask[:, None]
 
 
 def token_logprobs(model, tokens, labels, temperature=1.0, answer_tokens=None, segments=None):
@@ -357,7 +362,9 @@ def token_logprobs(model, tokens, labels, temperature=1.0, answer_tokens=None, s
     number of them in a row, makes every shape static, which `torch.func.vmap` asks for. With
     segments (B, T) a row packs several answers behind one prompt (`packed_attention`).
     """
-    packed = () if segments is None else packed_attention(segments[:, :-1])
+    weight, packed = model.head_weight, ()
+    if segments is not None:
+        packed = packed_attention(segments[:, :-1], weight.dtype)
     hidden = model.model(tokens[:, :-1], *packed)  # (B, T-1, H): nothing follows the last token
     targets = labels[:, 1:]
     answer = targets != -100
@@ -366,7 +373,6 @@ def token_logprobs(model, tokens, labels, temperature=1.0, answer_tokens=None, s
         columns = (~answer).byte().argsort(dim=1, stable=True)[:, :answer_tokens]
         rows = (torch.arange(len(tokens), device=tokens.device)[:, None], columns)
     h, t = hidden[rows].flatten(0, -2), targets[rows].flatten()
-    weight = model.head_weight
     if weight.requires_grad:  # training the base itself: let autograd see the head
         logp = (F.linear(h, weight).float() / temperature).log_softmax(-1)
         logp = logp.gather(-1, t.clamp(min=0)[:, None])[:, 0]
