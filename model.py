@@ -123,6 +123,7 @@ def rope_frequencies(config: Config) -> torch.Tensor:
 # PyTorch's own x86 CPU matrix product is MKL's. oneDNN, which it ships too, takes 0.45 to 0.85 of
 # MKL's time on AMD (README), and is within reach only by this operator of torch.compile's.
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+ONEDNN_SIZE = 1 << 18  # elements of a weight; for fewer the call costs more than it saves
 
 
 class FrozenLinear(torch.autograd.Function):
@@ -150,7 +151,8 @@ class FrozenLinear(torch.autograd.Function):
 def linear(x, weight, bias=None):
     """F.linear, by the quickest kernel at hand (which knows no autocast, nor forward-mode AD)."""
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    if weight.requires_grad or not on_cpu or ONEDNN_LINEAR is None:
+    large = weight.numel() >= ONEDNN_SIZE
+    if weight.requires_grad or not on_cpu or not large or ONEDNN_LINEAR is None:
         return F.linear(x, weight, bias)
     y = FrozenLinear.apply(x, weight)
     return y if bias is None else y + bias
