@@ -195,42 +195,38 @@ class Attention(nn.Module):
         self.v_proj = Linear(c.hidden_size, keys, bias=bias)
         self.o_proj = Linear(queries, c.hidden_size, bias=c.attention_bias)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, step=0):
+    def forward(self, x, cos, sin, mask=None, cache=None, slot=0):
         B, T, _ = x.shape
         q, k, v = (
             proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, heads, T, head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if cache:
-            y = decode_attention(q, k, v, cache, mask, step)
+        if cache and slot:
+            y = decode_attention(q, k, v, cache, mask, slot)
         else:
             y = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
             )
-        if cache == []:  # a prefill: take the prompts' keys and values along
-            cache += (k.contiguous(), v.contiguous())
+        if cache and not slot:  # a prefill: take the prompts' keys and values along
+            cache[0][:, :, :T], cache[1][:, :, :T] = k, v
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
-def decode_attention(q, k, v, cache, mask, step):
-    """One more token a row: q (R, heads, 1, D); k, v (R, kv heads, 1, D) join the answers' cache.
+def decode_attention(q, k, v, cache, mask, slot):
+    """One more token for each of R = P * G rows: q (R, heads, 1, D), k and v (R, kv heads, 1, D).
 
-    cache holds the prompts' keys and values, (P, kv heads, L, D), read once for the R / P rows of
-    a prompt, and the answers', (R, kv heads, max_new_tokens, D). mask (R, 1, 1, L + step + 1) is 0,
-    or -inf to hide the prompt's padding.
+    cache: keys and values, both (P, kv heads, slots, D). The G rows of a prompt share a cache, a
+    step's tokens take G slots of it, and the rows ask it together, as G queries a head: so a prompt
+    is stored and read once. mask (P, 1, G * heads / kv heads, slots): see `decode_mask`.
     """
-    prompt_k, prompt_v, answer_k, answer_v = cache
-    (P, heads, L, D), R = prompt_k.shape, len(q)
-    answer_k[:, :, step : step + 1], answer_v[:, :, step : step + 1] = k, v
-    q = q.view(P, R // P, heads, -1, D)  # p: prompt, g: its rows, k: kv head, h: its query heads
-    to_prompt = torch.einsum("pgkhd,pkld->pgkhl", q, prompt_k).flatten(0, 1)
-    to_answer = q.flatten(0, 1) @ answer_k[:, :, : step + 1].mT  # (R, kv heads, h, step + 1)
-    scores = torch.cat((to_prompt, to_answer), -1).float() * D**-0.5 + mask
-    weights = scores.softmax(-1).to(v.dtype)
-    from_prompt = weights[..., :L].unflatten(0, (P, -1))
-    y = torch.einsum("pgkhl,pkld->pgkhd", from_prompt, prompt_v).flatten(0, 1)
-    return (y + weights[..., L:] @ answer_v[:, :, : step + 1]).reshape(R, -1, 1, D)
+    (P, heads, _, D), G = cache[0].shape, len(q) // len(cache[0])
+    for kept, new in zip(cache, (k, v)):
+        kept[:, :, slot : slot + G] = new.view(P, G, heads, D).transpose(1, 2)
+    keys, values = (kept[:, :, : slot + G] for kept in cache)
+    q = q.view(P, G, heads, -1, D).transpose(1, 2).reshape(P, heads, -1, D)
+    y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask[..., : slot + G])
+    return y.view(P, heads, G, -1, D).transpose(1, 2).reshape(P * G, -1, 1, D)
 
 
 class MLP(nn.Module):
@@ -268,12 +264,12 @@ class Decoder(nn.Module):
         self.register_buffer("inv_freq", rope_frequencies(c), persistent=False)
         self.checkpointing = False  # True: recompute each layer in the backward, for long rows
 
-    def forward(self, tokens, positions=None, mask=None, caches=None, step=0):
+    def forward(self, tokens, positions=None, mask=None, caches=None, slot=0):
         """tokens (B, T) -> hidden states (B, T, hidden_size).
 
         Without a mask attention is causal, so right padding never reaches a real token; a mask
-        (B, 1, T, T) of 0 and -inf says what a token sees. caches, a list a layer, take the keys and
-        values along if they are empty, else this is step `step` of decoding (`decode_attention`).
+        (B, 1, T, T) of 0 and -inf says what a token sees. caches, keys and values a layer, take the
+        prompts' along at slot 0; at a later slot this is a step of decoding (`decode_attention`).
         """
         x = self.embed_tokens(tokens)  # (B, T, hidden)
         if positions is None:
@@ -285,7 +281,7 @@ class Decoder(nn.Module):
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, mask, caches and caches[i], step)
+                x = layer(x, cos, sin, mask, caches and caches[i], slot)
         return self.norm(x)
 
 
@@ -420,6 +416,16 @@ def sample(logits, temperature, top_p, generator):
     return token[:, 0], logp.gather(-1, token)[:, 0]
 
 
+def decode_mask(lengths, G, L, slots, c: Config, dtype):
+    """What each of the G rows of a prompt sees of their cache: the prompt, of lengths (P,), in the
+    first L slots, then every G-th one. (P, 1, G * heads / kv heads, slots), 0 or -inf."""
+    slot = torch.arange(slots, device=lengths.device)
+    row = torch.arange(G, device=lengths.device)[:, None]
+    seen = (slot < lengths[:, None, None]) | ((slot >= L) & ((slot - L) % G == row))
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+    return mask.repeat_interleave(c.num_attention_heads // c.num_key_value_heads, 1)[:, None]
+
+
 @torch.no_grad()
 def generate(
     model,
@@ -453,20 +459,16 @@ def generate(
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     L = int(lengths.max())
     tokens = torch.tensor([p + [0] * (L - len(p)) for p in prompts], device=device)  # (P, L)
+    slots = L + G * max_new_tokens  # of a prompt's cache: the prompt, then G rows' tokens in turn
+    room = (len(prompts), c.num_key_value_heads, slots, c.head_dim)
     was_training = model.training
     model.eval()
     try:
-        caches = [[] for _ in range(c.num_hidden_layers)]
+        caches = [[weight.new_empty(room) for _ in "kv"] for _ in range(c.num_hidden_layers)]
         hidden = model.model(tokens, caches=caches)  # prefill (P, L, H)
         hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]
-        room = (R, c.num_key_value_heads, max_new_tokens, c.head_dim)
-        for cache in caches:
-            cache += (weight.new_empty(room) for _ in "kv")
+        mask = decode_mask(lengths, G, L, slots, c, weight.dtype)
         positions = lengths.repeat_interleave(G)[:, None]  # (R, 1)
-        slot = torch.arange(L + max_new_tokens, device=device)  # prompt, padding, answer from L on
-        padding = (slot >= positions) & (slot < L)
-        mask = torch.zeros(padding.shape, device=device).masked_fill(padding, -torch.inf)
-        mask = mask[:, None, None]  # (R, 1, 1, L + max_new_tokens), added to the scores
         logits = linear(hidden, weight).repeat_interleave(G, 0)  # (R, V)
 
         eos = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
@@ -484,14 +486,16 @@ def generate(
                 keep = (~ended).nonzero()[:, 0]
                 if not len(keep):
                     break
-                if len(keep) <= len(ended) // 2:  # half the rows have ended: the others move up
-                    asked = keep // (len(ended) // len(caches[0][0]))  # row -> its prompt
-                    chosen = (asked, asked, keep, keep)
-                    caches = [[x[i] for x, i in zip(cache, chosen)] for cache in caches]
-                    mask, positions, alive = mask[keep], positions[keep], alive[keep]
-                    token, ended = token[keep], ended[keep]
-            seen = mask[..., : L + step + 1]
-            hidden = model.model(token[:, None], positions + step, seen, caches, step)
+                if len(keep) <= len(ended) // 2:  # the others move up, each with a cache of its own
+                    own = torch.arange(L + max_new_tokens, device=device)
+                    own = torch.where(own < L, own, L + (own - L) * G + keep[:, None] % G)
+                    for cache in caches:  # (rows, kv heads, L + max_new_tokens, head_dim)
+                        taken = (x[keep[:, None] // G, :, own] for x in cache)
+                        cache[:] = (x.transpose(1, 2).contiguous() for x in taken)
+                    positions, alive = positions[keep], alive[keep]
+                    token, ended, G = token[keep], ended[keep], 1
+                    mask = decode_mask(positions[:, 0], G, L, own.shape[1], c, weight.dtype)
+            hidden = model.model(token[:, None], positions + step, mask, caches, L + G * step)
             logits = linear(hidden[:, 0], weight)
     finally:
         model.train(was_training)
@@ -500,7 +504,7 @@ def generate(
     count = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, max_new_tokens)  # first EOS
     rows = zip(new_tokens.tolist(), new_logps.tolist(), count.tolist())
     answers = [(t[:n], p[:n]) for t, p, n in rows]
-    groups = [answers[i : i + G] for i in range(0, R, G)]
+    groups = [answers[i : i + samples_per_prompt] for i in range(0, R, samples_per_prompt)]
     completions = [[t for t, _ in group] for group in groups]
     if not return_logprobs:
         return completions
