@@ -53,6 +53,7 @@ class LoRALinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias  # the same tensors, not copies
         self.product = getattr(linear, "product", F.linear)  # how W x is computed
+        self.pack = getattr(linear, "pack", torch.Tensor.contiguous)  # and W laid out
         self.scale, self.dropout = scale, dropout
         self._kept = (None, None)
         device = linear.weight.device
@@ -74,19 +75,28 @@ class LoRALinear(nn.Linear):
             return A, B
         return torch.cat((A, A - A0)), torch.cat((B - B0, B0), dim=1)
 
-    def cast_factors(self, dtype):
-        """factors() in the dtype of the input; without gradients (decoding) they are kept until
-        a factor changes in place (but not through .data)."""
-        if torch.is_grad_enabled():
-            return tuple(f.to(dtype) for f in self.factors())
-        parts = (self.lora_A, self.lora_B, self.anchor_A, self.anchor_B)
-        state = (dtype, *((t.data_ptr(), t._version) for t in parts if t is not None))
+    def folded(self):
+        """(out, in) float32: the one weight that does what the layer does, W + s (B A - B0 A0)."""
+        A, B = self.factors()
+        return torch.addmm(self.weight.float(), B, A, alpha=self.scale)
+
+    def kept(self, dtype, compute):
+        """compute(), computed anew when a factor has changed in place (but not through .data)."""
+        parts = (self.weight, self.lora_A, self.lora_B, self.anchor_A, self.anchor_B)
+        state = [dtype] + [(t.data_ptr(), t._version) for t in parts if t is not None]
         if self._kept[0] != state:
-            self._kept = (state, tuple(f.to(dtype) for f in self.factors()))
+            self._kept = (state, compute())
         return self._kept[1]
 
     def forward(self, x):
-        A, B = self.cast_factors(x.dtype)
+        if torch.is_grad_enabled() or self.training:
+            self._kept = (None, None)
+            A, B = (f.to(x.dtype) for f in self.factors())
+        elif self.weight.dtype == x.dtype == torch.float32:  # decoding: no adapter to pay for
+            weight = self.kept(x.dtype, lambda: self.pack(self.folded()))
+            return self.product(x, weight, self.bias)
+        else:  # in bf16 a folded weight would round the update away
+            A, B = self.kept(x.dtype, lambda: [f.to(x.dtype) for f in self.factors()])
         low = F.linear(F.dropout(x, self.dropout, self.training), A) * self.scale  # (..., R)
         return self.product(x, self.weight, self.bias) + F.linear(low, B)
 
@@ -545,10 +555,8 @@ def merge(model):
     """Folds every adapter into its weight, W + s (B A - B0 A0) in float32 stored in W's dtype,
     and puts plain `nn.Linear`s back. In place; returns the model."""
     for name, layer in lora_layers(model).items():
-        A, B = layer.factors()
-        weight = (layer.weight.float() + layer.scale * (B @ A)).to(layer.weight.dtype)
         linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.weight = nn.Parameter(layer.folded().to(layer.weight.dtype), requires_grad=False)
         linear.bias = layer.bias
         put(model, name, linear)
     return model

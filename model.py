@@ -120,9 +120,10 @@ def rope_frequencies(config: Config) -> torch.Tensor:
 
 # ----------------------------------------------------------------------------------------- model
 
-# PyTorch's own x86 CPU matrix product is MKL's. oneDNN, which it ships too, takes 0.45 to 0.85 of
-# MKL's time on AMD (README), and is within reach only by this operator of torch.compile's.
+# PyTorch's own x86 CPU matrix product is MKL's. oneDNN, which it ships too, takes 0.3 to 0.85 of
+# MKL's time on AMD (README), and is within reach only by these operators of torch.compile's.
 ONEDNN_LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+ONEDNN_PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 ONEDNN_SIZE = 1 << 18  # elements of a weight; for fewer the call costs more than it saves
 
 
@@ -148,21 +149,40 @@ class FrozenLinear(torch.autograd.Function):
         return linear(x.movedim(in_dims[0], 0), weight), 0  # one more leading dimension
 
 
-def linear(x, weight, bias=None):
-    """F.linear, by the quickest kernel at hand (which knows no autocast, nor forward-mode AD)."""
+def for_onednn(weight):
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
     large = weight.numel() >= ONEDNN_SIZE
-    if weight.requires_grad or not on_cpu or not large or ONEDNN_LINEAR is None:
+    return on_cpu and large and not weight.requires_grad and ONEDNN_LINEAR is not None
+
+
+def linear(x, weight, bias=None):
+    """F.linear, by the quickest kernel at hand (which knows no autocast, nor forward-mode AD)."""
+    if not for_onednn(weight):
         return F.linear(x, weight, bias)
     y = FrozenLinear.apply(x, weight)
     return y if bias is None else y + bias
 
 
+def pack(weight):
+    """A copy in oneDNN's own layout for `linear` without gradients, where that is quicker, which it
+    is for a few rows above all; elsewhere the weight itself."""
+    return ONEDNN_PACK(weight) if for_onednn(weight) and ONEDNN_PACK is not None else weight
+
+
 class Linear(nn.Linear):
-    product = staticmethod(linear)  # a LoRA layer in its place computes W x in the same way
+    product, pack = staticmethod(linear), staticmethod(pack)  # used by a LoRA layer in its place
+    _packed = (None, None)
 
     def forward(self, x):
-        return linear(x, self.weight, self.bias)
+        weight = self.weight
+        if torch.is_grad_enabled():
+            self._packed = (None, None)  # twice the memory while decoding, not while training
+        else:
+            state = (weight.data_ptr(), weight._version)
+            if self._packed[0] != state:
+                self._packed = (state, pack(weight))
+            weight = self._packed[1]
+        return linear(x, weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -456,6 +476,7 @@ def generate(
         )
     c, weight = model.config, model.head_weight
     device, R, G = weight.device, len(prompts) * samples_per_prompt, samples_per_prompt
+    head = pack(weight)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     L = int(lengths.max())
     tokens = torch.tensor([p + [0] * (L - len(p)) for p in prompts], device=device)  # (P, L)
@@ -469,7 +490,7 @@ def generate(
         hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]
         mask = decode_mask(lengths, G, L, slots, c, weight.dtype)
         positions = lengths.repeat_interleave(G)[:, None]  # (R, 1)
-        logits = linear(hidden, weight).repeat_interleave(G, 0)  # (R, V)
+        logits = linear(hidden, head).repeat_interleave(G, 0)  # (R, V)
 
         eos = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
         new_tokens = torch.zeros(R, max_new_tokens, dtype=torch.long, device=device)
@@ -496,7 +517,7 @@ def generate(
                     token, ended, G = token[keep], ended[keep], 1
                     mask = decode_mask(positions[:, 0], G, L, own.shape[1], c, weight.dtype)
             hidden = model.model(token[:, None], positions + step, mask, caches, L + G * step)
-            logits = linear(hidden[:, 0], weight)
+            logits = linear(hidden[:, 0], head)
     finally:
         model.train(was_training)
 

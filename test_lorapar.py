@@ -238,8 +238,10 @@ def test_an_all_masked_row_gives_zero():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_sampling_logprobs_equal_a_full_forward(temperature):
+@pytest.mark.parametrize("onednn_size", [0, decoder.ONEDNN_SIZE])  # with packed weights, without
+def test_sampling_logprobs_equal_a_full_forward(temperature, onednn_size, monkeypatch):
     """Trap 6. Prompts of different lengths, several samples, rows that end early and leave."""
+    monkeypatch.setattr(decoder, "ONEDNN_SIZE", onednn_size)
     model, prompts = lora_model(dropout=0.5).train(), [[5, 9, 2], [7] * 11, [1, 2, 3, 4]]
     answers, logps = decoder.generate(
         model,
@@ -582,26 +584,39 @@ def test_dropout_acts_in_train_mode_only():
     assert not torch.equal(model(tokens), model(tokens))
 
 
-def test_kept_factors_follow_every_change():
-    """Decoding keeps the joined factors; training, set_flat and set_mask must not be missed."""
-    model, tokens = lora_model(), torch.arange(20)[None]
-    with torch.no_grad():
-        before = model(tokens)
-        flat = lorapar.get_flat(model)
-        lorapar.set_flat(model, flat * 1.5)
-        changed = model(tokens)
-    close(changed, model(tokens))  # with gradients nothing is kept
-    assert not torch.equal(changed, before)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_decoding_keeps_follows_every_change(dtype, monkeypatch):
+    """Without gradients folded and packed weights (float32) or cast factors (bf16) are kept; with
+    gradients they are freed; training, set_flat, set_anchor and new base weights must show."""
+    monkeypatch.setattr(decoder, "ONEDNN_SIZE", 0)
+    model = lorapar.add_lora(qwen().to(dtype), r=3, std=0.1).eval()
+    tokens = torch.arange(20)[None]
+    tolerance = 1e-5 if dtype == torch.float32 else 0.0  # bf16 computes the same both ways
+
+    def decode():
+        with torch.no_grad():
+            logits = model(tokens)
+        close(logits, model(tokens), tolerance)  # with gradients nothing is kept
+        layers = [m for m in model.modules() if hasattr(m, "_kept") or hasattr(m, "_packed")]
+        assert len(layers) == 14
+        assert all(getattr(m, "_kept", getattr(m, "_packed", None))[0] is None for m in layers)
+        with torch.no_grad():
+            return model(tokens)
+
+    seen = [decode()]
+    lorapar.set_flat(model, lorapar.get_flat(model) * 1.5)
+    seen.append(decode())
     optimizer = lorapar.MaskedAdamW(model, lr=0.1)
     random_gradients(model, 0)
     optimizer.step()
-    with torch.no_grad():
-        trained = model(tokens)
-    close(trained, model(tokens))
-    assert not torch.equal(trained, changed)
-    with torch.no_grad():
-        lorapar.set_anchor(model, lorapar.get_flat(model))
-        close(model(tokens), qwen()(tokens), 1e-6)
+    seen.append(decode())
+    model.model.layers[0].self_attn.o_proj.weight *= 2  # of a layer without an adapter
+    seen.append(decode())
+    model.model.layers[0].mlp.up_proj.weight *= 2  # and of one with
+    seen.append(decode())
+    lorapar.set_anchor(model, lorapar.get_flat(model))
+    seen.append(decode())
+    assert all(not torch.equal(a, b) for a, b in zip(seen, seen[1:]))
 
 
 def test_flat_order_is_named_modules_then_A_then_B_row_major():
