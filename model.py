@@ -224,10 +224,12 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache and slot:
             y = decode_attention(q, k, v, cache, mask, slot)
+        elif mask is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
         else:
-            y = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=self.grouped
-            )
+            if self.grouped:  # on CUDA no quick kernel takes a mask and grouped keys
+                k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         if cache and not slot:  # a prefill: take the prompts' keys and values along
             cache[0][:, :, :T], cache[1][:, :, :T] = k, v
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
