@@ -55,7 +55,7 @@ class LoRALinear(nn.Linear):
         self.product = getattr(linear, "product", F.linear)  # how W x is computed
         self.pack = getattr(linear, "pack", torch.Tensor.contiguous)  # and W laid out
         self.scale, self.dropout = scale, dropout
-        self._kept = (None, None)
+        self.kept = None  # see decode
         device = linear.weight.device
         self.lora_A = nn.Parameter(A.to(device, torch.float32).contiguous())
         self.lora_B = nn.Parameter(B.to(device, torch.float32).contiguous())
@@ -80,23 +80,19 @@ class LoRALinear(nn.Linear):
         A, B = self.factors()
         return torch.addmm(self.weight.float(), B, A, alpha=self.scale)
 
-    def kept(self, dtype, compute):
-        """compute(), computed anew when a factor has changed in place (but not through .data)."""
-        parts = (self.weight, self.lora_A, self.lora_B, self.anchor_A, self.anchor_B)
-        state = [dtype] + [(t.data_ptr(), t._version) for t in parts if t is not None]
-        if self._kept[0] != state:
-            self._kept = (state, compute())
-        return self._kept[1]
+    @torch.no_grad()
+    def decode(self, on: bool):
+        """While on, no factor may change: what each step of decoding would compute anew is kept."""
+        self.kept = None
+        if on and self.weight.dtype == torch.float32:  # no adapter to pay for
+            self.kept = self.pack(self.folded())
+        elif on:  # in bf16 a folded weight would round the update away
+            self.kept = [factor.to(self.weight.dtype) for factor in self.factors()]
 
     def forward(self, x):
-        if torch.is_grad_enabled() or self.training:
-            self._kept = (None, None)
-            A, B = (f.to(x.dtype) for f in self.factors())
-        elif self.weight.dtype == x.dtype == torch.float32:  # decoding: no adapter to pay for
-            weight = self.kept(x.dtype, lambda: self.pack(self.folded()))
-            return self.product(x, weight, self.bias)
-        else:  # in bf16 a folded weight would round the update away
-            A, B = self.kept(x.dtype, lambda: [f.to(x.dtype) for f in self.factors()])
+        if isinstance(self.kept, torch.Tensor):
+            return self.product(x, self.kept, self.bias)
+        A, B = self.kept or (factor.to(x.dtype) for factor in self.factors())
         low = F.linear(F.dropout(x, self.dropout, self.training), A) * self.scale  # (..., R)
         return self.product(x, self.weight, self.bias) + F.linear(low, B)
 

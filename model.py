@@ -164,25 +164,20 @@ def linear(x, weight, bias=None):
 
 
 def pack(weight):
-    """A copy in oneDNN's own layout for `linear` without gradients, where that is quicker, which it
-    is for a few rows above all; elsewhere the weight itself."""
+    """A copy in oneDNN's own layout for `linear` without gradients, where that is quicker (above
+    all for a few rows); elsewhere the weight itself."""
     return ONEDNN_PACK(weight) if for_onednn(weight) and ONEDNN_PACK is not None else weight
 
 
 class Linear(nn.Linear):
     product, pack = staticmethod(linear), staticmethod(pack)  # used by a LoRA layer in its place
-    _packed = (None, None)
+    packed = None
+
+    def decode(self, on: bool):
+        self.packed = pack(self.weight.detach()) if on else None
 
     def forward(self, x):
-        weight = self.weight
-        if torch.is_grad_enabled():
-            self._packed = (None, None)  # twice the memory while decoding, not while training
-        else:
-            state = (weight.data_ptr(), weight._version)
-            if self._packed[0] != state:
-                self._packed = (state, pack(weight))
-            weight = self._packed[1]
-        return linear(x, weight, self.bias)
+        return linear(x, self.weight if self.packed is None else self.packed, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -478,7 +473,7 @@ def generate(
         )
     c, weight = model.config, model.head_weight
     device, R, G = weight.device, len(prompts) * samples_per_prompt, samples_per_prompt
-    head = pack(weight)
+    head, layers = pack(weight), [m for m in model.model.modules() if hasattr(m, "decode")]
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     L = int(lengths.max())
     tokens = torch.tensor([p + [0] * (L - len(p)) for p in prompts], device=device)  # (P, L)
@@ -487,6 +482,8 @@ def generate(
     was_training = model.training
     model.eval()
     try:
+        for layer in layers:  # whose weights stay as they are from here on
+            layer.decode(True)
         caches = [[weight.new_empty(room) for _ in "kv"] for _ in range(c.num_hidden_layers)]
         hidden = model.model(tokens, caches=caches)  # prefill (P, L, H)
         hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]
@@ -521,6 +518,8 @@ def generate(
             hidden = model.model(token[:, None], positions + step, mask, caches, L + G * step)
             logits = linear(hidden[:, 0], head)
     finally:
+        for layer in layers:
+            layer.decode(False)
         model.train(was_training)
 
     is_eos = torch.isin(new_tokens, eos)
