@@ -331,7 +331,6 @@ class HeadLogprobs(torch.autograd.Function):
     a few rows at a time, keeps that one vector a row, and the backward only scales it.
     """
 
-    generate_vmap_rule = True
     # float32 logits that exist at any moment: on the CPU few enough that malloc reuses the pages
     CHUNK = {"cpu": 1 << 22, "cuda": 1 << 27}
 
@@ -358,6 +357,19 @@ class HeadLogprobs(torch.autograd.Function):
     def backward(ctx, grad_logp, _):
         (jacobian,) = ctx.saved_tensors
         return grad_logp[:, None].to(jacobian.dtype) * jacobian, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, hidden, weight, targets, temperature, with_grad):
+        """A batch of examples is so many more rows, in the same chunks."""
+        hidden, targets = (
+            x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            for x, dim in ((hidden, in_dims[0]), (targets, in_dims[2]))
+        )
+        flat = hidden.flatten(0, 1), weight, targets.flatten(), temperature, with_grad
+        logp, jacobian = HeadLogprobs.apply(*flat)
+        if with_grad:
+            jacobian = jacobian.view(hidden.shape)
+        return (logp.view(targets.shape), jacobian), (0, 0 if with_grad else None)
 
 
 def packed_attention(segments, dtype):
