@@ -445,6 +445,9 @@ def sample(logits, temperature, top_p, generator):
     return token[:, 0], logp.gather(-1, token)[:, 0]
 
 
+SHARED = 8  # rows to a cache at most: each also passes over the others' tokens there
+
+
 def decode_mask(lengths, G, L, slots, c: Config, dtype):
     """What each of the G rows of a prompt sees of their cache: the prompt, of lengths (P,), in the
     first L slots, then every G-th one. (P, 1, G * heads / kv heads, slots), 0 or -inf."""
@@ -471,7 +474,7 @@ def generate(
     """Continues each prompt `samples_per_prompt` times: list[list[int]] -> [P][G][new tokens].
 
     The sampled EOS is part of the answer. Each prompt is prefilled once and its keys are shared
-    out to its G samples; rows that have ended leave the batch. With return_logprobs also gives
+    out to its samples; rows that have ended leave the batch. With return_logprobs also gives
     [P][G][log-prob of each new token] under softmax(logits / temperature). Runs in eval mode and
     restores the mode. `generator` must live on the model's device. Raises ValueError on an empty
     prompt, or on settings out of range.
@@ -484,7 +487,8 @@ def generate(
             f"temperature {temperature} or top_p {top_p} is out of range"
         )
     c, weight = model.config, model.head_weight
-    device, R, G = weight.device, len(prompts) * samples_per_prompt, samples_per_prompt
+    device, R = weight.device, len(prompts) * samples_per_prompt
+    G = max(g for g in range(1, SHARED + 1) if samples_per_prompt % g == 0)  # rows to a cache
     head, layers = pack(weight), [m for m in model.model.modules() if hasattr(m, "decode")]
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     L = int(lengths.max())
@@ -499,9 +503,12 @@ def generate(
         caches = [[weight.new_empty(room) for _ in "kv"] for _ in range(c.num_hidden_layers)]
         hidden = model.model(tokens, caches=caches)  # prefill (P, L, H)
         hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]
-        mask = decode_mask(lengths, G, L, slots, c, weight.dtype)
-        positions = lengths.repeat_interleave(G)[:, None]  # (R, 1)
-        logits = linear(hidden, head).repeat_interleave(G, 0)  # (R, V)
+        logits = linear(hidden, head).repeat_interleave(samples_per_prompt, 0)  # (R, V)
+        positions = lengths.repeat_interleave(samples_per_prompt)[:, None]  # (R, 1)
+        if samples_per_prompt > G:
+            for cache in caches:
+                cache[:] = (x.repeat_interleave(samples_per_prompt // G, 0) for x in cache)
+        mask = decode_mask(positions[::G, 0], G, L, slots, c, weight.dtype)
 
         eos = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
         new_tokens = torch.zeros(R, max_new_tokens, dtype=torch.long, device=device)

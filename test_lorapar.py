@@ -238,9 +238,10 @@ def test_an_all_masked_row_gives_zero():
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-@pytest.mark.parametrize("onednn_size", [0, decoder.ONEDNN_SIZE])  # with packed weights, without
-def test_sampling_logprobs_equal_a_full_forward(temperature, onednn_size, monkeypatch):
-    """Trap 6. Prompts of different lengths, several samples, rows that end early and leave."""
+@pytest.mark.parametrize("onednn_size, samples", [(0, 6), (decoder.ONEDNN_SIZE, 15)])
+def test_sampling_logprobs_equal_a_full_forward(temperature, onednn_size, samples, monkeypatch):
+    """Trap 6. Prompts of different lengths, several samples (15: in three caches of 5), rows that
+    end early and leave, weights packed and not."""
     monkeypatch.setattr(decoder, "ONEDNN_SIZE", onednn_size)
     model, prompts = lora_model(dropout=0.5).train(), [[5, 9, 2], [7] * 11, [1, 2, 3, 4]]
     answers, logps = decoder.generate(
@@ -249,7 +250,7 @@ def test_sampling_logprobs_equal_a_full_forward(temperature, onednn_size, monkey
         20,
         temperature=temperature,
         eos_ids=range(6),
-        samples_per_prompt=6,
+        samples_per_prompt=samples,
         generator=torch.Generator().manual_seed(3),
         return_logprobs=True,
     )
