@@ -217,15 +217,20 @@ def test_token_logprobs_train_the_head_where_it_is_trainable():
 
 
 def test_full_logits_never_exist(monkeypatch):
-    """Trap 19: the head sees answer positions only, a few of them at once."""
+    """Trap 19: the head sees answer positions only, a few of them at once, of a batch of examples
+    under vmap too."""
     monkeypatch.setattr(decoder.HeadLogprobs, "CHUNK", {"cpu": 4 * 64})
     model, (tokens, labels), seen = lora_model(), answer_batch(), []
     original = torch.Tensor.log_softmax
     monkeypatch.setattr(
-        torch.Tensor, "log_softmax", lambda x, d: seen.append(len(x)) or original(x, d)
+        torch.Tensor, "log_softmax", lambda x, d: seen.append(x.numel()) or original(x, d)
     )
     decoder.token_logprobs(model, tokens, labels)
-    assert max(seen) <= 4 and sum(seen) == int((labels[:, 1:] != -100).sum())
+    assert max(seen) <= 4 * 64 and sum(seen) == 64 * int((labels[:, 1:] != -100).sum())
+    seen.clear()
+    lorapar.importance(model, [(tokens, labels)], decoder.token_logprobs)
+    longest = int((labels[:, 1:] != -100).sum(1).max())
+    assert max(seen) <= 4 * 64 and len(seen) == math.ceil(len(tokens) * longest / 4)
 
 
 def test_an_all_masked_row_gives_zero():
