@@ -489,7 +489,8 @@ def generate(
     c, weight = model.config, model.head_weight
     device, R = weight.device, len(prompts) * samples_per_prompt
     G = max(g for g in range(1, SHARED + 1) if samples_per_prompt % g == 0)  # rows to a cache
-    head, layers = pack(weight), [m for m in model.model.modules() if hasattr(m, "decode")]
+    head = pack(weight)
+    layers = [m for m in model.model.modules() if hasattr(m, "decode")]
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     L = int(lengths.max())
     tokens = torch.tensor([p + [0] * (L - len(p)) for p in prompts], device=device)  # (P, L)
