@@ -17,25 +17,26 @@ import builtins
 import csv
 import ctypes
 import gzip
+import importlib
 import json
 import math
 import os
 import platform
 import random
 import re
-import shutil
 import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
 import types
+import warnings
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -104,6 +105,9 @@ class Tokenizer:
             self._template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         self._words = {n: self._content(settings, n) or "" for n in ("bos_token", "eos_token")}
         self._folder = folder
+        self._size = self._bpe.get_vocab_size() if self._bpe else self._pieces.get_piece_size()
+        self._front = self._ids("\n")  # what stands before a text that goes on: see encode, decode
+        self._adds_space = self.decode(self._ids("x")) != "x"
 
     @staticmethod
     def _content(settings, name):
@@ -114,12 +118,22 @@ class Tokenizer:
         token = self._content(settings, name)
         return None if token is None else self._bpe.token_to_id(token)
 
-    def encode(self, text: str, bos=False, eos=False) -> list[int]:
-        """Token ids; bos=True puts the BOS in front where the model wants one."""
+    def _ids(self, text):
         if self._bpe is not None:
-            ids = self._bpe.encode(text, add_special_tokens=False).ids
-        else:
-            ids = self._pieces.encode(text)
+            return self._bpe.encode(text, add_special_tokens=False).ids
+        return self._pieces.encode(text)
+
+    def _text(self, ids):
+        if self._bpe is not None:
+            return self._bpe.decode(ids, skip_special_tokens=False)
+        return self._pieces.decode(ids)
+
+    def encode(self, text: str, bos=False, eos=False, goes_on=False) -> list[int]:
+        """Token ids; bos=True puts the BOS in front where the model wants one. goes_on: the text
+        stands behind another one, so LLaMA's tokenizer puts no space of its own before it."""
+        ids = self._ids(text)
+        if goes_on and self._adds_space:
+            ids = self._ids("\n" + text)[len(self._front) :]
         front = [self.bos_id] if bos and self.bos_id is not None else []
         return front + ids + ([self.eos_ids[0]] if eos else [])
 
@@ -150,13 +164,13 @@ class Tokenizer:
         return text if self.bos_id is None else text.removeprefix(self._words["bos_token"])
 
     def decode(self, ids) -> str:
-        """Text, special tokens included; the EOS that ended an answer is left out."""
-        ids = list(ids)
+        """Text of new tokens, special ones included; the EOS that ended an answer and ids beyond
+        the vocabulary (padded heads) are left out. Decoded behind a new line: LLaMA's tokenizer
+        drops the first space of a text that is decoded alone."""
+        ids = [i for i in ids if i < self._size]
         while ids and ids[-1] in self.eos_ids:
             ids.pop()
-        if self._bpe is not None:
-            return self._bpe.decode(ids, skip_special_tokens=False)
-        return self._pieces.decode(ids)
+        return self._text(self._front + ids).removeprefix(self._text(self._front))
 
 
 def _json_file(path) -> dict:
@@ -173,7 +187,7 @@ def read_jsonl(path):
     """Yields (line number, object) of a jsonl file; ValueError names the file and the line."""
     try:
         opener = gzip.open if str(path).endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rt", encoding="utf-8-sig") as lines:  # a byte order mark is no text
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     try:
@@ -183,7 +197,7 @@ def read_jsonl(path):
                     if not isinstance(record, dict):
                         raise ValueError(f"{path}:{number}: not a JSON object")
                     yield number, record
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not readable ({error})") from None
 
 
@@ -218,7 +232,7 @@ class Example:
     id: str
     question: str
     answer: str
-    kind: str  # how a reply is checked: "number", "letter", "code", "toy", or "text" (not at all)
+    kind: str  # how a reply is checked: "number", "letter", "code", "exact", "toy", or "text": not
     gold: str = ""
     label: str | None = None  # "S1" or "S2"
     entry: str = ""  # code: the name of the function that `gold` tests
@@ -270,16 +284,17 @@ def example_ids(example: Example, tokenizer, style: str = "plain", stage: str = 
     whole = tokenizer.encode(prompt + answer, bos=True, eos=True)
     if whole[: len(start)] == start:
         return start, whole[len(start) :]
-    return start, tokenizer.encode(answer, eos=True)
+    return start, tokenizer.encode(answer, eos=True, goes_on=True)
 
 
 def _gsm8k(path, split):
     """https://github.com/openai/grade-school-math: {train,test}.jsonl with question, answer."""
-    for number, record in read_jsonl(path / f"{split}.jsonl"):
+    file = path if path.is_file() else path / f"{split}.jsonl"
+    for number, record in read_jsonl(file):
         try:
             solution, gold = record["answer"].split("####")
             yield Example(
-                id=f"gsm8k/{split}/{number - 1}",
+                id=f"gsm8k/{file.stem}/{number - 1}",
                 question=record["question"].strip(),
                 answer=f"<reasoning>\n{solution.strip()}\n</reasoning>\n"
                 f"<answer>\n{gold.strip()}\n</answer>",
@@ -287,7 +302,7 @@ def _gsm8k(path, split):
                 gold=gold.strip(),
             )
         except (KeyError, ValueError, AttributeError):
-            where = f"{path / split}.jsonl:{number}"
+            where = f"{file}:{number}"
             raise ValueError(f"{where}: not a question and an answer with one ####") from None
 
 
@@ -318,28 +333,26 @@ def _mmlu(path, split):
 
 
 def _mmlu_rows(file):
-    with open(file, encoding="utf-8", newline="") as lines:
-        for number, row in enumerate(csv.reader(lines), 1):  # "None" stays a string here
-            if len(row) != 6 or row[5] not in list("ABCD"):
-                raise ValueError(f"{file}:{number}: not question, four choices and a letter")
-            choices = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", row[1:5]))
-            yield f"{row[0].strip()}\n{choices}\nAnswer:", row[5]
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            for number, row in enumerate(csv.reader(lines), 1):  # "None" stays a string here
+                if len(row) != 6 or row[5] not in list("ABCD"):
+                    raise ValueError(f"{file}:{number}: not question, four choices and a letter")
+                choices = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", row[1:5]))
+                yield f"{row[0].strip()}\n{choices}\nAnswer:", row[5]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{file}: not readable ({error})") from None
 
 
 def _humaneval(path, split):
     """https://github.com/openai/human-eval: HumanEval.jsonl.gz; it has a test split only."""
-    for number, r in read_jsonl(path / "HumanEval.jsonl.gz"):
+    file = path / "HumanEval.jsonl.gz" if path.is_dir() else path
+    for number, r in read_jsonl(file):
         try:
-            yield Example(
-                id=r["task_id"],
-                question=r["prompt"],
-                answer=r["canonical_solution"],
-                kind="code",
-                gold=r["test"],
-                entry=r["entry_point"],
-            )
+            task = r["task_id"], r["prompt"], r["canonical_solution"], "code", r["test"]
+            yield Example(*task, entry=r["entry_point"])
         except KeyError as missing:
-            raise ValueError(f"{path}/HumanEval.jsonl.gz:{number}: no field {missing}") from None
+            raise ValueError(f"{file}:{number}: no field {missing}") from None
 
 
 def _instructions(name, question, more, answer):
@@ -364,6 +377,33 @@ def _instructions(name, question, more, answer):
     return read
 
 
+def _own(path, split):
+    """One's own jsonl: "question", "answer", "check" (number, letter, exact, or none: answers that
+    cannot be checked) and, where it is known, "label" (S1 or S2). A letter's question holds the
+    choices and ends as it should be asked ("Answer:"). Raises ValueError, naming the line."""
+    for number, r in read_jsonl(path):
+        question, answer, check = r.get("question"), r.get("answer"), r.get("check") or "none"
+        problem = None
+        if not isinstance(question, str) or not isinstance(answer, str) or not question.strip():
+            problem = 'needs the texts "question" and "answer"'
+        elif check not in ("number", "letter", "exact", "none"):
+            problem = f'"check" is {check!r}, not number, letter, exact or none'
+        elif check == "number" and final_number(answer) is None:
+            problem = f"no number to check in the answer {answer[:40]!r}"
+        elif check == "letter" and answer.strip() not in tuple("ABCD"):
+            problem = f"the answer {answer[:40]!r} is not A, B, C or D"
+        elif r.get("label") not in (None, "S1", "S2"):
+            problem = f'"label" is {r["label"]!r}, not S1 or S2'
+        if problem:
+            raise ValueError(f"{path}:{number}: {problem}")
+        gold = answer.strip() if check == "letter" else answer
+        if check == "number":
+            gold = str(final_number(answer))
+        kind = "text" if check == "none" else check
+        answer = f" {gold}" if check == "letter" else answer
+        yield Example(f"{path.stem}/{number - 1}", question, answer, kind, gold, r.get("label"))
+
+
 def _toy(path, split):
     """The toy world that `make_toy` wrote: {train,validation,test}.jsonl."""
     for number, r in read_jsonl(path / f"{split}.jsonl"):
@@ -376,89 +416,108 @@ def _toy(path, split):
 
 @dataclass(frozen=True)
 class Source:
-    """Where a data set comes from, who reads its files, and what of it can be checked."""
+    """Where a data set comes from and who reads its files."""
 
     read: object  # (path, split) -> examples
     splits: str
-    checked: str  # "numbers", "letters", "code", "strings", or "" for not at all
     home: str
     hub: tuple = ()  # (dataset repository, file) where the publisher keeps plain json on the Hub
 
 
+HUGGING_FACE = "huggingface.co/datasets/"
 DATASETS = {
-    "toy": Source(_toy, "train validation test", "strings", "made by make_toy"),
-    "gsm8k": Source(_gsm8k, "train test", "numbers", "github.com/openai/grade-school-math"),
-    "mmlu": Source(_mmlu, "train validation test", "letters", "github.com/hendrycks/test"),
-    "humaneval": Source(_humaneval, "test", "code", "github.com/openai/human-eval"),
+    "toy": Source(_toy, "train validation test", "made by make_toy"),
+    "gsm8k": Source(_gsm8k, "train test", "github.com/openai/grade-school-math"),
+    "mmlu": Source(_mmlu, "train validation test", "github.com/hendrycks/test"),
+    "humaneval": Source(_humaneval, "test", "github.com/openai/human-eval"),
     "dolly": Source(
         _instructions("dolly", "instruction", "context", "response"),
         "train",
-        "",
-        "huggingface.co/datasets/databricks/databricks-dolly-15k",
+        HUGGING_FACE + "databricks/databricks-dolly-15k",
         ("databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl"),
     ),
     "platypus": Source(
         _instructions("platypus", "instruction", "input", "output"),
         "train",
-        "",
-        "huggingface.co/datasets/garage-bAInd/Open-Platypus (parquet: save it as jsonl)",
+        HUGGING_FACE + "garage-bAInd/Open-Platypus (parquet: save it as jsonl)",
     ),
     "codealpaca": Source(
         _instructions("codealpaca", "instruction", "input", "output"),
         "train",
-        "",
-        "huggingface.co/datasets/sahil2801/CodeAlpaca-20k",
+        HUGGING_FACE + "sahil2801/CodeAlpaca-20k",
         ("sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json"),
     ),
     "codefeedback": Source(
         _instructions("codefeedback", "query", "", "answer"),
         "train",
-        "",
-        "huggingface.co/datasets/m-a-p/CodeFeedback-Filtered-Instruction",
+        HUGGING_FACE + "m-a-p/CodeFeedback-Filtered-Instruction",
         ("m-a-p/CodeFeedback-Filtered-Instruction", "CodeFeedback-Filtered-Instruction.jsonl"),
     ),
 }
-VALIDATION, VALIDATION_SEED = 0.05, 0  # the share of train that validates, and its fixed seed
+SPLIT_SEED = 0  # of the splits that we make ourselves
 
 
-def find_dataset(name: str, path):
+def is_own(name: str) -> bool:
+    """One's own data set is named by its file."""
+    return name.endswith((".jsonl", ".jsonl.gz"))
+
+
+def find_dataset(name: str, path) -> Path:
     """The data set's files: `path` as it is, or, without one, the publisher's file from the Hub."""
-    if name not in DATASETS:
-        raise ValueError(f"unknown data set {name!r}; one of {', '.join(DATASETS)}")
-    source = DATASETS[name]
+    if is_own(name):
+        path = name
+    elif name not in DATASETS:
+        known = ", ".join(DATASETS)
+        raise ValueError(f"unknown data set {name!r}: a jsonl file of your own, or one of {known}")
+    home = "your own file" if is_own(name) else DATASETS[name].home
     if path is not None:
         if not Path(path).exists():
-            raise ValueError(f"{name}: nothing at {path}; its home is {source.home}")
+            raise ValueError(f"{name}: nothing at {path}; its home is {home}")
         return Path(path)
-    if not source.hub:
-        raise ValueError(f"{name}: --data-path is missing; its home is {source.home}")
+    if not DATASETS[name].hub:
+        raise ValueError(f"{name}: --data-path is missing; its home is {home}")
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(*source.hub, repo_type="dataset"))
+        return Path(hf_hub_download(*DATASETS[name].hub, repo_type="dataset"))
     except Exception as error:  # network, access and name errors of several libraries
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{name}: not to be had from the Hub ({reason}); --data-path") from None
 
 
-def load_dataset(name: str, path, split: str) -> list[Example]:
-    """The examples of `split` ("train", "validation" or "test") in the publisher's order.
+def in_one_file(name: str, path) -> bool:
+    """Is this one file that holds no splits: one's own, or one file of a set that has several?"""
+    return is_own(name) or (path and Path(path).is_file() and "train test" in DATASETS[name].splits)
 
-    Where the publisher has no validation split it is 5% of train, drawn with a fixed seed, so the
-    three never overlap. ValueError names an unknown set, a missing file or a bad line.
+
+def load_dataset(name: str, path, split: str) -> list[Example]:
+    """The examples of `split` ("train", "validation", "test") in the publisher's order.
+
+    Where the publisher has no validation split it is 5% of train. One file without splits (one's
+    own, or GSM8K's test.jsonl) is cut 80/10/10, or read whole as "all". Both cuts are drawn with a
+    fixed seed, so the three never overlap. ValueError names an unknown set, a missing file or a bad
+    line.
     """
-    if split not in ("train", "validation", "test"):
-        raise ValueError(f"unknown split {split!r}; train, validation or test")
-    path, source = find_dataset(name, path), DATASETS[name]
+    path = find_dataset(name, path)
+    source = Source(_own, "", "") if is_own(name) else DATASETS[name]
     splits = source.splits.split()
-    if split in splits and (split != "train" or "validation" in splits):
+    if in_one_file(name, path):
+        examples = list(source.read(path, "train"))
+        shares = {"train": (0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1), "all": (0, 1)}
+    elif split in splits and (split != "train" or "validation" in splits):
         return list(source.read(path, split))
-    if "train" not in splits or split == "test":
+    elif split in ("train", "validation") and "train" in splits:
+        examples = list(source.read(path, "train"))
+        shares = {"validation": (0, 0.05), "train": (0.05, 1)}
+    else:
         raise ValueError(f"{name} has no {split} split; name another data set for this")
-    examples = list(source.read(path, "train"))
-    indices = range(len(examples))
-    held_out = set(random.Random(VALIDATION_SEED).sample(indices, int(VALIDATION * len(indices))))
-    return [e for i, e in enumerate(examples) if (i in held_out) == (split == "validation")]
+    order = list(range(len(examples)))
+    random.Random(SPLIT_SEED).shuffle(order)
+    begin, end = (int(share * len(order)) for share in shares[split])
+    chosen = set(order[begin:end])
+    if not chosen:
+        raise ValueError(f"{path}: {len(examples)} examples are too few for a {split} split")
+    return [e for i, e in enumerate(examples) if i in chosen]
 
 
 # ----------------------------------------------------------------- the paper's sample splitter
@@ -514,12 +573,15 @@ def vote(labels: list[str]) -> str:
     return "S1" if counts["S1"] > counts["S2"] else "S2"
 
 
+VERDICT = r"(?:\bsystem[\s_-]{0,2}|(?<![\w'’])s)([12])\b"  # not the s of "It's 1 step"
+
+
 def verdict(text: str) -> str | None:
     """The system a teacher's free text names: on its last line if that names one alone, else in the
     whole text if it names one alone, else None (not guessed)."""
     text = (text or "").strip()
     for part in (text.rpartition("\n")[2], text):
-        named = set(re.findall(r"\b(?:system|s)[\s_-]*([12])\b", part, flags=re.IGNORECASE))
+        named = set(re.findall(VERDICT, part, flags=re.IGNORECASE))
         if len(named) == 1:
             return "S" + named.pop()
     return None
@@ -579,11 +641,12 @@ def count_votes(answers, teachers: int):
 
 def label_examples(examples: list[Example], labels: str) -> list[Example]:
     """The examples that have a label, with it. labels: a labels.jsonl ({"id", "label"} a line), the
-    authors' csv (columns question and _result, System1 or System2), or "steps:K": S1 where a GSM8K
-    solution has at most K <<...>> calculations, else S2 (a stand-in for users without teacher
-    answers, not the paper's method)."""
+    authors' csv (columns question and _result, System1 or System2), or "steps:K": of GSM8K alone,
+    S1 where a solution has at most K <<...>> calculations, else S2 (a stand-in for users without
+    teacher answers, not the paper's method)."""
     if re.fullmatch(r"steps:\d+", labels):
         limit = int(labels[6:])
+        examples = [e for e in examples if e.id.startswith("gsm8k/")]
         return [replace(e, label="S1" if e.answer.count("<<") <= limit else "S2") for e in examples]
     known, key = {}, "question" if labels.endswith(".csv") else "id"
     for where, name, label in _label_records(labels, key):
@@ -647,45 +710,108 @@ def batches(rows, size: int, device="cpu"):
 
 # ------------------------------------------------------------------------- answers and rewards
 
-NUMBER = r"[-+−]?\s*[$€£]?\s*(?:\d[\d,]*(?:\.\d+)?|\.\d+)(?:\s*/\s*\d[\d,]*(?:\.\d+)?)?"
+# Models run on into thousands of spaces and digits, so no pattern here backtracks over them.
+NUMBER = re.compile(
+    r"(?<![\w.])([-+−]?) ?[$€£]? ?((?:\d[\d,]*(?:\.\d+)?|\.\d+)(?: ?/ ?\d[\d,]*(?:\.\d+)?)?)"
+)
+EXPONENT = re.compile(r"[eE][-+]?\d")
+OPERATION = re.compile(r" ?(?:=|[-+−*×÷/^x] ?[$€£]?\d)")  # what goes on as an expression
+ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")
+BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.M)
+ANSWERED = re.compile(r"\d|</answer>|####|\\boxed\{")
+NEW_QUESTION = re.compile(r"^[ \t]*(?:\*\*)?(?:Question|Q)(?: ?\d{1,3})?(?:\*\*)?:", re.M)
+
+
+def _value(number: re.Match):
+    """A match of NUMBER as an exact Fraction; None if it is a division by 0 or absurdly long."""
+    top, _, bottom = re.sub(r"[ ,]", "", number[2]).partition("/")
+    if len(top) + len(bottom) > 200:
+        return None
+    top, bottom = Fraction(Decimal(top)), Fraction(Decimal(bottom or "1"))
+    if not bottom:
+        return None
+    return -top / bottom if number[1] in ("-", "−") else top / bottom
 
 
 def parse_number(text: str):
     """The value of a text that is one number and nothing more, else None: 18, 18., $18, 1,000,
     -3.50, 3/4, 50%. Exact (Fraction): 18.00 equals 18. The sign may stand before the currency."""
     text = text.strip().removesuffix(".").strip().removesuffix("%").strip()
-    if not re.fullmatch(NUMBER, text) or len(text) > 200:
+    found = NUMBER.fullmatch(text) if len(text) <= 200 else None
+    return _value(found) if found else None
+
+
+def _without_markup(text: str) -> str:
+    """Markdown emphasis and LaTeX wrappers taken off: **18**, \\boxed{1{,}000}, \\text{18} eggs."""
+    text = text.replace("{,}", ",").replace("\\$", "$").replace("\\%", "%").replace("$$", "$")
+    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", text)
+    text = re.sub(r"\\(?:times|cdot|div)\b", "*", text)
+    text = re.sub(r"\*\*|__|[`{}#]|\\[a-zA-Z]+|\\[,;:! ()\[\]]", "", text)
+    return text.strip(" \t\r\n*_")
+
+
+def _marked(text: str) -> str | None:
+    """What a reply marks as its answer: inside the last <answer>, else in the line of the last
+    ####, else in the last \\boxed{}; None if it marks nothing."""
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    if start >= 0:
+        return text[start + len("<answer>") : end]
+    if "####" in text:
+        return text.rpartition("####")[2].lstrip().partition("\n")[0]
+    start = text.rfind("\\boxed{")
+    if start < 0:
         return None
-    parts = re.sub(r"[\s,$€£]", "", text).replace("−", "-").split("/")
-    try:
-        top, bottom = Fraction(Decimal(parts[0])), Fraction(Decimal((parts + ["1"])[1]))
-    except InvalidOperation:
-        return None
-    return top / bottom if bottom else None
+    depth, begin = 0, start + len("\\boxed")
+    for i in range(begin, len(text)):
+        depth += (text[i] == "{") - (text[i] == "}")
+        if depth == 0:
+            return text[begin:i]
+    return text[begin:].partition("\n")[0]
+
+
+def _leading(text: str):
+    """The number that a text begins with, None if there is none or an expression goes on."""
+    found = NUMBER.match(text.lstrip())
+    rest = text.lstrip()[found.end() : found.end() + 4] if found else ""
+    return None if EXPONENT.match(rest) or OPERATION.match(rest) else found
+
+
+def _numbers(text: str) -> list[re.Match]:
+    """All numbers of a text; letters may follow one as its unit (18km), an exponent may not."""
+    rest = [(m, text[m.end() : m.end() + 4]) for m in NUMBER.finditer(text)]
+    return [m for m, r in rest if not EXPONENT.match(r) and not ORDINAL.match(r)]
+
+
+def marked_number(marked: str):
+    """The number in a marked answer: the one it begins with, else the right side of its last =,
+    else its only number; None if that leaves none."""
+    text = _without_markup(marked)
+    found = _leading(text) or _leading(text.rpartition("=")[2])
+    if not found:
+        numbers = _numbers(text)
+        found = numbers[0] if len(numbers) == 1 else None
+    return _value(found) if found else None
 
 
 def final_number(text: str):
-    """The number a reply gives as its answer, or None. Where the reply marks its answer, only the
-    marked text counts: the last <answer>...</answer>, else the number right after the last ####,
-    else the last \\boxed{}. An unmarked reply counts by its last number."""
-    tagged = re.findall(r"<answer>((?:(?!<answer>).)*?)</answer>", text, flags=re.DOTALL)
-    if tagged:
-        return parse_number(tagged[-1])
-    if "####" in text:
-        found = re.match(rf"\s*({NUMBER})", text.rpartition("####")[2])
-        return parse_number(found[1]) if found else None
-    text = re.sub(r"\\[dt]?frac\{([^{}]+)\}\{([^{}]+)\}", r"\1/\2", text)
-    boxed = re.findall(r"\\boxed\{([^{}]*)\}", text)
-    if boxed:
-        return parse_number(boxed[-1].replace("\\$", "$").replace("\\%", "%"))
-    numbers = re.findall(rf"(?<![\w.]){NUMBER}(?![\w])", text)
-    return parse_number(numbers[-1]) if numbers else None
+    """The number a reply gives as its answer (a Fraction), or None. Where the reply marks its
+    answer only that counts (`marked_number`), else its last number. A base model that runs on into
+    a new question is judged by what stands before it."""
+    answered = ANSWERED.search(text)
+    runs_on = NEW_QUESTION.search(text, answered.end()) if answered else None
+    text = BULLET.sub("", text[: runs_on.start()] if runs_on else text)
+    marked = _marked(text)
+    if marked is not None:
+        return marked_number(marked)
+    numbers = _numbers(_without_markup(text))
+    return _value(numbers[-1]) if numbers else None
 
 
-def is_correct(example: Example, completion: str, allow_network=False) -> bool:
+def is_correct(example: Example, completion: str, unconfined=False) -> bool:
     """Does the reply give the right answer? Numbers are compared as numbers, letters as letters,
-    code by running the problem's tests in a sandbox (allow_network: see passes_tests), the toy's
-    strings exactly. ValueError for a set whose answers cannot be checked."""
+    code by running the problem's tests in a sandbox (unconfined: see passes_tests), the toy's
+    and one's own "exact" texts as texts. ValueError for a set whose answers cannot be checked."""
     if example.kind == "number":
         value = final_number(completion)
         return value is not None and value == parse_number(example.gold)
@@ -693,14 +819,16 @@ def is_correct(example: Example, completion: str, allow_network=False) -> bool:
         letter = re.match(r"\s*\(?([A-D])(?![A-Za-z])", completion)
         return letter is not None and letter[1] == example.gold
     if example.kind == "code":
-        return passes_tests(example, completion, allow_network)
+        return passes_tests(example, completion, unconfined)
+    if example.kind == "exact":
+        return completion.strip() == example.gold.strip()
     if example.kind == "toy":  # the last state of the string machine decides, spaces do not
         reply, gold = (t.rpartition(";")[2].split() for t in (completion, example.gold))
         return reply == gold
     raise ValueError(f"{example.id}: answers of this data set cannot be checked")
 
 
-def reward_parts(example: Example, completion: str) -> dict[str, float]:
+def reward_parts(example: Example, completion: str, unconfined=False) -> dict[str, float]:
     """The parts of the GRPO reward; the reward is their sum.
 
     For numbers the authors' five, repaired where they punish good answers: 2.0 a correct
@@ -709,127 +837,141 @@ def reward_parts(example: Example, completion: str) -> dict[str, float]:
     the reply is correct.
     """
     if example.kind != "number":
-        return {"correct": float(is_correct(example, completion))}
+        return {"correct": float(is_correct(example, completion, unconfined))}
     text = completion
-    inside = re.findall(r"<answer>(.*?)</answer>", text, flags=re.DOTALL)
-    value = parse_number(inside[-1]) if inside else None
-    strict = r"\s*<reasoning>\n.*?\n</reasoning>\n<answer>\n.*?\n</answer>\s*"
-    loose = r"<reasoning>.*?</reasoning>\s*<answer>.*?</answer>"
+    end = text.rfind("</answer>")
+    start = text.rfind("<answer>", 0, max(end, 0))
+    inside = text[start + len("<answer>") : end] if start >= 0 else ""
+    value, alone = marked_number(inside), parse_number(inside)
+    body = text.strip()
+    strict = body.startswith("<reasoning>\n") and body.endswith("\n</answer>")
+    body = body[len("<reasoning>\n") : -len("\n</answer>")]
+    strict = strict and "\n</reasoning>\n<answer>\n" in body
+    first = text.find("<reasoning>")
+    loose = first >= 0 and re.search(r"</reasoning>\s*<answer>", text[first : max(end, 0)])
     tags = sum(text.count(t) == 1 for t in ("<reasoning>", "</reasoning>", "<answer>", "</answer>"))
-    tail = text.rpartition("</answer>")[2].strip() if "</answer>" in text else ""
+    tail = text[end + len("</answer>") :].strip() if end >= 0 else ""
     return {
         "correct": 2.0 * (value is not None and value == parse_number(example.gold)),
-        "integer": 0.5 * (value is not None and value.denominator == 1),
-        "strict": 0.5 * bool(re.fullmatch(strict, text, flags=re.DOTALL)),
-        "loose": 0.5 * bool(re.search(loose, text, flags=re.DOTALL)),
+        "integer": 0.5 * (alone is not None and alone.denominator == 1),
+        "strict": 0.5 * strict,
+        "loose": 0.5 * bool(loose),
         "tags": 0.125 * tags - 0.001 * len(tail),
     }
+
+
+def pass_at_k(n: int, correct: int, k: int) -> float:
+    """The unbiased estimate of pass@k from n samples of which `correct` pass (Chen et al. 2021)."""
+    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+
+
+def in_parallel(function, items) -> list:
+    """[function(*item) ...], on as many threads as this process may use cores."""
+    available = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
+    with ThreadPoolExecutor(len(available)) as pool:
+        return list(pool.map(lambda item: function(*item), items))
 
 
 # ---------------------------------------------------------------------------- running code safely
 
 SECONDS = 10  # a candidate's wall clock and CPU; the verdict comes within SECONDS + 5
-MEMORY, DISK, MESSAGE = 1 << 30, 64 << 20, 1 << 17  # bytes: address space, folder, one answer
+MEMORY, MESSAGE = 1 << 30, 1 << 17  # bytes: address space, one answer
 
 
 class SandboxError(RuntimeError):
     """The sandbox itself cannot run: that is no verdict about an answer."""
 
 
-def passes_tests(example: "Example", completion: str, allow_network=False) -> bool:
+def passes_tests(example: Example, completion: str, unconfined=False) -> bool:
     """Does the code pass the problem's own tests? (HumanEval; Chen et al. 2021)
 
     Two processes. The judge runs the problem's tests, with the helpers of its prompt, and is
     trusted. The candidate's functions live in a second one; arguments and results cross between the
     two as the text of Python literals, exceptions by name, so no object, patched builtin or walked
-    frame of the candidate is ever near the verdict. The candidate has no environment, no terminal,
-    limits on time and memory, and a temporary folder of 64 MB that ends with it.
+    frame of the candidate is ever near the verdict. The candidate has no environment, no terminal
+    and limits on time and memory. Before its code runs it imports what the code names from a list
+    of harmless modules; then a seccomp filter of the Linux kernel (`confine`) leaves it about
+    thirty system calls, which read and write what is open (two pipes to the judge), manage memory
+    and tell the time. Files, processes, threads, sockets and signals answer EPERM.
 
-    Closed by the Linux kernel, without privileges, where it offers it: a seccomp filter ends a
-    candidate that starts a process, opens a socket, signals or changes other processes or changes
-    a file's mode, owner or times; namespaces take away the network, other processes and IPC, and
-    give the folder; Landlock closes every file outside it but Python's library (which can be read).
-    Where namespaces are missing the folder cannot be written. Where seccomp or Landlock is missing
-    an audit hook ends the process instead; native code gets around that. If the network cannot be
-    closed at all (not on Linux, say), candidates run only with allow_network=True. Not protected
-    against: bugs of the kernel, side channels, learning that a file outside exists, and a candidate
-    that recognises the test inputs and answers from memory.
-
-    Raises SandboxError if the sandbox itself cannot run.
+    Where there is no seccomp (not Linux on x86-64 or aarch64) it raises SandboxError, unless
+    unconfined=True lets the code run with the rights of this program. Not protected against: bugs
+    of the kernel, side channels, and a candidate that recognises the test inputs and answers from
+    memory. Honest code that needs a file or a thread fails, and NaN does not cross.
     """
     job = {"prompt": example.question, "tests": example.gold, "entry": example.entry}
-    job |= {"completion": completion, "allow_network": allow_network}
-    folder = tempfile.mkdtemp(prefix="candidate-")
-    judge, out = None, b""
+    job |= {"completion": completion, "unconfined": unconfined}
+    if unconfined and not can_confine():
+        warnings.warn("code answers run unconfined, with the rights of this program", stacklevel=2)
     try:
         judge = subprocess.Popen(
-            [sys.executable, "-I", "-S", os.path.abspath(__file__), "judge", folder],
+            [sys.executable, "-I", "-S", os.path.abspath(__file__), "judge"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={},
             start_new_session=True,
         )
-        out, _ = judge.communicate(json.dumps(job).encode(), timeout=SECONDS + 5)
-    except subprocess.TimeoutExpired:
-        pass  # what the candidate gave made the tests themselves hang
     except OSError as error:
         raise SandboxError(f"the sandbox cannot start: {error}") from None
+    try:
+        out, _ = judge.communicate(json.dumps(job).encode(), timeout=SECONDS + 5)
+    except subprocess.TimeoutExpired:  # what the candidate gave made the tests themselves hang
+        out = b""
     finally:
-        if judge is not None:
-            try:
-                os.killpg(judge.pid, signal.SIGKILL)  # the judge, and the candidate in its group
-            except ProcessLookupError:
-                pass
-            out = out or judge.communicate()[0]
-        shutil.rmtree(folder, ignore_errors=True)  # on the outside it is empty
+        try:
+            os.killpg(judge.pid, signal.SIGKILL)  # the judge, and the candidate in its group
+        except ProcessLookupError:
+            pass
+    out = out or judge.communicate()[0]
     said = out.decode().split("\n")
     if said[0] != "ready":
-        raise SandboxError(f"the sandbox cannot start: {said[0] or 'no word from the judge'}")
+        raise SandboxError(f"the sandbox cannot start: {said[0] or 'the judge ended at once'}")
+    if said[1:2] and said[1] not in ("passed", "failed"):
+        raise SandboxError(said[1])
     return said[1:2] == ["passed"]
 
 
 def program(prompt: str, completion: str, entry: str) -> str:
     """The candidate's source, from whatever form a model answers in: a body that continues the
     prompt (and then runs on), a whole function, or Markdown with fenced blocks around either."""
-    blocks = re.findall(
-        r"^[ \t]*(?:```|~~~)[^\n]*\n(.*?)(?:^[ \t]*(?:```|~~~)|\Z)", completion, flags=re.M | re.S
-    )
-    whole = [i for i, block in enumerate(blocks) if re.search(rf"^\s*def {entry}\b", block, re.M)]
-    if whole:
-        completion = "\n".join(textwrap.dedent(block) for block in blocks[: whole[-1] + 1])
-    elif blocks and re.match(r"\s*(```|~~~)", completion):
-        completion = blocks[0]
-    completion = re.split(r"\n?^(?:```|~~~)|<\||</s>|\[/PYTHON\]", completion, flags=re.M)[0]
-    body = completion.strip() and re.match(r"\s*\n?[ \t]", completion)
-    if not body and re.search(rf"^(?:async )?def {entry}\b", completion, re.M):
-        if not parses(completion.partition(f"def {entry}")[0]):  # prose stands before it
-            code = r"^(?=import |from |def |async def |class |@|\w+ *=)"
-            completion = re.split(code, completion, maxsplit=1, flags=re.M)[-1]
+    text, blocks, inside = [], [], False
+    for line in completion.splitlines():
+        if line.strip().startswith(("```", "~~~")):
+            inside = not inside
+            blocks += [[]] * inside
+        elif inside:
+            blocks[-1].append(line)
+        elif not blocks:
+            text.append(line)
+    defines = re.compile(rf"^(?:async )?def {re.escape(entry)}\b", re.M)
+    fenced = [textwrap.dedent("\n".join(block)) for block in blocks]
+    whole = [i for i, block in enumerate(fenced) if defines.search(block)]
+    code = "\n".join(text)
+    if whole:  # with the blocks before it that are code: helpers, imports
+        code = "\n".join(block for block in fenced[: whole[-1] + 1] if parses(block))
+    elif blocks and not code.strip():
+        code = "\n".join(blocks[0])
+    code = re.split(r"<\||</s>|\[/PYTHON\]", code, maxsplit=1)[0]
+    start = code.lstrip("\n")
+    if start[:1].isspace():  # a body
+        return first_definitions(longest_that_parses(prompt + code), entry)
+    if defines.search(code):  # a whole function, behind prose or imports
         first = r"^from __future__ .*\n"  # must be the first statement of a file
-        future = "".join(re.findall(first, completion, flags=re.M))
-        completion = re.sub(first, "", completion, flags=re.M)
-        return future + longest_that_parses(prompt + "\n    pass\n\n" + completion)
-    if not body:  # it lost its indent: all of it, or the first line alone
-        indented = textwrap.indent(completion, "    ")
-        completion = indented if parses(prompt + indented) else "    " + completion
-    source = longest_that_parses(prompt + completion)
-    if not parses(source):
-        return source
-    kept, defined = [], set()  # a base model runs on: keep helpers, not prints, tests, second tries
-    for node in ast.parse(source).body:
-        name = getattr(node, "name", None)
-        if not isinstance(node, (ast.Expr, ast.Assert, ast.If, ast.For, ast.While)):
-            if name != entry or name not in defined:
-                kept.append(node)
-            defined.add(name)
-    return ast.unparse(ast.Module(kept, []))
+        future = "".join(re.findall(first, code, flags=re.M))
+        if not parses(code[: defines.search(code).start()]):  # prose stands before it
+            begins = re.search(r"^(?:import |from |def |async def |class |@|\w+ *=)", code, re.M)
+            code = code[begins.start() :]
+        code = re.sub(first, "", code, flags=re.M)
+        return future + longest_that_parses(prompt + "\n    pass\n\n" + code)
+    tries = [prompt + textwrap.indent(code, "    "), prompt + "    " + code]  # it lost its indent
+    return first_definitions(max(map(longest_that_parses, tries), key=len), entry)
 
 
 def parses(source: str) -> bool:
     try:
-        ast.parse(source)
-    except SyntaxError:
+        compile(source, "candidate", "exec")
+    except (SyntaxError, ValueError):
         return False
     return True
 
@@ -839,11 +981,23 @@ def longest_that_parses(source: str) -> str:
     lines = source.split("\n")
     while lines:
         try:
-            ast.parse("\n".join(lines))
+            compile("\n".join(lines), "candidate", "exec")
             return "\n".join(lines)
         except SyntaxError as error:
             del lines[max(0, min(error.lineno or 1, len(lines)) - 1) :]
     return source
+
+
+def first_definitions(source: str, entry: str) -> str:
+    """A base model runs on: helpers stay; prints, tests and second tries go."""
+    kept, defined = [], set()
+    for node in ast.parse(source).body:
+        name = getattr(node, "name", None)
+        if not isinstance(node, (ast.Expr, ast.Assert, ast.If, ast.For, ast.While)):
+            if name != entry or name not in defined:
+                kept.append(node)
+            defined.add(name)
+    return ast.unparse(ast.Module(kept, []))
 
 
 def literal(x) -> str:
@@ -868,29 +1022,33 @@ def literal(x) -> str:
     raise TypeError(f"{type(x).__name__} is not plain data")
 
 
-def judge_main(folder):
-    """The trusted process: prints "ready" (or why not), then "passed" or "failed"."""
+def judge_main():
+    """The trusted process: prints "ready" (or why not), then "passed", "failed", or why the
+    candidate could not be confined."""
     job = json.loads(sys.stdin.buffer.read())
     set_limit("RLIMIT_AS", 2 * MEMORY)
     candidate = subprocess.Popen(
-        [sys.executable, "-I", os.path.abspath(__file__), "candidate", folder],
+        [sys.executable, "-I", os.path.abspath(__file__), "candidate"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        cwd=folder,
-        env={"HOME": folder, "TMPDIR": folder, "PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+        cwd="/",
+        env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
     )
 
-    def ask(message):
-        candidate.stdin.write(message.encode() + b"\n")
-        candidate.stdin.flush()
+    def answer():
         line = candidate.stdout.readline(MESSAGE)
         if not line.endswith(b"\n"):
             raise EOFError("the candidate has ended, or says too much")
         return ast.literal_eval(line.decode("ascii"))
 
+    def ask(message):
+        candidate.stdin.write(literal(message).encode() + b"\n")
+        candidate.stdin.flush()
+        return answer()
+
     def call(*args, **kwargs):
-        kind, value = ask(literal((args, kwargs)))
+        kind, value = ask((args, kwargs))
         if kind == "returned":
             return value
         error = getattr(builtins, str(value), None)
@@ -899,49 +1057,65 @@ def judge_main(folder):
             error = RuntimeError  # a StopIteration would end a loop of the tests
         raise error("raised by the candidate")
 
-    passed, deadline = False, time.monotonic() + SECONDS
+    verdict, deadline = "failed", time.monotonic() + SECONDS
     threading.Timer(SECONDS, candidate.kill).start()
     try:
-        started = ask(literal(job["allow_network"]))
-        print("ready" if started == "ready" else started, flush=True)
-        if ask(literal((job["prompt"], job["completion"], job["entry"]))) == "loaded":
+        print(answer(), flush=True)  # "ready"
+        confined = ask((job["prompt"], job["completion"], job["entry"], job["unconfined"]))
+        if confined != "confined":  # said before any code of the candidate has run
+            verdict = confined
+        elif answer() == "loaded":
             names = {"__name__": "tests"}
             exec(job["prompt"] + "\n    pass\n", names)  # helpers: HumanEval/32, 38, 50
             names[job["entry"]] = call  # HumanEval/33 calls the function by its name
             exec(job["tests"], names)
             names["check"](call)
-            passed = time.monotonic() < deadline
+            if time.monotonic() < deadline:
+                verdict = "passed"
     except BaseException:  # whatever the answers made of the tests: it is not a pass
-        passed = False
+        pass
     candidate.kill()
     candidate.wait()
-    print("passed" if passed else "failed", flush=True)
+    print(verdict, flush=True)
     os._exit(0)
 
 
-def candidate_main(folder):
-    """The untrusted process: closes what it can around itself, then serves calls one a line."""
+# What a candidate may import: modules whose import does nothing but define.
+HARMLESS = """__future__ abc array ast base64 binascii bisect calendar cmath collections contextlib
+copy csv dataclasses datetime decimal difflib enum fractions functools gc hashlib heapq html io
+itertools json keyword math numbers numpy operator pprint queue random re secrets statistics string
+struct sys textwrap time timeit traceback types typing unicodedata weakref zlib""".split()
+
+
+def candidate_main():
+    """The untrusted process: confines itself, loads the code, then serves calls one a line."""
+    for name, value in (("CPU", SECONDS), ("AS", MEMORY), ("FSIZE", 0), ("CORE", 0)):
+        set_limit(f"RLIMIT_{name}", value)
     requests, answers = os.fdopen(os.dup(0), "rb"), os.dup(1)
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 0)
     os.dup2(null, 1)  # prints go nowhere
 
     def reply(value):
-        os.write(answers, literal(value).encode("ascii") + b"\n")
+        message = literal(value)
+        if len(message) >= MESSAGE:
+            os._exit(1)
+        os.write(answers, message.encode("ascii") + b"\n")
 
-    allow_network = ast.literal_eval(requests.readline().decode("ascii"))
-    try:
-        network_closed = confine(folder)
-    except OSError as error:
-        return reply(f"confinement failed: {error}")
-    if not network_closed and not allow_network:
-        return reply("this system cannot close the network to candidates: --allow-network goes on")
     reply("ready")
-    prompt, completion, entry = ast.literal_eval(requests.readline().decode("ascii"))
+    prompt, completion, entry, unconfined = ast.literal_eval(requests.readline().decode("ascii"))
+    source = program(prompt, completion, entry)
+    for name in ["_strptime", *named_modules(source)]:
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            pass  # it fails again where the code imports it
+    if not confine() and not unconfined:
+        return reply("no seccomp here to confine code answers: --allow-unconfined-code runs them")
+    reply("confined")
     module = types.ModuleType("candidate")
     sys.modules["candidate"] = module  # dataclasses look their module up
     try:
-        source = program(prompt, completion, entry)
         exec(compile(source, "candidate", "exec"), module.__dict__)
         function = module.__dict__[entry]
         reply("loaded")
@@ -950,159 +1124,77 @@ def candidate_main(folder):
     for line in requests:
         args, kwargs = ast.literal_eval(line.decode("ascii"))
         try:
-            message = literal(("returned", function(*args, **kwargs)))
+            result = ("returned", function(*args, **kwargs))
+            literal(result)
         except BaseException as error:
-            message = literal(("raised", type(error).__name__))
-        os.write(answers, message.encode("ascii") + b"\n") if len(message) < MESSAGE else os._exit(
-            1
-        )
+            result = ("raised", type(error).__name__)
+        reply(result)
+
+
+def named_modules(source: str) -> list[str]:
+    """The harmless modules that a source imports, submodules too."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    if "numpy" in names:
+        names |= {"numpy.linalg", "numpy.random"}  # numpy loads them late
+    return sorted(name for name in names if name.partition(".")[0] in HARMLESS)
 
 
 def set_limit(name, value):
-    import resource
-
-    resource.setrlimit(getattr(resource, name), (value, value))
-
-
-def confine(folder) -> bool:
-    """Closes what the system lets this process close around itself, for good. Returns whether the
-    network is closed."""
-    for name, value in (("CPU", SECONDS), ("AS", MEMORY), ("FSIZE", DISK), ("CORE", 0)):
-        set_limit(f"RLIMIT_{name}", value)
-    set_limit("RLIMIT_NOFILE", 32)
-    if sys.platform != "linux":
-        audit()
-        return False
-    libc = ctypes.CDLL(None, use_errno=True)
-    isolated, own_folder = namespaces(libc, folder)
-    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    libc.capset(struct.pack("Ii", 0x20080522, 0), bytes(24))  # no capabilities, also as root
-    libc.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    landlocked = landlock(libc, folder, own_folder)
-    filtered = seccomp(libc)
-    if not (landlocked and filtered):
-        audit()
-    return isolated or filtered
-
-
-def namespaces(libc, folder):
-    """Moves this process (a child of it) into namespaces of its own: users, network, processes,
-    IPC, mounts, with a small tmpfs as the folder. -> (isolated, the folder is that tmpfs)"""
-    user, group = os.getuid(), os.getgid()
-    # CLONE_NEWUSER | NEWNET | NEWPID | NEWIPC | NEWNS
-    if libc.unshare(0x10000000 | 0x40000000 | 0x20000000 | 0x08000000 | 0x00020000):
-        return False, False
     try:
-        for file, text in (("setgroups", "deny"), ("uid_map", f"{user} {user} 1")):
-            Path(f"/proc/self/{file}").write_text(text)
-        Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
-    except OSError:
-        pass  # without a mapping the mount below fails, and the folder stays closed
-    private, flags = 0x4000 | 0x40000, 0b1110  # MS_REC | MS_PRIVATE; NOSUID | NODEV | NOEXEC
-    size = f"size={DISK},nr_inodes=1000,mode=700".encode()
-    own_folder = libc.mount(b"none", b"/", None, private, None) == 0
-    own_folder = own_folder and libc.mount(b"t", folder.encode(), b"tmpfs", flags, size) == 0
-    child = os.fork()  # the first process of the new namespace
-    if child:
-        os.waitpid(child, 0)
-        os._exit(0)
-    os.chdir(folder)
-    return True, own_folder
+        import resource
+
+        resource.setrlimit(getattr(resource, name), (value, value))
+    except (ImportError, ValueError, OSError):
+        if can_confine():
+            raise  # where there is a sandbox, it is whole
 
 
-def landlock(libc, folder, writable: bool) -> bool:
-    """Files: the folder, reading Python's and the system's libraries, nothing else. From ABI 4 no
-    TCP, from ABI 6 no signals to processes outside."""
-    abi = libc.syscall(444, None, 0, 1)  # landlock_create_ruleset(VERSION)
-    if abi < 1:
+# The system calls a candidate is left, by their numbers on x86-64 and aarch64; None: not there.
+ALLOWED = {
+    "read": (0, 63), "readv": (19, 65), "write": (1, 64), "writev": (20, 66), "close": (3, 57),
+    "fstat": (5, 80), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226),
+    "munmap": (11, 215), "mremap": (25, 216), "madvise": (28, 233), "brk": (12, 214),
+    "futex": (202, 98), "sched_yield": (24, 124), "select": (23, None), "pselect6": (270, 72),
+    "nanosleep": (35, 101), "clock_nanosleep": (230, 115), "clock_gettime": (228, 113),
+    "clock_getres": (229, 114), "gettimeofday": (96, 169), "time": (201, None),
+    "getrusage": (98, 165), "times": (100, 153), "getrandom": (318, 278), "getpid": (39, 172),
+    "gettid": (186, 178), "rt_sigaction": (13, 134), "rt_sigprocmask": (14, 135),
+    "rt_sigreturn": (15, 139), "sigaltstack": (131, 132), "restart_syscall": (219, 128),
+    "exit": (60, 93), "exit_group": (231, 94),
+}  # fmt: skip
+MACHINES = {
+    "x86_64": (0, 0xC000003E, 317),
+    "aarch64": (1, 0xC00000B7, 277),
+}  # column, audit, seccomp
+
+
+def can_confine() -> bool:
+    return sys.platform == "linux" and platform.machine() in MACHINES and sys.maxsize > 2**32
+
+
+def confine() -> bool:
+    """Leaves this process, for good, only the calls in ALLOWED; all else answers EPERM. False where
+    the system has no such filter. Every thread that exists is confined with it."""
+    if not can_confine():
         return False
-    rights = (1 << {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)) - 1
-    attributes = struct.pack("QQQ", rights, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
-    ruleset = libc.syscall(444, attributes, 8 if abi < 4 else 16 if abi < 6 else 24, 0)
-    read = 0b1101  # execute, read files, list folders
-    places = dict.fromkeys(
-        ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/share/zoneinfo"], read
-    )
-    places |= {place: read for place in sys.path if os.path.isdir(place)}
-    places |= {"/dev/null": 0b110, "/dev/urandom": 0b100, folder: rights if writable else read}
-    for place, allowed in places.items():
-        if os.path.exists(place):
-            handle = os.open(place, os.O_PATH)
-            rule = struct.pack("=Qi", allowed & rights, handle)
-            if libc.syscall(445, ruleset, 1, rule, 0):  # landlock_add_rule(PATH_BENEATH)
-                return False
-            os.close(handle)
-    done = libc.syscall(446, ruleset, 0) == 0  # landlock_restrict_self
-    os.close(ruleset)
-    return done
-
-
-# The system calls that end a candidate, by the architecture's numbers: new processes and programs;
-# sockets; signals; other processes' memory; sessions, groups and priorities; mode, owner, times and
-# attributes of files; memory, keys and queues outside the limits; watches; namespaces and mounts.
-FORBIDDEN = {
-    "x86_64": "57 58 59 322 41 53 62 200 234 129 297 101 310 311 312 112 109 141 142 144 203 314 "
-    "251 90 91 268 92 93 94 260 132 235 261 280 188 189 190 197 198 199 319 29 68 64 240 "
-    "248 249 250 323 321 298 253 294 300 272 308 165 166 155 161",
-    "aarch64": "221 281 198 199 129 130 131 138 240 117 270 271 272 157 154 140 118 119 122 274 30 "
-    "52 53 54 55 88 5 6 7 14 15 16 279 194 186 190 180 217 218 219 282 280 241 26 262 97 "
-    "268 40 39 41 51",
-}
-EVERYWHERE = "424 425 428 429 430 434 438 440 442 447 448 452 463 466"
-# architecture: its audit name, clone, prctl, prlimit64
-CALLS = {"x86_64": (0xC000003E, 56, 157, 302), "aarch64": (0xC00000B7, 220, 167, 261)}
-
-
-def seccomp(libc) -> bool:
-    """Kills this process at a forbidden system call; threads stay possible."""
-    machine = platform.machine()
-    if machine not in FORBIDDEN or sys.maxsize < 2**32:
-        return False
-    architecture, clone, prctl, prlimit = CALLS[machine]
-    load, equal, at_least, has_bit, result = 0x20, 0x15, 0x35, 0x45, 0x06
-    kill, allow, no_such_call = 0x80000000, 0x7FFF0000, 0x00050000 | 38
+    column, architecture, seccomp = MACHINES[platform.machine()]
+    load, equal, result = 0x20, 0x15, 0x06  # BPF: load a word, jump if equal, return
+    kill, allow, eperm = 0x80000000, 0x7FFF0000, 0x00050000 | 1
     code = [(load, 0, 0, 4), (equal, 1, 0, architecture), (result, 0, 0, kill), (load, 0, 0, 0)]
-    code += [(at_least, 0, 1, 0x40000000), (result, 0, 0, kill)]  # the x32 calls
-    for number in map(int, f"{FORBIDDEN[machine]} {EVERYWHERE}".split()):
-        code += [(equal, 0, 1, number), (result, 0, 0, kill)]
-    code += [(equal, 0, 1, 435), (result, 0, 0, no_such_call)]  # clone3: glibc then uses clone
-    first_argument = (load, 0, 0, 16)
-    code += [(equal, 0, 3, clone), first_argument, (has_bit, 1, 0, 0x10000), (result, 0, 0, kill)]
-    code += [(load, 0, 0, 0), (equal, 0, 3, prlimit), first_argument, (equal, 1, 0, 0)]
-    code += [(result, 0, 0, kill), (load, 0, 0, 0), (equal, 0, 3, prctl), first_argument]
-    code += [(equal, 0, 1, 1), (result, 0, 0, kill), (result, 0, 0, allow)]  # not PDEATHSIG
-    packed = b"".join(struct.pack("HBBI", *instruction) for instruction in code)
-    buffer = ctypes.create_string_buffer(packed)
+    for numbers in ALLOWED.values():
+        if numbers[column] is not None:
+            code += [(equal, 0, 1, numbers[column]), (result, 0, 0, allow)]
+    code += [(result, 0, 0, eperm)]
+    buffer = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in code))
     filter_program = struct.pack("HxxxxxxQ", len(code), ctypes.addressof(buffer))
-    return libc.prctl(22, 2, ctypes.c_char_p(filter_program), 0, 0) == 0  # PR_SET_SECCOMP
-
-
-def audit():
-    """The stand-in where the kernel offers less: files are only read, and only Python's library;
-    processes, sockets and native code end the process."""
-    allowed = tuple(place for place in sys.path if os.path.isdir(place))
-    closed = ("subprocess", "socket", "ctypes", "shutil", "signal", "pty", "mmap", "os", "tempfile")
-    harmless = ("os.putenv", "os.unsetenv", "os.listdir", "os.scandir", "os.walk")
-
-    def hook(event, args):
-        if event == "open":
-            writes = (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-            if writes or not os.path.realpath(str(args[0])).startswith(allowed):
-                os._exit(1)
-        elif event.split(".")[0] in closed and event not in harmless:
-            os._exit(1)
-        elif event == "import" and args[0] in ("_posixsubprocess", "_ctypes", "_socket"):
-            os._exit(1)
-
-    for name in ("_posixsubprocess", "subprocess", "ctypes", "_ctypes", "_socket", "socket"):
-        sys.modules.pop(name, None)
-        globals().pop(name, None)
-    sys.addaudithook(hook)
-
-
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The unbiased estimate of pass@k from n samples of which `correct` pass (Chen et al. 2021)."""
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    return libc.syscall(seccomp, 1, 1, ctypes.c_char_p(filter_program)) == 0  # all threads
 
 
 # ---------------------------------------------------------------------------------- the toy world
@@ -1241,11 +1333,11 @@ def save_toy_tokenizer(folder):
 
 def main():
     if sys.argv[1:2] in (["judge"], ["candidate"]):  # the sandbox's two processes
-        return {"judge": judge_main, "candidate": candidate_main}[sys.argv[1]](sys.argv[2])
+        return {"judge": judge_main, "candidate": candidate_main}[sys.argv[1]]()
     parser = argparse.ArgumentParser(description="The sample splitter: teacher prompts and votes.")
     commands = parser.add_subparsers(dest="command", required=True)
     prompts = commands.add_parser("prompts", help="write one batch request file a teacher")
-    prompts.add_argument("--data", required=True, choices=sorted(DATASETS))
+    prompts.add_argument("--data", required=True, help="a data set, or a jsonl of your own")
     prompts.add_argument("--data-path", help="the data set's folder or file")
     prompts.add_argument("--target", required=True, help='the model to act as, "LLaMA2 7B"')
     prompts.add_argument("--teachers", required=True, help="model names, comma separated")
@@ -1268,7 +1360,8 @@ def main():
             write_jsonl(args.out, records)
             print("\n".join(f"{key}: {value}" for key, value in report.items()))
             return
-        examples = load_dataset(args.data, args.data_path, "train")
+        split = "all" if in_one_file(args.data, args.data_path) else "train"
+        examples = load_dataset(args.data, args.data_path, split)
         for teacher in args.teachers.split(","):
             file = Path(args.out) / f"{teacher.strip().replace('/', '_')}.jsonl"
             requests = (
@@ -1290,7 +1383,7 @@ def main():
             )
             write_jsonl(file, requests)
             print(f"{file}: {len(examples)} requests")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -1,4 +1,4 @@
-"""GRPO (Shao et al. 2024, DeepSeekMath) for stage 2: rollouts, advantages, the loss, the loop.
+"""GRPO (Shao et al. 2024, DeepSeekMath) for stage 2: rollouts, advantages, the loss, the step.
 
 A step samples G answers to each of P prompts, scores them, and compares each answer with its own
 group: advantage = (r - mean) / std. The update raises the log-probs of answers that beat their
@@ -7,21 +7,17 @@ function, so this file knows nothing of data sets.
 
 Left out: reward models, a value network, importance-sampling corrections for stale rollouts: the
 policy that samples is the policy that learns, and dropout is off in both, so the ratio starts at 1.
+In the update every answer carries its prompt, which is computed anew for each.
 """
 
 import math
-import os
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from lorapar import get_flat, set_flat
 from model import generate, token_logprobs
-
-PACKED = 512  # answer tokens in a row: attention grows with the square of a row's length
 
 
 @dataclass
@@ -34,7 +30,8 @@ class Settings:
     temperature: float = 0.9  # of sampling and of every log-prob
     clip: float = 0.2  # PPO's ratio clip
     beta: float = 0.04  # weight of the KL penalty; 0 computes no reference
-    updates: int = 1  # optimizer steps a batch of rollouts (mu)
+    num_iterations: int = 1  # optimizer steps a batch of rollouts (mu)
+    batch_rows: int = 64  # answers decoded together
     micro_batch: int = 8  # answers a forward and backward
 
 
@@ -57,34 +54,10 @@ def rollouts(model, prompts, s: Settings, generator=None) -> Rollouts:
         eos_ids=s.eos_ids,
         samples_per_prompt=s.group,
         generator=generator,
+        batch_rows=s.batch_rows,
         return_logprobs=True,
     )
     return Rollouts(prompts, answers, logps)
-
-
-def pack(rows, device):
-    """Answers behind one copy of their prompt, so that the prompt is computed once for all.
-
-    rows: [(prompt, its answers)]. A row is prompt[:-1] (segment 0), then for answer k = 1, 2, ..
-    the prompt's last token, which predicts the answer's first, and the answer (segment k).
-    -> tokens, labels, segments (B, T) for `token_logprobs`, segments None if each row has but one
-    answer; index (A, longest answer), where in its flattened output the log-probs of each answer
-    stand; mask (A, longest answer), False at padding.
-    """
-    T = max(len(prompt) - 1 + sum(1 + len(a) for a in answers) for prompt, answers in rows)
-    packed, spans = [], []
-    for b, (prompt, answers) in enumerate(rows):
-        row = [(token, -100, 0) for token in prompt[:-1]]
-        for k, answer in enumerate(answers, 1):
-            start = b * (T - 1) + len(row)
-            spans.append(torch.arange(start, start + len(answer)))
-            row += [(prompt[-1], -100, k)] + [(token, token, k) for token in answer]
-        packed.append(row + [(0, -100, 0)] * (T - len(row)))
-    tokens, labels, segments = torch.tensor(packed, device=device).unbind(-1)
-    if max(len(answers) for _, answers in rows) == 1:
-        segments = None  # ordinary rows
-    index = pad_sequence(spans, batch_first=True, padding_value=-1).to(device)
-    return tokens, labels, segments, index.clamp(min=0), index >= 0
 
 
 def group_advantages(rewards):
@@ -115,7 +88,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, beta=0.04):
     kl = torch.zeros_like(logp)
     if beta:
         log_ratio = (ref_logp - logp) * mask
-        kl = log_ratio.exp() - log_ratio - 1
+        kl = torch.expm1(log_ratio) - log_ratio  # k3; exp(x) - 1 would round below 0
     length = mask.sum(1).clamp(min=1)
 
     def per_answer(x):
@@ -128,59 +101,80 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, beta=0.04):
     return loss, stats
 
 
+@dataclass
+class MicroBatch:
+    """A few answers as ordinary rows, each behind its prompt, right padded."""
+
+    tokens: torch.Tensor  # (B, T) int64
+    labels: torch.Tensor  # (B, T), -100 outside the answers
+    advantages: torch.Tensor  # (B,)
+    sampled: torch.Tensor  # (B, T-1): sampling's own log-probs at the answers, 0 elsewhere
+    mask: torch.Tensor  # (B, T-1) bool: the answers' tokens, the sampled EOS included
+    old: torch.Tensor | None = None  # (B, T-1): log-probs of the policy that sampled
+    ref: torch.Tensor | None = None  # (B, T-1): log-probs of the reference
+
+
+def micro_batches(rows: Rollouts, advantages, size: int, device) -> list[MicroBatch]:
+    """Rollouts, sorted by length and cut into `size` answers each. advantages (P, G)."""
+    pairs = [(p, g) for p, group in enumerate(rows.answers) for g in range(len(group))]
+    pairs.sort(key=lambda pair: -len(rows.prompts[pair[0]] + rows.answers[pair[0]][pair[1]]))
+    made = []
+    for chosen in (pairs[i : i + size] for i in range(0, len(pairs), size)):
+        texts = [(rows.prompts[p], rows.answers[p][g]) for p, g in chosen]
+        T = max(len(prompt + answer) for prompt, answer in texts)
+        tokens = torch.zeros(len(chosen), T, dtype=torch.long)
+        labels, sampled = torch.full_like(tokens, -100), torch.zeros(len(chosen), T - 1)
+        for i, ((prompt, answer), (p, g)) in enumerate(zip(texts, chosen)):
+            start, end = len(prompt), len(prompt + answer)
+            tokens[i, :end] = torch.tensor(prompt + answer)
+            labels[i, start:end] = tokens[i, start:end]
+            sampled[i, start - 1 : end - 1] = torch.tensor(rows.logps[p][g])
+        advantage = torch.stack([advantages[p, g] for p, g in chosen])
+        tensors = (tokens, labels, advantage, sampled, labels[:, 1:] != -100)
+        made.append(MicroBatch(*(t.to(device) for t in tensors)))
+    return made
+
+
 def grpo_update(model, optimizer, rows: Rollouts, advantages, reference, s: Settings) -> dict:
-    """`s.updates` optimizer steps on one batch of rollouts -> statistics, averaged over them.
+    """`s.num_iterations` optimizer steps on one batch of rollouts -> statistics, means over them.
 
     advantages (P, G); reference: the flat vector (N,) of the policy that the KL holds on to. At
-    most s.micro_batch answers go through the model at a time, those of a prompt behind one copy of
-    it (`pack`); the gradient does not depend on the cut. Raises ValueError if the loss is not
-    finite, before that step moves a parameter.
+    most s.micro_batch answers go through the model at a time; the gradient does not depend on it.
+    "gap" is the mean |difference| between sampling's log-probs and those of the first pass, which
+    is still the policy that sampled: more than rounding means the two do not compute the same.
+    Raises FloatingPointError if the loss is not finite, before that step moves a parameter.
     """
-    P, G = advantages.shape
     device = next(model.parameters()).device
-    longest = max(len(answer) for group in rows.answers for answer in group)
-    cut = min(G, s.micro_batch, max(1, PACKED // longest))  # answers of one prompt in a row
-    parts = [(p, slice(g, g + cut)) for p in range(P) for g in range(0, G, cut)]
-    parts.sort(key=lambda part: -sum(map(len, rows.answers[part[0]][part[1]])))
-    together = max(1, s.micro_batch // cut)
-    micro = []
-    for chosen in (parts[i : i + together] for i in range(0, len(parts), together)):
-        packed = pack([(rows.prompts[p], rows.answers[p][g]) for p, g in chosen], device)
-        micro.append((*packed, torch.cat([advantages[p, g] for p, g in chosen]).to(device)))
+    parts = micro_batches(rows, advantages, s.micro_batch, device)
+    tokens = sum(int(part.mask.sum()) for part in parts)
 
-    def logprobs(tokens, labels, segments, index):
-        logp = token_logprobs(model, tokens, labels, s.temperature, segments=segments)
-        return logp.flatten()[index]  # (answers, longest answer)
+    def logprobs(part):
+        return token_logprobs(model, part.tokens, part.labels, s.temperature)
 
-    reference_logps = [None] * len(micro)
     if s.beta:
         policy = get_flat(model)
         set_flat(model, reference)
         with torch.no_grad():
-            reference_logps = [logprobs(*packed) for *packed, _, _ in micro]
+            for part in parts:
+                part.ref = logprobs(part)
         set_flat(model, policy)
-    old_logps, totals = [None] * len(micro), {}
-    for _ in range(s.updates):
+    totals = {"gap": 0.0}
+    for _ in range(s.num_iterations):
         optimizer.zero_grad()
-        for k, (*packed, mask, advantage) in enumerate(micro):
-            logp = logprobs(*packed)
-            if old_logps[k] is None:  # what sampled is what scores first, so the ratio starts at 1
-                old_logps[k] = logp.detach()
+        for part in parts:
+            logp = logprobs(part)
+            if part.old is None:
+                part.old = logp.detach()
+                totals["gap"] += (part.old - part.sampled).abs().sum() / tokens
             loss, stats = grpo_loss(
-                logp,
-                old_logps[k],
-                reference_logps[k],
-                advantage,
-                mask,
-                clip=s.clip,
-                beta=s.beta,
+                logp, part.old, part.ref, part.advantages, part.mask, clip=s.clip, beta=s.beta
             )
-            share = len(mask) / (P * G)
+            share = len(part.tokens) / advantages.numel()
             (loss * share).backward()
             for name, value in (stats | {"loss": loss.detach()}).items():
-                totals[name] = totals.get(name, 0) + value * share / s.updates
+                totals[name] = totals.get(name, 0) + value * share / s.num_iterations
         if not math.isfinite(totals["loss"]):
-            raise ValueError(f"the GRPO loss is {float(totals['loss'])}; try a lower learning rate")
+            raise FloatingPointError(f"the GRPO loss is {float(totals['loss'])}")
         optimizer.step()
     return {name: value.item() for name, value in totals.items()}
 
@@ -188,25 +182,26 @@ def grpo_update(model, optimizer, rows: Rollouts, advantages, reference, s: Sett
 def grpo_step(model, optimizer, prompts, rewards, reference, s: Settings, generator=None) -> dict:
     """One step of GRPO: sample, reward, compare within groups, update -> statistics.
 
-    prompts: lists of ids; rewards(p, answer ids) -> a dict of reward parts for an answer to prompt
-    p, whose sum is the reward. Dropout is off. The statistics are what a researcher watches.
+    prompts: lists of ids; rewards(answers [P][G][tokens]) -> [P][G] dicts of reward parts, whose
+    sum is an answer's reward. Dropout is off. The statistics are what a researcher watches.
     """
     model.eval()
     started = time.perf_counter()
     rows = rollouts(model, prompts, s, generator)
     sampled = time.perf_counter()
-    answers = [(p, a) for p, group in enumerate(rows.answers) for a in group]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # a reward may run code for seconds
-        parts = list(pool.map(lambda answer: rewards(*answer), answers))
-    totals = torch.tensor([sum(part.values()) for part in parts]).view(len(prompts), s.group)
+    parts = rewards(rows.answers)
+    totals = torch.tensor([[float(sum(part.values())) for part in group] for group in parts])
     stats = grpo_update(model, optimizer, rows, group_advantages(totals), reference, s)
+    answers = [answer for group in rows.answers for answer in group]
+    parts = [part for group in parts for part in group]
+    names = {name: None for part in parts for name in part}
     return stats | {
         "reward": totals.mean().item(),
         "reward_std": totals.std().item(),
-        "parts": {k: sum(part[k] for part in parts) / len(parts) for k in parts[0]},
-        "equal_groups": int((totals == totals[:, :1]).all(1).sum()),
-        "length": sum(len(a) for _, a in answers) / len(answers),
-        "unfinished": sum(a[-1] not in s.eos_ids for _, a in answers) / len(answers),
+        "parts": {n: sum(part.get(n, 0.0) for part in parts) / len(parts) for n in names},
+        "zero_std_groups": int((totals == totals[:, :1]).all(1).sum()),
+        "length": sum(map(len, answers)) / len(answers),
+        "truncated": sum(a[-1] not in s.eos_ids for a in answers) / len(answers),
         "grad_norm": optimizer.grad_norm.item(),
         "rollout_s": round(sampled - started, 4),
         "update_s": round(time.perf_counter() - sampled, 4),

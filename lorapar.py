@@ -9,33 +9,28 @@ I_j = |g_j phi_j - 1/2 F_jj phi_j^2|, and a stage trains only the elements its s
     set_mask(model, stage_mask(part, s1, stage=1, fraction=1.0))
     optimizer = MaskedAdamW(model, lr=2e-4)      # frozen elements stay bit-identical
 
-The file stands alone: it works on any `nn.Module` whose leaves are `nn.Linear` and which maps
-tokens (B, T) to logits (B, T, V). Paper: Huang et al., LoRA-PAR, Findings of EMNLP 2025.
+The file stands alone: it works on any `nn.Module` that maps tokens (B, T) to logits (B, T, V) and
+whose `nn.Linear`s see the batch first. Paper: Huang et al., LoRA-PAR, Findings of EMNLP 2025.
 Left out: DoRA, adapters on embeddings, quantised bases; load_adapter refuses them by name.
 """
 
-import argparse
 import json
 import math
 import os
 import re
-import shutil
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from torch import nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 PROJECTIONS |= {"g": "gate_proj", "u": "up_proj", "d": "down_proj"}
+ANCHORED = ("anchored", "pissa", "olora")  # the starts that leave the model as it was
 
 # ------------------------------------------------------------------------------------ LoRA layers
 
@@ -44,18 +39,17 @@ class LoRALinear(nn.Linear):
     """y = W x + s (B A - B0 A0) x, with A (r, in), B (out, r) trained and W, A0, B0 frozen.
 
     The anchor A0, B0 is a frozen copy of the start, so at step 0 the layer is exactly W x whatever
-    the start is; without an anchor this is plain LoRA. The factors are float32 and cast where
-    they are used. `mask_A`, `mask_B` (bool) say which elements the current stage trains.
+    the start is; without an anchor this is plain LoRA. The factors are float32 and cast where they
+    are used. `mask_A`, `mask_B` (bool) say which elements the current stage trains: `forward` never
+    reads them, the optimizer does.
     """
 
     def __init__(self, linear: nn.Linear, A, B, scale: float, dropout: float, anchored: bool):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias  # the same tensors, not copies
-        self.product = getattr(linear, "product", F.linear)  # how W x is computed
-        self.pack = getattr(linear, "pack", torch.Tensor.contiguous)  # and W laid out
         self.scale, self.dropout = scale, dropout
-        self.kept = None  # see decode
+        self.held = None  # factors that stand in for the layer's own: see hold and importance
         device = linear.weight.device
         self.lora_A = nn.Parameter(A.to(device, torch.float32).contiguous())
         self.lora_B = nn.Parameter(B.to(device, torch.float32).contiguous())
@@ -64,37 +58,28 @@ class LoRALinear(nn.Linear):
             self.register_buffer(f"anchor_{name}", anchor)
             self.register_buffer(f"mask_{name}", torch.ones_like(factor, dtype=torch.bool))
 
-    def factors(self):
-        """(R, in) and (out, R) whose product is B A - B0 A0: R = 2r with an anchor, r without.
+    def factors(self, A, B):
+        """A (.., r, in), B (.., out, r) -> (.., R, in), (.., out, R) with product B A - B0 A0.
 
-        Written as (B - B0) A + B0 (A - A0): the small differences are taken in float32, before
-        any cast, so bf16 rounds the update and not its distance from a large start.
+        R = 2r with an anchor, else r. Written as (B - B0) A + B0 (A - A0): the small differences
+        are taken in float32, before any cast, so bf16 rounds the update and not its distance from a
+        large start.
         """
-        A, B, A0, B0 = self.lora_A, self.lora_B, self.anchor_A, self.anchor_B
+        A0, B0 = self.anchor_A, self.anchor_B
         if A0 is None:
             return A, B
-        return torch.cat((A, A - A0)), torch.cat((B - B0, B0), dim=1)
-
-    def folded(self):
-        """(out, in) float32: the one weight that does what the layer does, W + s (B A - B0 A0)."""
-        A, B = self.factors()
-        return torch.addmm(self.weight.float(), B, A, alpha=self.scale)
+        return torch.cat((A, A - A0), dim=-2), torch.cat((B - B0, B0.expand_as(B)), dim=-1)
 
     @torch.no_grad()
-    def decode(self, on: bool):
-        """While on, no factor may change: what each step of decoding would compute anew is kept."""
-        self.kept = None
-        if on and self.weight.dtype == torch.float32:  # no adapter to pay for
-            self.kept = self.pack(self.folded())
-        elif on:  # in bf16 a folded weight would round the update away
-            self.kept = [factor.to(self.weight.dtype) for factor in self.factors()]
+    def hold(self, on: bool):
+        """While on, the factors must not change: decoding would compute them anew a token."""
+        factors = self.factors(self.lora_A, self.lora_B) if on else ()
+        self.held = [f.to(self.weight.dtype) for f in factors] or None
 
-    def forward(self, x):
-        if isinstance(self.kept, torch.Tensor):
-            return self.product(x, self.kept, self.bias)
-        A, B = self.kept or (factor.to(x.dtype) for factor in self.factors())
-        low = F.linear(F.dropout(x, self.dropout, self.training), A) * self.scale  # (..., R)
-        return self.product(x, self.weight, self.bias) + F.linear(low, B)
+    def forward(self, x):  # (.., in) -> (.., out)
+        A, B = self.held or self.factors(self.lora_A, self.lora_B)
+        low = F.dropout(x, self.dropout, self.training) @ A.to(x.dtype).mT * self.scale  # (.., R)
+        return F.linear(x, self.weight, self.bias) + low @ B.to(x.dtype).mT
 
 
 def put(model, name: str, module):
@@ -140,6 +125,23 @@ def start_factors(weight, init: str, r: int, scale: float, std: float, generator
     raise ValueError(f"unknown init {init!r}; one of anchored, gaussian, lora, pissa, olora")
 
 
+def target_linears(model, targets) -> dict[str, nn.Linear]:
+    """The model's linears that `targets` names: letters of q k v o g u d, or module names."""
+    unknown = [t for t in targets if t not in PROJECTIONS] if isinstance(targets, str) else []
+    if unknown or not targets:
+        raise ValueError(f"unknown targets {targets!r}; letters of q k v o g u d, or module names")
+    names = [PROJECTIONS[t] for t in targets] if isinstance(targets, str) else list(targets)
+    named = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in names}
+    linears = {n: m for n, m in named.items() if isinstance(m, nn.Linear)}
+    if not linears:
+        kinds = sorted({type(m).__name__ for m in named.values()})
+        there = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        found = f"modules of that name are {', '.join(kinds)}" if named else "nothing has that name"
+        found += f"; the model's linears are {', '.join(sorted(there)) or 'none'}"
+        raise ValueError(f"no nn.Linear is named one of {', '.join(names)}: {found}")
+    return linears
+
+
 def add_lora(
     model, targets="qkvgud", r=8, alpha=64, dropout=0.0, init="anchored", std=0.01, generator=None
 ):
@@ -149,29 +151,21 @@ def add_lora(
     init: "anchored" draws A, B ~ N(0, std^2) and subtracts the draw, "gaussian" draws without the
     anchor (the authors' start: it changes the model), "lora" is B = 0 (importance is then zero),
     "pissa" and "olora" take A, B from W, anchored. `generator` lives on the CPU.
-    Raises ValueError on unknown targets or init, a rank that does not fit, or a second call.
+    Raises ValueError on unknown targets or init, a rank that does not fit, alpha <= 0, or a second
+    call.
     """
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError("the model has LoRA layers already")
-    unknown = [t for t in targets if t not in PROJECTIONS] if isinstance(targets, str) else []
-    if unknown or not targets:
-        raise ValueError(f"unknown targets {targets!r}; letters of q k v o g u d, or module names")
-    names = [PROJECTIONS[t] for t in targets] if isinstance(targets, str) else list(targets)
-    linears = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in names
-    }
-    if not linears:
-        raise ValueError(f"no nn.Linear of the model is named one of {names}")
+    if alpha <= 0:
+        raise ValueError(f"lora_alpha = {alpha} must be positive: the adapter is scaled by it")
+    linears = target_linears(model, targets)
     model.requires_grad_(False)
     for name, linear in linears.items():
         if not 1 <= r <= min(linear.weight.shape):
             raise ValueError(f"r = {r} does not fit {name} of shape {tuple(linear.weight.shape)}")
         A, B = start_factors(linear.weight.detach(), init, r, alpha / r, std, generator)
-        anchored = init in ("anchored", "pissa", "olora")
-        layer = LoRALinear(linear, A, B, alpha / r, dropout, anchored).train(model.training)
-        put(model, name, layer)
+        layer = LoRALinear(linear, A, B, alpha / r, dropout, anchored=init in ANCHORED)
+        put(model, name, layer.train(model.training))
     return model
 
 
@@ -200,83 +194,112 @@ def set_anchor(model, vector):
     _write_flat([t for x in layers for t in (x.anchor_A, x.anchor_B)], vector, "anchor")
 
 
+def _masks(model) -> list[torch.Tensor]:
+    return [m for layer in lora_layers(model).values() for m in (layer.mask_A, layer.mask_B)]
+
+
+def get_mask(model) -> torch.Tensor:
+    """(N,) bool: a copy of the layers' masks, in flat order."""
+    return torch.cat([m.flatten() for m in _masks(model)])
+
+
 def set_mask(model, mask):
     """Writes a bool (N,) mask into the layers: True elements are the ones a stage trains."""
     if mask.dtype != torch.bool:
         raise ValueError(f"the mask has dtype {mask.dtype}, not bool")
-    layers = lora_layers(model).values()
-    _write_flat([t for x in layers for t in (x.mask_A, x.mask_B)], mask, "mask")
+    _write_flat(_masks(model), mask, "mask")
 
 
 # ------------------------------------------------------------------------------------- importance
 
+# What ranks the elements, from g, F and phi (N,). The method is the first; the others are what it
+# is compared with.
+SCORES = {
+    "importance": lambda g, fisher, phi: g * phi - 0.5 * fisher * phi**2,  # eq. 3
+    "first-order": lambda g, fisher, phi: g * phi,
+    "magnitude": lambda g, fisher, phi: phi,
+    "gradient": lambda g, fisher, phi: g,
+    "fisher": lambda g, fisher, phi: fisher,
+}
 
-def logits_logprobs(model, tokens, labels, answer_tokens=None):
-    """log p of each label that is not -100, 0 elsewhere: (B, T-1). For any model of logits."""
-    logits = model(tokens[:, :-1])
-    logits = getattr(logits, "logits", logits)  # transformers wraps them
+
+def logits_logprobs(model, tokens, labels):
+    """log p of each label that is not -100, 0 elsewhere: (B, T-1) float32. For any model that maps
+    tokens to logits, to an object with .logits, or to a tuple that begins with them."""
+    output = model(tokens[:, :-1])
+    logits = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
+    B, T = labels[:, 1:].shape
+    if logits.ndim != 3 or logits.shape[:2] != (B, T):
+        shape = tuple(logits.shape)
+        raise ValueError(f"logits must be ({B}, {T}, V), at every position; the model gave {shape}")
     logp = logits.float().log_softmax(-1).gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
     return torch.where(labels[:, 1:] != -100, logp, 0.0)
 
 
-class _Scored(nn.Module):
-    """model + its log-prob function as one module, which is what functional_call wants."""
+def per_example_gradients(model, tokens, labels, logprobs) -> list[torch.Tensor]:
+    """The gradient of each example's loss, a tensor (B, *factor) for each LoRA factor.
 
-    def __init__(self, model, logprobs):
-        super().__init__()
-        self.model, self.logprobs = model, logprobs
+    One ordinary backward: every example gets a copy of the factors, A (B, r, in) and B (B, out, r),
+    that it alone passes through, so the gradient of the summed loss with respect to the copies is
+    each example's own. Fused attention and activation checkpointing work as in training.
+    """
+    layers = lora_layers(model).values()
+    copies = [
+        factor.detach().expand(len(tokens), -1, -1).requires_grad_()  # a view: no memory
+        for factor in lora_factors(model).values()
+    ]
+    try:
+        for layer, A, B in zip(layers, copies[::2], copies[1::2]):
+            layer.held = layer.factors(A, B)
+        loss = -logprobs(model, tokens, labels).sum(1) / (labels[:, 1:] != -100).sum(1)  # (B,)
+        return torch.autograd.grad(loss.sum(), copies)
+    finally:
+        for layer in layers:
+            layer.held = None
 
-    def forward(self, tokens, labels, answer_tokens):
-        return self.logprobs(self.model, tokens, labels, answer_tokens=answer_tokens)
 
-
-def importance(model, batches, logprobs=logits_logprobs, chunk_size=8, progress=iter):
+def importance(
+    model,
+    batches,
+    logprobs=logits_logprobs,
+    *,
+    rank_by="importance",
+    chunk_tokens=512,
+    progress=iter,
+):
     """I = |g * phi - 1/2 * F * phi^2| for every LoRA element -> (N,) float32 (paper, eq. 3).
 
     g is the mean over the examples of the per-example gradient, F (the diagonal of the Fisher
     matrix) the mean of its square; an example's loss is the mean cross-entropy of its answer
     tokens. batches: iterable of (tokens, labels), int64 (B, T), right padded, labels[t] = tokens[t]
-    at answer positions (EOS included) and -100 elsewhere. Per-example gradients come from
-    torch.func's vmap over grad, chunk_size examples at once; the result does not depend on it.
-    `logprobs(model, tokens, labels, answer_tokens=K)` gives (B, T-1) log-probs; K is static.
+    at answer positions (EOS included) and -100 elsewhere. At most chunk_tokens tokens (and at least
+    one row) pass through the model at once; the result does not depend on it.
+    `logprobs(model, tokens, labels)` gives (B, T-1) log-probs. rank_by: a name in `SCORES`.
     Runs in eval mode and restores it. Raises ValueError on an example without answer tokens, on
     scores that are all zero and on scores that are not finite.
     """
-    factors = lora_factors(model)
     phi = get_flat(model)
-    names, scored = [f"model.{name}" for name in factors], _Scored(model, logprobs)
-    parameters = dict(zip(names, (p.detach() for p in factors.values())))
-
-    def loss(parameters, tokens, labels, answer_tokens):  # of one example, tokens (T,)
-        call = functional_call(scored, parameters, (tokens[None], labels[None], answer_tokens))
-        return -call.sum() / (labels[1:] != -100).sum()
-
-    g_sum = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
-    f_sum = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in parameters.items()}
+    sizes = [p.numel() for p in lora_factors(model).values()]
+    g, fisher = phi.double().zero_(), phi.double().zero_()  # sums over the examples
     count, was_training = 0, model.training
     model.eval()
     try:
-        # The fused attention kernels have no batching rule; the plain one is a few batched matmuls.
-        with sdpa_kernel(SDPBackend.MATH):
-            for tokens, labels in progress(batches):
-                answers = (labels[:, 1:] != -100).sum(1)
-                if not answers.all():
-                    raise ValueError(f"example {count + int(answers.argmin())} has no answer token")
-                per_example = vmap(grad(loss), in_dims=(None, 0, 0, None))
-                for part in torch.arange(len(tokens)).split(chunk_size):
-                    k = int(answers[part].max())
-                    gradients = per_example(parameters, tokens[part], labels[part], k)
-                    for name, gradient in gradients.items():  # (chunk, *factor)
-                        g_sum[name] += gradient.sum(0)
-                        f_sum[name] += gradient.square().sum(0)
-                count += len(tokens)
+        for tokens, labels in progress(batches):
+            answers = (labels[:, 1:] != -100).sum(1)
+            if not answers.all():
+                raise ValueError(f"example {count + int(answers.argmin())} has no answer token")
+            rows = max(1, chunk_tokens // tokens.shape[1])
+            for t, y in zip(tokens.split(rows), labels.split(rows)):
+                gradients = per_example_gradients(model, t, y, logprobs)
+                for g_sum, f_sum, gradient in zip(g.split(sizes), fisher.split(sizes), gradients):
+                    g_sum += gradient.sum(0).flatten()
+                    f_sum += gradient.square().sum(0).flatten()
+            count += len(tokens)
     finally:
         model.train(was_training)
     if count == 0:
         raise ValueError("importance needs at least one example")
-    g = torch.cat([g_sum[n].flatten() for n in names]) / count
-    fisher = torch.cat([f_sum[n].flatten() for n in names]) / count
-    scores = (g * phi - 0.5 * fisher * phi**2).abs().float()  # eq. 3
+    scores = SCORES[rank_by](g / count, fisher / count, phi).abs().float()
     if not scores.isfinite().all():
         raise ValueError("the importance scores are not finite; is a loss NaN?")
     if not scores.any():
@@ -298,53 +321,35 @@ class Partition(NamedTuple):
     shared: torch.Tensor
 
 
-def at_least(scores: np.ndarray, threshold, count: int) -> np.ndarray:
-    """bool: the `count` largest scores, where the smallest of them is `threshold`; ties go to the
-    lower index, as in a stable descending sort."""
-    chosen = scores > threshold
-    ties = np.flatnonzero(scores == threshold)
-    chosen[ties[: count - np.count_nonzero(chosen)]] = True
-    return chosen
+def first(order, count: int) -> torch.Tensor:
+    """bool (N,): the elements in the first `count` places of an order of all N."""
+    return torch.zeros_like(order, dtype=torch.bool).index_fill(0, order[:count], True)
 
 
-def cumulative_region(scores: torch.Tensor, theta: float) -> torch.Tensor:
+def cumulative_region(scores, theta: float) -> torch.Tensor:
     """bool (N,): the shortest prefix of the stable descending order whose cumulative sum (float64)
-    reaches theta times the sum of all; theta = 1 is everything.
-
-    Nothing but one bin is sorted: floats that are not negative are ordered as their bits are, so
-    the leading 16 bits cut the order into bins, and the sums of these tell where theta falls.
-    """
-    values = scores.detach().cpu().numpy()
-    if not (values.min() >= 0 and 0 < values.max() < np.inf):  # also where one is NaN
+    reaches theta times the sum of all; theta = 1 is everything."""
+    if not (scores.isfinite().all() and (scores >= 0).all() and scores.any()):
         raise ValueError("importance scores must be finite, not negative and not all zero")
     if theta == 1:
-        return torch.ones(len(values), dtype=torch.bool)
-    values = np.abs(values)  # -0.0 has the bits of a negative number
-    bins = values.view(f"i{values.itemsize}") >> 8 * values.itemsize - 16
-    mass = np.bincount(bins, weights=values, minlength=1 << 15)[::-1].cumsum()  # from the top bin
-    goal = theta * mass[-1]
-    above = max(1, int(np.searchsorted(mass, goal)))  # whole bins above the one where theta falls
-    edge = (1 << 15) - 1 - above
-    descending = np.sort(values[bins == edge])[::-1]
-    cumulative = mass[above - 1] + descending.cumsum(dtype=np.float64)  # no bin is above NaN's
-    last = min(int(np.searchsorted(cumulative, goal)), len(descending) - 1)
-    return torch.from_numpy(
-        at_least(values, descending[last], np.count_nonzero(bins > edge) + last + 1)
-    )
+        return torch.ones_like(scores, dtype=torch.bool)
+    order = scores.argsort(descending=True, stable=True)  # ties go to the lower index
+    cumulative = scores[order].double().cumsum(0)
+    return first(order, int(torch.searchsorted(cumulative, theta * cumulative[-1])) + 1)
 
 
 def partition(s1, s2, theta: float) -> Partition:
     """Splits N elements by two score vectors (N,) (the coordinator): a system's region is what
     reaches cumulative importance theta, globally over all elements; the overlap is shared.
 
-    The masks live on the CPU. Raises ValueError on theta outside (0, 1] or on bad scores.
+    Give it CPU tensors where it matters that two runs agree: CUDA's cumsum is not deterministic.
+    Raises ValueError on theta outside (0, 1] or on bad scores.
     """
     if not 0 < theta <= 1:
         raise ValueError(f"theta = {theta} is outside (0, 1]")
     if s1.shape != s2.shape or s1.ndim != 1 or not len(s1):
         raise ValueError(f"importance scores have shapes {tuple(s1.shape)} and {tuple(s2.shape)}")
-    with ThreadPoolExecutor(2) as pool:  # numpy sorts outside the interpreter lock
-        one, two = pool.map(lambda s: cumulative_region(s, theta), (s1, s2))
+    one, two = cumulative_region(s1, theta), cumulative_region(s2, theta)
     return Partition(one & ~two, two & ~one, one & two)
 
 
@@ -359,34 +364,26 @@ def stage_mask(part: Partition, scores, stage: int, fraction: float) -> torch.Te
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction = {fraction} is outside [0, 1]")
     mask = (part.s1_only if stage == 1 else part.s2_only).clone()
-    shared = part.shared.nonzero()[:, 0]
-    count = int(fraction * len(shared))
-    if count:
-        values = scores.detach().cpu().numpy()[shared.numpy()]
-        threshold = np.partition(values, len(values) - count)[len(values) - count]
-        mask[shared[torch.from_numpy(at_least(values, threshold, count))]] = True
+    order = scores[part.shared].argsort(descending=True, stable=True)
+    mask[part.shared] = first(order, int(fraction * len(order)))
     return mask
 
 
 def shuffle_scores(model, s1, s2, select: str, generator):
-    """The ablation: scores whose order no longer says which element they belong to.
+    """The control: scores whose order no longer says which element they belong to.
 
     "random" moves both vectors by one permutation of all N elements, "random-in-tensor" permutes
-    inside each factor; so every region keeps its size. "importance" returns them unchanged.
+    inside each factor; so every region keeps its size. ValueError on another word.
     """
-    if select == "importance":
-        return s1, s2
-    if select == "random":
-        order = torch.randperm(len(s1), generator=generator)
-    elif select == "random-in-tensor":
+    if select not in ("random", "random-in-tensor"):
+        raise ValueError(f"unknown select {select!r}; random or random-in-tensor")
+    sizes = [len(s1)]
+    if select == "random-in-tensor":
         sizes = [p.numel() for p in lora_factors(model).values()]
-        starts = np.cumsum([0] + sizes)
-        order = torch.cat(
-            [start + torch.randperm(n, generator=generator) for start, n in zip(starts, sizes)]
-        )
-    else:
-        raise ValueError(f"unknown select {select!r}; importance, random or random-in-tensor")
-    return s1[order.to(s1.device)], s2[order.to(s2.device)]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    order = [start + torch.randperm(n, generator=generator) for start, n in zip(starts, sizes)]
+    order = torch.cat(order).to(s1.device)
+    return s1[order], s2[order]
 
 
 # -------------------------------------------------------------------------------------- optimizer
@@ -397,54 +394,72 @@ class MaskedAdamW(torch.optim.AdamW):
 
     Masking gradients is not enough: decoupled weight decay and old momentum would still move the
     frozen elements. Here the optimizer owns `packed`, the (n_active,) elements under the mask;
-    step() gathers their gradients, clips their norm, updates and scatters them back. Frozen
-    elements are never written, and Adam's state is 8 bytes an active element.
-    Raises ValueError if the mask selects nothing, or if it has changed since construction.
+    step() gathers their gradients, clips their norm, updates them and writes them back between the
+    frozen ones, whose bits stay. Adam's state is 8 bytes an active element.
+    Raises ValueError if the mask selects nothing.
     """
 
     def __init__(
         self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=None
     ):
-        self.factors = list(lora_factors(model).values())
-        layers = lora_layers(model).values()
-        self.masks = [m for layer in layers for m in (layer.mask_A, layer.mask_B)]
-        self.versions = [m._version for m in self.masks]
-        self.indices = [m.flatten().nonzero()[:, 0] for m in self.masks]
+        self.model, self.mask = model, get_mask(model)
+        self.index = self.mask.nonzero()[:, 0]  # (n_active,)
         self.max_grad_norm, self.grad_norm = max_grad_norm, None
-        if not sum(map(len, self.indices)):
+        if not len(self.index):
             raise ValueError("the mask has no active element: training would silently do nothing")
-        self.packed = nn.Parameter(self._gather(self.factors))
+        self.packed = nn.Parameter(get_flat(model)[self.index])
         super().__init__([self.packed], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
-
-    def _gather(self, tensors):
-        return torch.cat([t.detach().flatten()[i] for t, i in zip(tensors, self.indices)])
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
-        for factor in self.factors:
+        for factor in lora_factors(self.model).values():
             factor.grad = None
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update. The norm of the packed gradient before clipping is in `grad_norm`."""
-        if [m._version for m in self.masks] != self.versions:
+        """One update. The norm of the packed gradient before clipping is in `grad_norm`.
+
+        Raises ValueError without gradients or if the mask has changed since construction;
+        FloatingPointError, before the model is touched, if an updated element is not finite.
+        """
+        factors = lora_factors(self.model).values()
+        if not torch.equal(get_mask(self.model), self.mask):
             raise ValueError("set_mask was called after this optimizer was made; make a new one")
-        if all(p.grad is None for p in self.factors):
+        if all(p.grad is None for p in factors):
             raise ValueError("step() without gradients: call backward() first")
-        self.packed.copy_(self._gather(self.factors))
-        self.packed.grad = self._gather(
-            [torch.zeros_like(p) if p.grad is None else p.grad for p in self.factors]
-        )
+        flat = get_flat(self.model)
+        gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in factors]
+        self.packed.copy_(flat[self.index])
+        self.packed.grad = torch.cat(gradients)[self.index]
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         self.grad_norm = nn.utils.clip_grad_norm_(self.packed, limit)
         super().step(closure)
-        for factor, index, piece in zip(
-            self.factors, self.indices, self.packed.detach().split([len(i) for i in self.indices])
-        ):
-            factor.view(-1)[index] = piece
+        if not self.packed.isfinite().all():
+            raise FloatingPointError("an updated element is not finite")
+        flat[self.index] = self.packed
+        set_flat(self.model, flat)
 
 
 # ---------------------------------------------------------------------------------- adapter files
+
+
+def write_file(path, content: bytes):
+    """Writes under a temporary name and renames: a write that dies leaves the old file whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def write_json(path, value):
+    write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_tensors(path, tensors: dict, **metadata: str):
+    """Tensors of any device -> a safetensors file with ordinary permissions (not 0600)."""
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    write_file(path, safetensors_bytes(tensors, {"format": "pt"} | metadata))
 
 
 def save_adapter(model, folder, base_model=""):
@@ -453,16 +468,13 @@ def save_adapter(model, folder, base_model=""):
     An anchored adapter is written as the rank-2r pair of `LoRALinear.factors` with lora_alpha
     doubled: exactly our model on the untouched base, whatever the start was.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    layers = lora_layers(model)
-    tensors = {}
+    layers, tensors = lora_layers(model), {}
     for name, layer in layers.items():
-        A, B = layer.factors()
-        tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach().cpu().contiguous()
-        tensors[f"base_model.model.{name}.lora_B.weight"] = B.detach().cpu().contiguous()
+        A, B = layer.factors(layer.lora_A, layer.lora_B)
+        tensors[f"base_model.model.{name}.lora_A.weight"] = A
+        tensors[f"base_model.model.{name}.lora_B.weight"] = B
     first = next(iter(layers.values()))
-    rank = first.factors()[0].shape[0]
+    rank = len(A)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -475,10 +487,8 @@ def save_adapter(model, folder, base_model=""):
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    save_file(tensors, folder / "adapter_model.safetensors.tmp", metadata={"format": "pt"})
-    os.replace(folder / "adapter_model.safetensors.tmp", folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(folder / "adapter_config.json.tmp", folder / "adapter_config.json")
+    write_tensors(Path(folder) / "adapter_model.safetensors", tensors)
+    write_json(Path(folder) / "adapter_config.json", config)
 
 
 UNSUPPORTED = (
@@ -519,14 +529,6 @@ def read_adapter(folder):
     return pairs, config.get("lora_dropout", 0.0)
 
 
-def check_fit(folder, name, A, B, weight_shape):
-    if weight_shape is None or tuple(weight_shape) != (B.shape[0], A.shape[1]):
-        shape = f"{tuple(weight_shape)} there" if weight_shape else "not there"
-        raise ValueError(
-            f"{folder}: {name} is for a linear of {(B.shape[0], A.shape[1])}, which is {shape}"
-        )
-
-
 def load_adapter(model, folder):
     """Adds a LoRA adapter in PEFT's format (ours or PEFT's own) to a model without LoRA layers.
 
@@ -536,12 +538,17 @@ def load_adapter(model, folder):
     pairs, dropout = read_adapter(folder)
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError("the model has LoRA layers already; load the adapter into a fresh base")
-    modules = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     for name, (A, B, _) in pairs.items():
-        check_fit(folder, name, A, B, modules[name].weight.shape if name in modules else None)
+        shape, needed = (B.shape[0], A.shape[1]), None
+        if name in linears:
+            needed = tuple(linears[name].weight.shape)
+        if shape != needed:
+            there = f"{needed} there" if needed else "not there"
+            raise ValueError(f"{folder}: {name} is for a linear of {shape}, which is {there}")
     model.requires_grad_(False)
     for name, (A, B, scale) in pairs.items():
-        layer = LoRALinear(modules[name], A, B, scale, dropout, anchored=False)
+        layer = LoRALinear(linears[name], A, B, scale, dropout, anchored=False)
         put(model, name, layer.train(model.training))
     return model
 
@@ -551,58 +558,9 @@ def merge(model):
     """Folds every adapter into its weight, W + s (B A - B0 A0) in float32 stored in W's dtype,
     and puts plain `nn.Linear`s back. In place; returns the model."""
     for name, layer in lora_layers(model).items():
+        A, B = layer.factors(layer.lora_A, layer.lora_B)
+        weight = torch.addmm(layer.weight.float(), B, A, alpha=layer.scale).to(layer.weight.dtype)
         linear = nn.Linear(layer.in_features, layer.out_features, device="meta")
-        linear.weight = nn.Parameter(layer.folded().to(layer.weight.dtype), requires_grad=False)
-        linear.bias = layer.bias
+        linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), layer.bias
         put(model, name, linear)
     return model
-
-
-def merge_files(model_folder, adapter_folder, out):
-    """Writes a full Hugging Face folder: the checkpoint with the adapter folded in, W + s B A in
-    float32, stored in W's own dtype; config and tokenizer files are copied. One shard is in memory
-    at a time. Raises ValueError if something does not fit, or if `out` is the checkpoint itself."""
-    source, out = Path(model_folder), Path(out)
-    files = sorted(source.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{source}: no safetensors files there")
-    if out.exists() and out.resolve() == source.resolve():
-        raise ValueError(f"--out {out} is the model itself; name another folder")
-    pairs, _ = read_adapter(adapter_folder)
-    shapes = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            names = tensors.keys()
-            shapes |= {n.removesuffix(".weight"): tensors.get_slice(n).get_shape() for n in names}
-    for name, (A, B, _) in pairs.items():
-        check_fit(adapter_folder, name, A, B, shapes.get(name))
-    out.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        merged = load_file(file)
-        for name in {n.removesuffix(".weight") for n in merged} & set(pairs):
-            (A, B, scale), weight = pairs[name], merged[f"{name}.weight"]
-            merged[f"{name}.weight"] = (weight.float() + scale * (B @ A)).to(weight.dtype)
-        save_file(merged, out / f"{file.name}.tmp", metadata={"format": "pt"})
-        os.replace(out / f"{file.name}.tmp", out / file.name)
-    for file in source.iterdir():
-        if file.is_file() and file.suffix in (".json", ".model", ".jinja", ".txt"):
-            shutil.copy(file, out / file.name)
-
-
-def main():
-    parser = argparse.ArgumentParser(description="Fold an adapter into its checkpoint.")
-    parser.add_argument("command", choices=["merge"])
-    parser.add_argument("--model", required=True, help="the base: a Hugging Face model folder")
-    parser.add_argument("--adapter", required=True, help="a folder in PEFT's format")
-    parser.add_argument("--out", required=True, help="the folder to write")
-    args = parser.parse_args()
-    try:
-        merge_files(args.model, args.adapter, args.out)
-    except (ValueError, SafetensorError) as error:
-        print(f"lorapar.py: {error}", file=sys.stderr)
-        sys.exit(2)
-    print(f"merged: {args.out}")
-
-
-if __name__ == "__main__":
-    main()

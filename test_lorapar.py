@@ -1,7 +1,8 @@
 """All tests: each names the property it proves and holds it against an independent reference.
 
-`../shared` (fixtures of other libraries, real data) is used where it is; what it proves is proved
-by a smaller test as well, so a bare clone needs nothing but this file:
+Fixtures of other libraries and real data are used where a folder `shared` with them stands beside
+this one; what they prove is proved by a smaller test as well, so a bare clone needs nothing but
+this file:
 
     python -m pytest -q
 """
@@ -14,11 +15,12 @@ import os
 import random
 import re
 import resource
+import signal
 import subprocess
 import sys
 import time
+import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import data
 import grpo
@@ -35,7 +38,7 @@ import train
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared"
-needs_shared = pytest.mark.skipif(not (SHARED / "fixtures").is_dir(), reason="needs ../shared")
+needs_shared = pytest.mark.skipif(not (SHARED / "fixtures").is_dir(), reason="needs real data")
 FAMILIES = ["llama2_tiny", "llama3_tiny", "qwen2_tiny"]
 
 # ------------------------------------------------------------------------------------ small models
@@ -45,7 +48,7 @@ SMALL |= {"num_attention_heads": 4, "max_position_embeddings": 128, "rms_norm_ep
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 16}
 # config.json fields -> six logits of the last position of row 1, one of row 0, and the mean square
-# of all, which transformers 5.23 (eager, float32) gave for the formula weights below.
+# of all, which transformers 5 (eager, float32) gave for the formula weights below.
 STORED = {
     "llama2": (
         {"model_type": "llama", "num_key_value_heads": 4, "rope_theta": 10000.0},
@@ -68,6 +71,11 @@ STORED = {
         | {"sliding_window": 16, "use_sliding_window": False},
         [0.6425, 0.5073, 0.507, -2.2851, -2.702, -0.8421, -0.2441, 1.479],
     ),
+    "qwen3": (
+        {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 12, "rms_norm_eps": 1e-6}
+        | {"rope_theta": 1e6, "attention_bias": False, "use_sliding_window": False},
+        [-0.1367, -1.2299, -0.0634, 0.3982, -0.7803, 0.6032, -2.9686, 1.5289],
+    ),
     "linear": (
         {"model_type": "llama", "num_key_value_heads": 1, "rope_theta": 10000.0}
         | {"rope_scaling": {"type": "linear", "factor": 4.0}},
@@ -78,7 +86,7 @@ STORED = {
 
 def formula_model(fields):
     """A small model whose weights are sines of their index, the same in every library."""
-    model = decoder.Transformer(decoder.Config.from_dict(SMALL | fields)).requires_grad_(False)
+    model = decoder.Transformer(decoder.ModelConfig.from_dict(SMALL | fields)).requires_grad_(False)
     for i, (name, p) in enumerate(sorted(model.named_parameters())):
         wave = 0.3 * torch.sin(torch.arange(p.numel(), dtype=torch.float64) ** 1.3 + i)
         p.copy_(((1 + wave) if "norm" in name else wave).view_as(p))
@@ -123,6 +131,12 @@ def close(a, b, tolerance=1e-5):
     assert float((a - b).abs().max()) <= tolerance * scale, float((a - b).abs().max()) / scale
 
 
+def python(*command):
+    """A command line of ours, run in a process of its own."""
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+
+
 # ------------------------------------------------------------------------------------------- model
 
 
@@ -143,14 +157,18 @@ def test_fixture_logits_and_greedy_text(family):
     facts = json.loads((folder / "expected.json").read_text())
     error = (model(expected["input_ids"]) - expected["logits"]).abs().max()
     assert error < facts["max_abs_tolerance"] / 10
-    together = decoder.generate(model, facts["prompts"], 16, temperature=0)
-    assert [answers[0] for answers in together] == facts["greedy"]
-    for prompt, greedy in zip(facts["prompts"], facts["greedy"]):
-        assert decoder.generate(model, [prompt], 16, temperature=0) == [[greedy]]
+    for rows in (64, 1):
+        together = decoder.generate(model, facts["prompts"], 16, temperature=0, batch_rows=rows)
+        assert [answers[0] for answers in together] == facts["greedy"]
 
 
-def test_padding_changes_neither_logits_nor_greedy_text():
-    model, prompts = qwen(), [[5, 9, 2], [7] * 11, [1, 2, 3, 4, 5, 6, 7]]
+@pytest.mark.parametrize("family", STORED)
+def test_padding_changes_neither_logits_nor_greedy_text(family):
+    """Trap 10, and grouped heads, q_norm and scaled RoPE while decoding."""
+    model, prompts = (
+        formula_model(STORED[family][0]),
+        [[5, 9, 2], [7] * 11, [1, 2, 3, 4, 5, 6, 7]],
+    )
     padded, _ = data.collate([(p, 1) for p in prompts])
     logits = model(padded)
     for row, prompt in zip(logits, prompts):
@@ -164,48 +182,37 @@ def test_padding_changes_neither_logits_nor_greedy_text():
 
 
 def test_token_logprobs_equal_a_full_log_softmax_and_its_gradient(monkeypatch):
-    monkeypatch.setattr(decoder.HeadLogprobs, "CHUNK", {"cpu": 7 * 64})  # the last one is ragged
+    monkeypatch.setattr(decoder.HeadLogprobs, "LOGITS", 7 * 64)  # the last chunk is ragged
     model, (tokens, labels) = qwen(), answer_batch()
     norm = model.model.norm.weight.requires_grad_()
     ours = decoder.token_logprobs(model, tokens, labels, temperature=0.7)
     reference = plain_logprobs(model, tokens, labels, 0.7)
     close(ours, reference)
-    static = decoder.token_logprobs(model, tokens, labels, 0.7, answer_tokens=12)
-    close(static, reference)
     weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
     (expected,) = torch.autograd.grad((reference * weights).sum(), norm)
-    for logp in (ours, static):
-        close(torch.autograd.grad((logp * weights).sum(), norm)[0], expected)
+    close(torch.autograd.grad((ours * weights).sum(), norm)[0], expected)
 
 
-@pytest.mark.parametrize("rows", [0, 1, 37])
-def test_frozen_products_equal_torchs_own(rows, monkeypatch):
-    """decoder.linear: values, gradient, a strided input, and one product an example under vmap."""
-    monkeypatch.setattr(decoder, "ONEDNN_SIZE", 0)
+@pytest.mark.parametrize("sharpness", [1.0, 1.5, 2.0, 3.0, 4.0])
+def test_bf16_gradients_of_confident_tokens_are_no_noise(sharpness):
+    """Traps 22 and 25: p from about 0.9 to 1 - 1e-9, against float64 and against a plain head on
+    the same bf16 states."""
     generator = torch.Generator().manual_seed(0)
-    weight, bias = torch.randn(24, 16, generator=generator), torch.randn(24, generator=generator)
-    x = torch.randn(16, rows, 5, generator=generator).movedim(0, -1).requires_grad_()
-    y, expected = (f(x, weight, bias).square() for f in (decoder.linear, F.linear))
-    assert y.shape == (rows, 5, 24)
-    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
-    ours, theirs = (torch.autograd.grad(z.sum(), x)[0] for z in (y, expected))
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    weight = torch.randn(200, 64, generator=generator).bfloat16()
+    targets = torch.arange(0, 200, 3)
+    hidden = sharpness * weight[targets].float() / weight[targets].float().norm(dim=1)[:, None]
+    hidden = (hidden * 1.0).bfloat16().requires_grad_()
 
-    def loss(x):  # of one example (5, 16)
-        return decoder.linear(x, weight, bias).square().sum()
+    def gradient(logp):
+        return torch.autograd.grad(logp.sum(), hidden)[0].double()
 
-    if rows:
-        per_example = torch.func.vmap(torch.func.grad(loss))(x.detach())
-        torch.testing.assert_close(per_example, theirs, rtol=1e-5, atol=1e-4)
-        weights = torch.stack([weight, 2 * weight])  # a batch of weights is a batch of products
-        both = torch.func.vmap(lambda w: decoder.linear(x, w, bias))(weights)
-        torch.testing.assert_close(both[1], F.linear(x, 2 * weight, bias), rtol=1e-5, atol=1e-4)
-
-
-def test_a_trainable_weight_keeps_its_gradient():
-    x, weight = torch.randn(3, 4), torch.randn(5, 4, requires_grad=True)
-    decoder.linear(x, weight).sum().backward()
-    close(weight.grad, x.sum(0).expand(5, 4))
+    wide = hidden.detach().double().requires_grad_()
+    logp = (wide @ weight.double().T).log_softmax(-1).gather(-1, targets[:, None])
+    (exact,) = torch.autograd.grad(logp.sum(), wide)
+    ours = gradient(decoder.HeadLogprobs.apply(hidden, weight, targets, 1.0))
+    plain = F.linear(hidden, weight).float().log_softmax(-1).gather(-1, targets[:, None])
+    errors = [float((g - exact).norm() / exact.norm()) for g in (ours, gradient(plain))]
+    assert errors[0] < 0.15 and errors[0] < 1.2 * errors[1], errors
 
 
 def test_token_logprobs_train_the_head_where_it_is_trainable():
@@ -217,9 +224,8 @@ def test_token_logprobs_train_the_head_where_it_is_trainable():
 
 
 def test_full_logits_never_exist(monkeypatch):
-    """Trap 19: the head sees answer positions only, a few of them at once, of a batch of examples
-    under vmap too."""
-    monkeypatch.setattr(decoder.HeadLogprobs, "CHUNK", {"cpu": 4 * 64})
+    """Trap 19: the head sees answer positions only, a few of them at once."""
+    monkeypatch.setattr(decoder.HeadLogprobs, "LOGITS", 4 * 64)
     model, (tokens, labels), seen = lora_model(), answer_batch(), []
     original = torch.Tensor.log_softmax
     monkeypatch.setattr(
@@ -227,27 +233,20 @@ def test_full_logits_never_exist(monkeypatch):
     )
     decoder.token_logprobs(model, tokens, labels)
     assert max(seen) <= 4 * 64 and sum(seen) == 64 * int((labels[:, 1:] != -100).sum())
-    seen.clear()
-    lorapar.importance(model, [(tokens, labels)], decoder.token_logprobs)
-    longest = int((labels[:, 1:] != -100).sum(1).max())
-    assert max(seen) <= 4 * 64 and len(seen) == math.ceil(len(tokens) * longest / 4)
 
 
 def test_an_all_masked_row_gives_zero():
     model, (tokens, labels) = qwen(), answer_batch()
     labels[2] = -100
     logp = decoder.token_logprobs(model, tokens, labels)
-    assert (logp[2] == 0).all() and logp.isfinite().all()
+    assert (logp[2] == 0).all() and logp.isfinite().all() and logp[1].any()
     labels[:] = -100
     assert (decoder.token_logprobs(model, tokens, labels) == 0).all()
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-@pytest.mark.parametrize("onednn_size, samples", [(0, 6), (decoder.ONEDNN_SIZE, 15)])
-def test_sampling_logprobs_equal_a_full_forward(temperature, onednn_size, samples, monkeypatch):
-    """Trap 6. Prompts of different lengths, several samples (15: in three caches of 5), rows that
-    end early and leave, weights packed and not."""
-    monkeypatch.setattr(decoder, "ONEDNN_SIZE", onednn_size)
+def test_sampling_logprobs_equal_a_full_forward(temperature):
+    """Trap 6. Prompts of different lengths, several samples, rows that end early and leave."""
     model, prompts = lora_model(dropout=0.5).train(), [[5, 9, 2], [7] * 11, [1, 2, 3, 4]]
     answers, logps = decoder.generate(
         model,
@@ -255,7 +254,7 @@ def test_sampling_logprobs_equal_a_full_forward(temperature, onednn_size, sample
         20,
         temperature=temperature,
         eos_ids=range(6),
-        samples_per_prompt=samples,
+        samples_per_prompt=6,
         generator=torch.Generator().manual_seed(3),
         return_logprobs=True,
     )
@@ -269,7 +268,59 @@ def test_sampling_logprobs_equal_a_full_forward(temperature, onednn_size, sample
             assert torch.tensor(logp) == pytest.approx(full.tolist(), abs=2e-5)
 
 
+@pytest.mark.parametrize("batch_rows, look_every", [(1, 1), (4, 100), (5, 3), (64, 1)])
+def test_what_is_sampled_depends_neither_on_the_batch_nor_on_who_has_ended(
+    batch_rows, look_every, monkeypatch
+):
+    model, prompts = lora_model(), [[5, 9, 2], [7] * 11, [1, 2, 3, 4]]
+    settings = {"eos_ids": range(4), "samples_per_prompt": 5}
+    expected = decoder.generate(
+        model, prompts, 16, generator=torch.Generator().manual_seed(1), **settings
+    )
+    assert len({len(a) for group in expected for a in group}) > 3
+    monkeypatch.setattr(decoder, "LOOK_EVERY", look_every)
+    generator = torch.Generator().manual_seed(1)
+    settings |= {"batch_rows": batch_rows, "generator": generator}
+    assert decoder.generate(model, prompts, 16, **settings) == expected
+
+
+def test_no_more_rows_are_decoded_together_than_asked(monkeypatch):
+    seen, original = [], decoder.decode_one_token
+    monkeypatch.setattr(
+        decoder, "decode_one_token", lambda *a: seen.append(len(a[1])) or original(*a)
+    )
+    decoder.generate(qwen(), [[1], [2, 3], [4]], 3, samples_per_prompt=7, batch_rows=4)
+    assert max(seen) == 4 and sum(seen) == 21 * 2
+
+
+def test_one_step_of_decoding_is_a_static_graph():
+    """Traced once, replayed at every position: eager's result, so a GPU can record the step."""
+    model, prompts, owner = qwen(), [[5, 9, 2], [7] * 6], torch.tensor([0, 0, 1])
+
+    def fresh():
+        cache = decoder.KVCache(model.config, 3, 16, model.head_weight)
+        decoder.prefill(model, prompts, cache, owner)
+        return cache
+
+    def step(token, positions, *kept):
+        cache = copy.copy(eager)
+        cache.keys, cache.values = list(kept[:2]), list(kept[2:])
+        return decoder.decode_one_token(model, token, positions, cache)
+
+    eager, replayed = fresh(), fresh()
+    token, positions = torch.tensor([1, 2, 3]), torch.tensor([3, 3, 6])
+    traced_on = fresh()
+    graph = make_fx(step)(token, positions, *traced_on.keys, *traced_on.values)
+    for k in range(8):
+        expected = decoder.decode_one_token(model, token, positions + k, eager)
+        logits = graph(token, positions + k, *replayed.keys, *replayed.values)
+        close(logits, expected, 1e-6)
+        token = expected.argmax(-1)
+    assert len(set(token.tolist())) > 1
+
+
 def test_sampling_stops_after_any_eos_and_keeps_it():
+    """Trap 4."""
     model, eos = qwen(), (3, 11, 40)
     answers = decoder.generate(
         model, [[1, 2]], 30, eos_ids=eos, samples_per_prompt=64, generator=torch.Generator()
@@ -282,28 +333,35 @@ def test_sampling_stops_after_any_eos_and_keeps_it():
 def test_samples_follow_the_tempered_distribution_and_top_p():
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0]).log_softmax(-1)
     draws = 40_000
-    token, logp = decoder.sample(logits.repeat(draws, 1), 0.8, 1.0, torch.Generator())
+    uniform = torch.rand(draws, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    token, logp = decoder.sample(logits.repeat(draws, 1), 0.8, 1.0, uniform)
     p = (logits / 0.8).softmax(-1)
     frequency = torch.bincount(token, minlength=5) / draws
     assert (frequency - p).abs().max() < 4 * (0.25 / draws) ** 0.5  # four standard errors
     close(logp, p.log()[token])
-    token, _ = decoder.sample(logits.repeat(2000, 1), 0.8, 0.7, torch.Generator())
-    assert set(token.tolist()) == {0}  # p[0] = 0.72 alone reaches 0.7
-    token, _ = decoder.sample(logits.repeat(2000, 1), 0.8, 0.8, torch.Generator())
-    assert set(token.tolist()) == {0, 1}
+    for top_p, drawn in ((0.7, {0}), (0.8, {0, 1})):  # p[0] = 0.72 alone reaches 0.7
+        token, _ = decoder.sample(logits.repeat(2000, 1), 0.8, top_p, uniform[:2000])
+        assert set(token.tolist()) == drawn
 
 
-def test_generate_refuses_what_it_cannot_do():
+def test_generate_refuses_what_it_cannot_do_and_warns_once_of_long_rows():
     for prompts, length in (([], 4), ([[1], []], 4), ([[1]], 0)):
         with pytest.raises(ValueError, match="generate"):
             decoder.generate(qwen(), prompts, length)
+    with pytest.warns(UserWarning, match="exceed max_position_embeddings 128") as caught:
+        decoder.generate(qwen(), [[1] * 126], 3, samples_per_prompt=2)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        decoder.generate(qwen(), [[1] * 125], 3)
 
 
 def test_sharded_and_single_files_load_alike_and_round_trip(tmp_path):
     model = formula_model(STORED["llama2"][0])
     decoder.save_model(model, tmp_path / "one", eos_token_id=2)
     state = load_file(tmp_path / "one" / "model.safetensors")
-    assert not (tmp_path / "one" / "model.safetensors.tmp").exists()
+    files = {f.name: f.stat().st_mode & 0o777 for f in (tmp_path / "one").iterdir()}
+    assert set(files) == {"config.json", "model.safetensors"} and len(set(files.values())) == 1
     shards = tmp_path / "shards"
     shards.mkdir()
     (shards / "config.json").write_text((tmp_path / "one" / "config.json").read_text())
@@ -357,8 +415,9 @@ def test_a_truncated_or_absent_file_is_refused(tmp_path):
     folder = broken(tmp_path / "a", lambda s, c: None)
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match="not a whole safetensors file"):
-        decoder.load_model(folder)
+    for read in (decoder.load_model, lambda path: decoder.auto_dtype(path, "cuda")):
+        with pytest.raises(ValueError, match="not a whole safetensors file"):
+            read(folder)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"no model\.safetensors"):
         decoder.load_model(folder)
@@ -376,30 +435,37 @@ def test_a_truncated_or_absent_file_is_refused(tmp_path):
         decoder.load_model(tmp_path / "nowhere")
 
 
-def test_checkpointing_changes_no_gradient():
+def test_checkpointing_recomputes_every_layer_and_changes_no_gradient():
     model, (tokens, labels) = lora_model(dropout=0.3).train(), answer_batch()
-    gradients = []
+    gradients, calls = [], []
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(lambda *_: calls.append(1))
     for model.model.checkpointing in (False, True):
         torch.manual_seed(0)
+        calls.clear()
         decoder.token_logprobs(model, tokens, labels).sum().backward()
+        assert len(calls) == (4 if model.model.checkpointing else 2)  # each of two layers again
         gradients.append([p.grad.clone() for p in lorapar.lora_factors(model).values()])
         model.zero_grad()
     for plain, recomputed in zip(*gradients):
         assert torch.equal(plain, recomputed)
 
 
-def test_letters_are_read_from_the_last_position_of_each_prompt():
+def test_prefill_reads_the_last_position_of_each_prompt():
+    """What MMLU's letters are read from."""
     model, prompts = qwen(), [[5, 9, 2], [7] * 11, [1]]
-    ours = decoder.next_logprobs(model, prompts)
-    for row, prompt in zip(ours, prompts):
-        close(row, model(torch.tensor([prompt]))[0, -1].log_softmax(-1))
+    for row, prompt in zip(decoder.prefill(model, prompts), prompts):
+        close(row, model(torch.tensor([prompt]))[0, -1])
 
 
 def test_old_files_and_every_stored_dtype_load(tmp_path):
-    """rotary_emb.inv_freq of old files, a stored copy of a tied head; float16, bfloat16."""
+    """rotary_emb.inv_freq of old files, a stored copy of a tied head; float16, bfloat16, mixed."""
     tokens = torch.arange(12)[None]
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        model = qwen().to(dtype)
+    f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
+    for dtype, on_cuda in ((f32, f32), (f16, bf16), (bf16, bf16), (None, bf16)):
+        model = qwen().to(dtype or f32)
+        if dtype is None:  # a file of mixed dtypes
+            model.model.layers[0].to(bf16)
         decoder.save_model(model, tmp_path)
         state = load_file(tmp_path / "model.safetensors")
         state = {n: t.clone() for n, t in state.items()}
@@ -407,9 +473,13 @@ def test_old_files_and_every_stored_dtype_load(tmp_path):
         state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
         save_file(state, tmp_path / "model.safetensors")
         kept = decoder.load_model(tmp_path, dtype=None)
-        assert kept.head_weight.dtype == dtype and kept.model.inv_freq.dtype == torch.float32
+        assert kept.head_weight.dtype == model.head_weight.dtype
+        assert kept.model.inv_freq.dtype == f32
         wide = decoder.load_model(tmp_path)
         close(wide(tokens), copy.deepcopy(kept).float()(tokens), 1e-6)
+        assert decoder.auto_dtype(tmp_path, "cpu") == f32
+        assert decoder.auto_dtype(tmp_path, "cuda:1") == on_cuda
+        decoder.load_model(tmp_path, dtype=on_cuda)(tokens)  # one dtype throughout
 
 
 def test_a_folder_or_a_hub_id_becomes_a_folder(tmp_path, monkeypatch):
@@ -492,6 +562,10 @@ def test_one_formula_serves_forward_export_and_merge(init, tmp_path):
         reference.get_submodule(name).weight.copy_(weight)
     close(model(tokens), reference(tokens))
     lorapar.save_adapter(model, tmp_path)
+    modes = {f.stat().st_mode & 0o777 for f in tmp_path.iterdir()}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert modes == {0o666 & ~umask}  # safetensors' own is 0600
     close(lorapar.load_adapter(qwen(), tmp_path)(tokens), reference(tokens))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     tensors = load_file(tmp_path / "adapter_model.safetensors")
@@ -508,10 +582,8 @@ def test_one_formula_serves_forward_export_and_merge(init, tmp_path):
 @needs_shared
 def test_peft_fixture_loaded_and_merged():
     folder, base = SHARED / "fixtures/peft_lora", SHARED / "fixtures/llama2_tiny"
-    expected, facts = (
-        load_file(folder / "expected.safetensors"),
-        json.loads((folder / "expected.json").read_text()),
-    )
+    expected = load_file(folder / "expected.safetensors")
+    facts = json.loads((folder / "expected.json").read_text())
     model = lorapar.load_adapter(decoder.load_model(base), folder)
     for _ in range(2):  # active, then merged
         error = (model(expected["input_ids"]) - expected["logits"]).abs().max()
@@ -523,27 +595,27 @@ def test_peft_fixture_loaded_and_merged():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merge_command_writes_a_whole_checkpoint(dtype, tmp_path):
-    """Trap 15: merged in float32, stored in the checkpoint's dtype, every other file copied."""
-    decoder.save_model(qwen().to(dtype), tmp_path / "base")
-    data.save_toy_tokenizer(tmp_path / "base")
-    tuned = lorapar.add_lora(decoder.load_model(tmp_path / "base"), r=3, alpha=6)
+def test_merge_command_writes_a_whole_checkpoint(dtype, tmp_path, monkeypatch):
+    """Trap 15: merged in float32, stored in the checkpoint's dtype, every other file copied but
+    the index of the weights; a Hub id works too."""
+    base, out = tmp_path / "base", tmp_path / "merged"
+    decoder.save_model(qwen().to(dtype), base, eos_token_id=7)
+    data.save_toy_tokenizer(base)
+    tuned = lorapar.add_lora(decoder.load_model(base), r=3, alpha=6)
     lorapar.set_flat(tuned, 0.1 * torch.randn(len(lorapar.get_flat(tuned))))
     lorapar.save_adapter(tuned, tmp_path / "adapter")
-    command = [sys.executable, "lorapar.py", "merge", "--model", tmp_path / "base"]
-    command += ["--adapter", tmp_path / "adapter", "--out", tmp_path / "merged"]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    merged, tokens = decoder.load_model(tmp_path / "merged", dtype=None), torch.arange(20)[None]
-    assert merged.head_weight.dtype == dtype
-    assert data.Tokenizer(tmp_path / "base").eos_ids  # and of the copy:
-    assert (tmp_path / "merged" / "tokenizer.json").exists()
+    (base / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model.safetensors"}}')
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: base)
+    flags = ["merge", "--adapter", str(tmp_path / "adapter"), "--out", str(out), "--model"]
+    train.main([*flags, "org/base"])
+    merged, tokens = decoder.load_model(out, dtype=None), torch.arange(20)[None]
+    assert merged.head_weight.dtype == dtype and data.Tokenizer(out).eos_ids == (0, 7)
+    assert not (out / "model.safetensors.index.json").exists()
+    assert len({f.stat().st_mode & 0o777 for f in out.iterdir()}) == 1
     expected = lorapar.merge(tuned)
     for name, weight in expected.named_parameters():
         assert torch.equal(merged.get_parameter(name), weight.to(dtype)), name
     close(merged.float()(tokens), expected(tokens), 1e-5 if dtype == torch.float32 else 0.05)
-    done = subprocess.run([*command[:-1], command[4]], cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 2 and "is the model itself" in done.stderr
 
 
 def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
@@ -591,33 +663,23 @@ def test_dropout_acts_in_train_mode_only():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_decoding_keeps_changes_nothing_and_is_given_back(dtype, monkeypatch):
-    """Folded and packed weights (float32), cast factors (bf16): kept while `generate` runs only."""
-    monkeypatch.setattr(decoder, "ONEDNN_SIZE", 0)
+def test_factors_held_while_decoding_change_nothing_and_are_given_back(dtype, monkeypatch):
     model = lorapar.add_lora(qwen().to(dtype), r=3, std=0.1).eval()
     lorapar.set_flat(model, 1.5 * lorapar.get_flat(model))
     tokens, seen = torch.arange(20)[None], []
-    layers = [m for m in model.model.modules() if hasattr(m, "decode")]
-    assert len(layers) == 14  # six adapters and one projection without in each of two layers
-
-    def kept(layer):
-        return getattr(layer, "kept", getattr(layer, "packed", None))
-
-    def look(module, inputs):
-        seen.append(all(kept(layer) is not None for layer in layers))
-
+    layers = list(lorapar.lora_layers(model).values())
     plain = model(tokens)
     for layer in layers:
-        layer.decode(True)
-    close(model(tokens), plain, 1e-5 if dtype == torch.float32 else 0.0)
+        layer.hold(True)
+    assert torch.equal(model(tokens), plain)
+    look = lambda *_: seen.append(all(layer.held is not None for layer in layers))  # noqa: E731
     model.model.norm.register_forward_pre_hook(look)
     decoder.generate(model, [[1, 2], [3]], 4)
-    assert all(kept(layer) is None for layer in layers)
+    assert seen == [True] * 4  # a prefill and three steps
     monkeypatch.setattr(decoder, "sample", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         decoder.generate(model, [[1, 2], [3]], 4)
-    assert all(kept(layer) is None for layer in layers)
-    assert seen == [True] * 5  # two prefills and three steps
+    assert all(layer.held is None for layer in layers)
 
 
 def test_flat_order_is_named_modules_then_A_then_B_row_major():
@@ -635,18 +697,68 @@ def test_flat_order_is_named_modules_then_A_then_B_row_major():
         lorapar.set_flat(model, flat[:-1])
 
 
-def test_add_lora_refuses_bad_calls_and_works_on_any_module():
-    for bad in ({"targets": "qz"}, {"targets": ""}, {"targets": ["nope"]}, {"init": "x"}):
-        with pytest.raises(ValueError):
-            lorapar.add_lora(qwen(), **bad)
-    with pytest.raises(ValueError, match="r = 99"):
-        lorapar.add_lora(qwen(), r=99)
-    with pytest.raises(ValueError, match="already"):
-        lorapar.add_lora(lora_model())
-    other = nn.Sequential(nn.Embedding(64, 8), nn.Linear(8, 8), nn.Linear(8, 64))
-    lorapar.add_lora(other, ["1"], r=2)
-    assert list(lorapar.lora_factors(other)) == ["1.lora_A", "1.lora_B"]
-    assert len(lorapar.importance(other, [answer_batch()])) == 32
+class Foreign(nn.Module):
+    """A model of another project: gives logits as its library does."""
+
+    def __init__(self, wrap=lambda logits: logits):
+        super().__init__()
+        self.embed, self.q_proj, self.head = nn.Embedding(64, 8), nn.Linear(8, 8), nn.Linear(8, 64)
+        self.conv, self.wrap = nn.Conv1d(8, 8, 1), wrap
+
+    def forward(self, tokens):
+        return self.wrap(self.head(self.q_proj(self.embed(tokens)).relu()))
+
+
+BAD_CALLS = {
+    "unknown targets": (qwen, {"targets": "qz"}),
+    "unknown targets ''": (qwen, {"targets": ""}),
+    "nothing has that name; the model's linears are head, q_proj": (Foreign, {"targets": ["nope"]}),
+    "modules of that name are Conv1d": (Foreign, {"targets": ["conv"]}),
+    "unknown init": (qwen, {"init": "x"}),
+    "r = 99": (qwen, {"r": 99}),
+    "lora_alpha = 0": (qwen, {"alpha": 0}),
+    "already": (lora_model, {}),
+}
+
+
+@pytest.mark.parametrize("expected", BAD_CALLS)
+def test_add_lora_refuses_bad_calls(expected):
+    make, arguments = BAD_CALLS[expected]
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        lorapar.add_lora(make(), **arguments)
+
+
+class Output(dict):
+    def __init__(self, logits):
+        super().__init__(logits=logits)
+        self.logits = logits
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, None), Output])
+def test_importance_works_on_any_model(wrap):
+    torch.manual_seed(0)
+    model = lorapar.add_lora(Foreign(wrap), ["q_proj", "head"], r=2)
+    scores = lorapar.importance(model, [answer_batch()])
+    model.wrap = lambda logits: logits
+    close(scores.double(), importance_by_loop(model, [answer_batch()]))
+
+
+def test_logits_of_the_last_position_alone_are_refused():
+    model = lorapar.add_lora(Foreign(lambda x: (x[:, -1:], None)), ["q_proj"], r=2)
+    with pytest.raises(ValueError, match="at every position"):
+        lorapar.importance(model, [answer_batch()])
+
+
+def test_readmes_snippet_runs_as_it_stands():
+    snippet = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)[1]
+    names = vars(lorapar) | {"model": Foreign(), "s1_batches": [answer_batch()]}
+    names |= {"s2_batches": [answer_batch(seed=1)]}
+    exec(snippet, names)
+    start = lorapar.get_flat(names["model"])
+    lorapar.logits_logprobs(names["model"], *answer_batch()).sum().backward()
+    names["optimizer"].step()
+    moved = lorapar.get_flat(names["model"]) != start
+    assert moved.any() and not moved[~lorapar.get_mask(names["model"])].any()
 
 
 # -------------------------------------------------------------------------------------- importance
@@ -669,47 +781,79 @@ def importance_by_loop(model, batches):
 
 
 @pytest.mark.parametrize("init", ["anchored", "gaussian", "pissa"])
-@pytest.mark.parametrize("chunk_size", [1, 3, 8])
-def test_importance_equals_a_loop_over_single_examples(init, chunk_size):
+@pytest.mark.parametrize("chunk_tokens", [1, 30, 512])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_importance_equals_a_loop_over_single_examples(init, chunk_tokens, checkpointing):
+    """Trap 9."""
     model = lora_model(init, moved=False, dropout=0.3).train()
     batches = [answer_batch(5, seed=1), answer_batch(4, seed=2)]
+    expected = importance_by_loop(model.eval(), batches)
+    model.train().model.checkpointing = checkpointing
     for logprobs in (decoder.token_logprobs, lorapar.logits_logprobs):
-        ours = lorapar.importance(model, batches, logprobs, chunk_size=chunk_size)
+        ours = lorapar.importance(model, batches, logprobs, chunk_tokens=chunk_tokens)
         assert model.training and ours.dtype == torch.float32
-        close(ours.double(), importance_by_loop(model.eval(), batches))
-        model.train()
+        close(ours.double(), expected)
+    assert all(layer.held is None for layer in lorapar.lora_layers(model).values())
 
 
-def test_importance_equals_one_backward_through_expanded_factors():
-    """The second reference: factors expanded to (B, r, in), an ordinary backward, no vmap."""
+def test_importance_equals_vmap_over_functional_gradients():
+    """The second reference: torch.func's per-example gradients, which share no code with ours; and
+    every other thing that may rank the elements."""
     model, (tokens, labels) = lora_model(moved=False), answer_batch(6)
-    ours = lorapar.importance(model, [(tokens, labels)], decoder.token_logprobs)
-    pieces = []
-    for layer in lorapar.lora_layers(model).values():
-        A = layer.lora_A.detach().expand(6, -1, -1).clone().requires_grad_()
-        B = layer.lora_B.detach().expand(6, -1, -1).clone().requires_grad_()
-        pieces += [A, B]
+    parameters = {n: p.detach() for n, p in lorapar.lora_factors(model).items()}
 
-        def forward(x, layer=layer, A=A, B=B):
-            y = F.linear(x, layer.weight, layer.bias)
-            update = (x @ A.mT) @ B.mT - (x @ layer.anchor_A.mT) @ layer.anchor_B.mT
-            return y + layer.scale * update
+    def loss(parameters, tokens, labels):  # of one example, (T,)
+        logits = torch.func.functional_call(model, parameters, (tokens[None],))[0, :-1]
+        logp = logits.log_softmax(-1).gather(-1, labels[1:, None].clamp(min=0))[:, 0]
+        answer = labels[1:] != -100
+        return -(logp * answer).sum() / answer.sum()
 
-        layer.forward = forward
-    losses = -plain_logprobs(model, tokens, labels).sum(1) / (labels[:, 1:] != -100).sum(1)
-    gradients = torch.autograd.grad(losses.sum(), pieces)
-    g = torch.cat([g.mean(0).flatten() for g in gradients])
-    fisher = torch.cat([g.square().mean(0).flatten() for g in gradients])
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        gradients = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, tokens, labels)
+    g = torch.cat([g.mean(0).flatten() for g in gradients.values()])
+    fisher = torch.cat([g.square().mean(0).flatten() for g in gradients.values()])
     phi = lorapar.get_flat(model)
-    close(ours, (g * phi - 0.5 * fisher * phi**2).abs())
+    expected = {"importance": g * phi - 0.5 * fisher * phi**2, "first-order": g * phi}
+    expected |= {"magnitude": phi, "gradient": g, "fisher": fisher}
+    assert list(expected) == list(lorapar.SCORES)
+    for name, reference in expected.items():
+        ours = lorapar.importance(model, [(tokens, labels)], decoder.token_logprobs, rank_by=name)
+        close(ours, reference.abs())
 
 
-def test_importance_ignores_the_prompt_and_padding():
-    """Labels of the prompt and anything after the answer must not matter."""
+def test_importance_leaves_out_the_prompts_loss_and_the_padding():
     model, (tokens, labels) = lora_model(moved=False), answer_batch()
     scores = lorapar.importance(model, [(tokens, labels)])
-    wider = F.pad(tokens, (0, 5), value=63), F.pad(labels, (0, 5), value=-100)
+    length = (labels != -100).long() * torch.arange(labels.shape[1])
+    pad = torch.arange(labels.shape[1]) > length.max(1, keepdim=True).values
+    other = torch.where(pad, 63, tokens)
+    assert not torch.equal(other, tokens)
+    wider = F.pad(other, (0, 5), value=63), F.pad(labels, (0, 5), value=-100)
     close(lorapar.importance(model, [wider]), scores)
+    everything = torch.where(pad, -100, tokens)  # the prompt in the loss: another score
+    assert (
+        lorapar.importance(model, [(tokens, everything)]) - scores
+    ).abs().max() > scores.max() / 9
+
+
+def test_importance_keeps_no_more_for_its_backward_than_training_does():
+    """Counted in bytes of saved activations: fused attention, one chunk of tokens at a time."""
+    model, (tokens, labels) = lora_model(r=1), answer_batch(8, 60)
+
+    def saved(work):
+        storages = {}
+        pack = lambda t: storages.update({t.untyped_storage().data_ptr(): t.nbytes}) or t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            work()
+        return sum(storages.values())
+
+    training = saved(lambda: decoder.token_logprobs(model, tokens, labels).sum().backward())
+    scoring = saved(lambda: lorapar.importance(model, [(tokens, labels)], decoder.token_logprobs))
+    chunk = {"chunk_tokens": tokens.shape[1]}
+    one = saved(
+        lambda: lorapar.per_example_gradients(model, tokens[:1], labels[:1], decoder.token_logprobs)
+    )
+    assert scoring < 1.3 * training and one < training / 4 and chunk
 
 
 def test_all_zero_importance_is_an_error_that_names_the_cure():
@@ -761,10 +905,10 @@ def test_partition_sums_in_float64():
     """2^24 equal scores and one large: a float32 sum would stop growing at 2^24."""
     scores = torch.ones(2**24 + 2**22)
     scores[7] = 2.0
-    part = lorapar.partition(scores, scores, 0.9)
+    region = lorapar.cumulative_region(scores, 0.9)
     total = len(scores) + 1
-    assert int(part.shared.sum()) == math.ceil(0.9 * total) - 1
-    assert part.shared[: int(part.shared.sum())].all()  # ties to the lower index
+    assert int(region.sum()) == math.ceil(0.9 * total) - 1
+    assert region[: int(region.sum())].all()  # ties to the lower index
 
 
 def test_partition_refuses_bad_input():
@@ -785,9 +929,9 @@ def test_stage_masks_take_their_region_and_the_top_of_the_shared_one(fraction):
     part = lorapar.partition(s1, s2, 0.8)
     shared = part.shared.nonzero()[:, 0].tolist()
     for stage, scores, own in ((1, s1, part.s1_only), (2, s2, part.s2_only)):
-        top = sorted(shared, key=lambda i: -scores[i])[: int(fraction * len(shared))]
+        best = sorted(shared, key=lambda i: -scores[i])[: int(fraction * len(shared))]
         expected = own.clone()
-        expected[top] = True
+        expected[best] = True
         assert torch.equal(lorapar.stage_mask(part, scores, stage, fraction), expected)
     for bad in ((3, 0.5), (1, 1.5), (1, -0.1)):
         with pytest.raises(ValueError):
@@ -805,11 +949,13 @@ def test_random_selection_keeps_every_region_size():
         for region, original in zip(part, real):
             assert int(region.sum()) == int(original.sum())
             assert not torch.equal(region, original)
-            if select == "random-in-tensor":
-                for piece, old in zip(region.split(sizes), original.split(sizes)):
-                    assert int(piece.sum()) == int(old.sum())
-    same = lorapar.shuffle_scores(model, s1, s2, "importance", None)
-    assert torch.equal(same[0], s1)
+            inside = [
+                int(a.sum()) == int(b.sum())
+                for a, b in zip(region.split(sizes), original.split(sizes))
+            ]
+            assert all(inside) == (select == "random-in-tensor")
+    with pytest.raises(ValueError, match="unknown select"):
+        lorapar.shuffle_scores(model, s1, s2, "importance", None)
 
 
 # --------------------------------------------------------------------------------------- optimizer
@@ -895,6 +1041,19 @@ def test_training_nothing_is_an_error():
         lorapar.set_mask(model, torch.ones(len(lorapar.get_flat(model))))
 
 
+def test_an_update_that_is_not_finite_leaves_the_model_as_it_was():
+    model = lora_model()
+    masked(model)
+    start, optimizer = lorapar.get_flat(model), lorapar.MaskedAdamW(model)
+    for bad in (float("inf"), float("nan")):
+        random_gradients(model, 0)
+        for factor in lorapar.lora_factors(model).values():
+            factor.grad[0] = bad
+        with pytest.raises(FloatingPointError, match="not finite"):
+            optimizer.step()
+        assert torch.equal(lorapar.get_flat(model), start)
+
+
 # ------------------------------------------------------------------------------------------- data
 
 
@@ -905,13 +1064,65 @@ def test_tokenizer_fixtures(name):
     tokenizer, facts = data.Tokenizer(folder), json.loads((folder / "expected.json").read_text())
     for case in facts["cases"]:
         assert tokenizer.encode(case["text"]) == case["ids"]
-        kept = case["ids"] + [10]  # decode leaves out an EOS at the very end only
-        assert tokenizer.decode(kept).startswith(case["decoded"])
+        if "NFC" in case["text"] or case["text"] == case["decoded"]:
+            ids = tokenizer.encode(case["text"], goes_on=True)
+            assert tokenizer.decode(ids + [10**6, 2**31]) == case["decoded"]  # padded heads
     ids = tokenizer.encode("Hello world", bos=True, eos=True)
     if name == "llama2_tokenizer":  # trap 14: exactly one BOS where the model wants one
         assert ids.count(1) == 1 and ids[0] == 1 and ids[-1] == 2
     else:
         assert tokenizer.bos_id is None and ids[-1] == 1002 and tokenizer.pad_id == 1000
+
+
+SPACES = [
+    "  x",
+    "\tx",
+    "\n\n x",
+    "x",
+    " ",
+    "",
+    "    return",
+    " \n",
+    "a  b ",
+    "<s> x",
+    " é\U0001f600 ",
+]
+
+
+def test_the_spaces_of_an_answer_survive(tmp_path):
+    """Trap 23, in small: LLaMA's way of marking spaces, which drops the first one when decoding."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    words = {c: i for i, c in enumerate(["<eos>", *"▁\n\tabxreturn<s>é\U0001f600"])}
+    words = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    bpe = Tokenizer(models.BPE(words, [], unk_token="<eos>"))
+    bpe.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(Regex(" "), "▁")]
+    )
+    bpe.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
+    tokenizer = data.Tokenizer(tmp_path)
+    for text in SPACES:
+        assert tokenizer.decode(tokenizer.encode(text, eos=True, goes_on=True)) == text
+        example = data.Example("x", "a b", text, "text")
+        assert tokenizer.decode(data.example_ids(example, tokenizer)[1]) == text
+    assert tokenizer.decode([9999] + tokenizer.encode("x", goes_on=True)) == "x"
+
+
+@needs_shared
+@pytest.mark.parametrize("name", ["llama2_tokenizer", "qwen_tokenizer"])
+def test_humanevals_solutions_survive_the_tokenizer(name):
+    tokenizer = data.Tokenizer(SHARED / "fixtures" / name)
+    for text in SPACES:
+        assert tokenizer.decode(tokenizer.encode(text, goes_on=True)) == text
+    examples = data.load_dataset("humaneval", SHARED / "data/humaneval", "test")
+    decoded = [tokenizer.decode(data.example_ids(e, tokenizer)[1]) for e in examples]
+    assert decoded == [e.answer for e in examples]
+    assert all(data.in_parallel(data.is_correct, list(zip(examples, decoded))[:10]))
 
 
 def test_tokenizer_reads_special_tokens_from_the_checkpoints_files(tmp_path):
@@ -1052,7 +1263,7 @@ NUMBERS = [  # gold, reply, right?
     ("18", "18 eggs, of which 5 are left", False),
     ("18", "<answer>17</answer> though 18 is near", False),
     ("18", "<answer></answer> 18", False),
-    ("18", "<answer>18 eggs or 19</answer>", False),
+    ("18", "<answer>17 eggs or 18</answer>", False),
     ("18", "#### 17\nor 18", False),
     ("18", "#### 17\n#### 18", True),
     ("18", "#### 18\nShe has 5 left.", True),
@@ -1071,6 +1282,30 @@ NUMBERS = [  # gold, reply, right?
     ("18", "#### 1e999999999", False),
     ("18", "<answer>1e999999999</answer>", False),
     ("18", "<answer>16</answer> <answer>18</answer>", True),
+    ("18", "#### 18e99", False),
+    ("-18", "#### - 18", True),
+    ("18", "#### 18\n\nQuestion: How many more?\n#### 25", True),
+    ("18", "It is 18.\n\nQ: And of 20?\nA: 30", True),
+    ("18", "Question: how many of 9?\nIt is 18.", True),
+    ("18", "He ran 18 km on the 2nd.", True),
+    ("18", "<answer>20 - 2</answer>", False),
+    ("18", "\\boxed{6 \\times 3 = 18}", True),
+    ("0.5", "#### $\\frac{1}{2}$", True),
+    ("1000", "\\boxed{1{,}000}", True),
+]
+NUMBERS += [  # gold 18
+    ("18", reply, True)
+    for reply in (
+        ["<answer>18 apples</answer>", "<answer>**18**</answer>", "<answer>6*3 = 18</answer>"]
+        + ["<answer>\\boxed{18}</answer>", "<answer>The total is 18</answer>", "He ran 18km."]
+        + ["<answer>#### 18</answer>", "#### **18**", "#### Answer: 18", "\\boxed{18 dollars}"]
+        + [
+            "\\boxed{x=18}",
+            "He sold:\n- 18 eggs",
+            "#### 18 dollars in 2 days",
+            "\\boxed{\\text{18}}",
+        ]
+    )
 ]
 
 
@@ -1078,6 +1313,40 @@ NUMBERS = [  # gold, reply, right?
 def test_numbers_are_compared_as_numbers(gold, reply, right):
     """Trap 13."""
     assert data.is_correct(data.Example("x", "q", "a", "number", gold), reply) is right
+
+
+MANY = 100_000
+HOSTILE = [
+    *[c * MANY for c in " \n\t1.-{\\_*$,#"],
+    *[
+        part * (MANY // len(part))
+        for part in ("<answer>", "</answer>", "<reasoning>", "####", "- ")
+    ],
+    *[
+        part * (MANY // len(part))
+        for part in ("\\boxed{", "\\frac{", "1,", "1/", "1e", "1 ", " -$ ")
+    ],
+    *[part * (MANY // len(part)) for part in ("Q:\n", "= 1", "\t \n", "</reasoning>\n<answer>\n")],
+    "<answer>" + " " * MANY + "</answer>",
+    "#### " + " " * MANY + "18",
+    "<answer>" + "1" * MANY + "</answer>",
+    "<reasoning>\n" + "\n</reasoning>\n<answer>\n" * (MANY // 25) + "x",
+    "a" + "1" * MANY,
+    "#### 1e" + "9" * MANY,
+    "system " * (MANY // 7),
+]
+
+
+@pytest.mark.parametrize("kind", ["number", "letter", "toy", "exact"])
+def test_no_text_of_a_model_stops_the_run(kind):
+    """Trap 24: each of these took from seconds to forever; the limit is against hanging only."""
+    example = data.Example("x", "q", "a", kind, {"number": "18", "letter": "A"}.get(kind, "a b"))
+    started = time.perf_counter()
+    for text in HOSTILE:
+        assert data.is_correct(example, text) in (False, text.strip().endswith("18"))
+        assert sum(data.reward_parts(example, text).values()) < 3
+        data.verdict(text)
+    assert time.perf_counter() - started < 0.1 * 4 * len(HOSTILE)
 
 
 def test_rewards_of_the_five_parts():
@@ -1110,6 +1379,8 @@ def test_verdicts_and_votes():
         "It is System1 or System2": None,
         "I cannot help with that.": None,
         "System3": None,
+        "It's 1 step.": None,
+        "The System's 2 steps": None,
         "": None,
     }.items():
         assert data.verdict(text) == expected, text
@@ -1132,9 +1403,8 @@ def test_teacher_answers_are_joined_by_id_and_counted(tmp_path):
     c = [answer("q1", "System2"), {"custom_id": "q3", "response": None, "error": {"code": 5}}]
     for name, records in (("a", a), ("b", b), ("c", c)):
         data.write_jsonl(tmp_path / f"{name}.jsonl", records)
-    command = [sys.executable, "data.py", "vote", *(str(tmp_path / f"{n}.jsonl") for n in "abc")]
     out = tmp_path / "labels.jsonl"
-    done = subprocess.run([*command, "--out", out], cwd=HERE, capture_output=True, text=True)
+    done = python("data.py", "vote", *(tmp_path / f"{n}.jsonl" for n in "abc"), "--out", out)
     assert done.returncode == 0, done.stderr
     labels = {r["id"]: r["label"] for _, r in data.read_jsonl(out)}
     assert labels == {"q1": "S1", "q2": "S2", "q3": "S1"}
@@ -1152,13 +1422,16 @@ def test_roleplay_prompt_has_its_parts_for_any_target():
 
 
 def test_labels_from_a_file_and_from_steps(tmp_path):
-    examples = [data.Example(str(n), "q", "<<1+1=2>>" * n, "number") for n in range(5)]
-    by_steps = data.label_examples(examples, "steps:2")
+    """steps:K labels GSM8K alone: another set has no calculations to count."""
+    examples = [data.Example(f"gsm8k/{n}", "q", "<<1+1=2>>" * n, "number") for n in range(5)]
+    by_steps = data.label_examples(
+        [*examples, data.Example("dolly/1", "q", "a", "text")], "steps:2"
+    )
     assert [e.label for e in by_steps] == ["S1", "S1", "S1", "S2", "S2"]
-    data.write_jsonl(tmp_path / "l", [{"id": "3", "label": "S1"}, {"id": "9", "label": "S2"}])
-    assert [(e.id, e.label) for e in data.label_examples(examples, str(tmp_path / "l"))] == [
-        ("3", "S1")
-    ]
+    records = [{"id": "gsm8k/3", "label": "S1"}, {"id": "gsm8k/9", "label": "S2"}]
+    data.write_jsonl(tmp_path / "l", records)
+    labelled = data.label_examples(examples, str(tmp_path / "l"))
+    assert [(e.id, e.label) for e in labelled] == [("gsm8k/3", "S1")]
 
 
 GSM8K = {"question": " How many? ", "answer": "2*9=<<2*9=18>>18\n#### 1,018"}
@@ -1172,14 +1445,74 @@ def gsm8k_folder(folder, count=60):
 
 def test_splits_are_disjoint_and_fixed(tmp_path):
     gsm8k_folder(tmp_path)
-    ids = {
-        s: [e.id for e in data.load_dataset("gsm8k", tmp_path, s)] for s in ("train", "validation")
-    }
-    assert len(ids["train"]) == 57 and len(ids["validation"]) == 3
-    assert not set(ids["train"]) & set(ids["validation"])
-    assert ids["train"] == [e.id for e in data.load_dataset("gsm8k", tmp_path, "train")]
+
+    def ids(path, split):
+        return [e.id for e in data.load_dataset("gsm8k", path, split)]
+
+    train_ids, validation = ids(tmp_path, "train"), ids(tmp_path, "validation")
+    assert len(train_ids) == 57 and len(validation) == 3 and not set(train_ids) & set(validation)
+    assert train_ids == ids(tmp_path, "train")
     e = data.load_dataset("gsm8k", tmp_path, "test")[0]
     assert data.is_correct(e, e.answer) and e.gold == "1,018" and e.question == "How many?"
+    file = tmp_path / "test.jsonl"  # one file: 80/10/10, or all of it
+    parts = [ids(file, split) for split in ("train", "validation", "test")]
+    assert [len(p) for p in parts] == [48, 6, 6] and len(set().union(*parts)) == 60
+    assert ids(file, "all") == ids(tmp_path, "test")
+    data.write_jsonl(file, [GSM8K] * 3)
+    with pytest.raises(ValueError, match="3 examples are too few for a validation split"):
+        ids(file, "validation")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_question(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"question": "q", "answer": "18"}\n', encoding="utf-8-sig")
+    assert data.load_dataset(str(file), None, "all")[0].question == "q"
+    (tmp_path / "test").mkdir()
+    mmlu = tmp_path / "test" / "x_test.csv"
+    mmlu.write_text("why,a,b,c,d,A\n", encoding="utf-8-sig")
+    assert data.load_dataset("mmlu", tmp_path, "test")[0].question.startswith("why")
+    mmlu.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"x_test\.csv: not readable"):
+        data.load_dataset("mmlu", tmp_path, "test")
+
+
+OWN = [
+    {"question": "2*9?", "answer": "It is 18.", "check": "number", "label": "S2"},
+    {"question": "Which?\nA. a\nB. b\nAnswer:", "answer": "B", "check": "letter"},
+    {"question": "Say it", "answer": "hello  you", "check": "exact"},
+    {"question": "Explain", "answer": "so"},
+]
+
+
+def test_ones_own_data(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    data.write_jsonl(file, OWN)
+    number, letter, exact, free = data.load_dataset(str(file), None, "all")
+    assert number.id == "mine/0" and number.label == "S2" and letter.answer == " B"
+    right = [(number, "#### 18.0"), (letter, " B."), (exact, " hello  you\n")]
+    wrong = [(number, "18 or 19"), (letter, "A"), (exact, "hello you")]
+    assert all(data.is_correct(*pair) for pair in right)
+    assert not any(data.is_correct(*pair) for pair in wrong)
+    with pytest.raises(ValueError, match="cannot be checked"):
+        data.is_correct(free, "so")
+
+
+OWN_ERRORS = {
+    'needs the texts "question"': {"question": "q"},
+    "needs the texts": {"question": " ", "answer": "a"},
+    "is 'maybe', not number": {"question": "q", "answer": "1", "check": "maybe"},
+    "no number to check": {"question": "q", "answer": "none", "check": "number"},
+    "is not A, B, C or D": {"question": "q", "answer": "E", "check": "letter"},
+    "not S1 or S2": {"question": "q", "answer": "a", "label": "S3"},
+}
+
+
+@pytest.mark.parametrize("expected", OWN_ERRORS)
+def test_a_bad_line_of_ones_own_is_named_by_its_number(expected, tmp_path):
+    file = tmp_path / "mine.jsonl"
+    data.write_jsonl(file, [OWN[0], OWN_ERRORS[expected]])
+    with pytest.raises(ValueError, match=re.escape(f"{file}:2: ") + ".*" + re.escape(expected)):
+        data.load_dataset(str(file), None, "all")
 
 
 @needs_shared
@@ -1277,9 +1610,8 @@ def test_labels_of_the_authors_csv(tmp_path):
 
 def test_requests_are_in_the_batch_format(tmp_path):
     gsm8k_folder(tmp_path)
-    command = [sys.executable, "data.py", "prompts", "--data", "gsm8k", "--data-path", tmp_path]
-    command += ["--target", "LLaMA2 7B", "--teachers", "A,org/B", "--out", tmp_path / "r"]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    flags = ["--data", "gsm8k", "--data-path", tmp_path, "--target", "LLaMA2 7B"]
+    done = python("data.py", "prompts", *flags, "--teachers", "A,org/B", "--out", tmp_path / "r")
     assert done.returncode == 0, done.stderr
     records = [r for _, r in data.read_jsonl(tmp_path / "r" / "org_B.jsonl")]
     assert len({r["custom_id"] for r in records}) == 57
@@ -1297,10 +1629,9 @@ def test_the_random_split_keeps_the_sizes_of_the_vote(tmp_path):
     data.write_jsonl(tmp_path / "t.jsonl", answers)
     splits = []
     for extra in ([], ["--shuffle", "1"]):
-        command = [sys.executable, "data.py", "vote", tmp_path / "t.jsonl", *extra]
-        done = subprocess.run([*command, "--out", tmp_path / "l.jsonl"], cwd=HERE)
-        assert done.returncode == 0
-        splits.append([r["label"] for _, r in data.read_jsonl(tmp_path / "l.jsonl")])
+        out = tmp_path / "l.jsonl"
+        assert python("data.py", "vote", tmp_path / "t.jsonl", *extra, "--out", out).returncode == 0
+        splits.append([r["label"] for _, r in data.read_jsonl(out)])
     assert Counter(splits[0]) == Counter(splits[1]) == {"S1": 10, "S2": 30}
     assert splits[0] != splits[1]
 
@@ -1315,7 +1646,9 @@ def test_real_mmlu_loads():
 ADD_TESTS = (
     "def check(candidate):\n    assert candidate(2, 3) == 5\n    assert candidate(-1, 1) == 0\n"
 )
+needs_seccomp = pytest.mark.skipif(not data.can_confine(), reason="the filter is Linux's")
 ADD = data.Example("add", "def add(a, b):\n", "    return a + b\n", "code", ADD_TESTS, entry="add")
+GOT_IN = "return a + b if got_in else 0"  # passes only if the attack worked
 ATTACKS = {  # what stands before the function, what stands in it
     "wrong": ("", "return a * b"),
     "sys.exit": ("import sys; sys.exit(0)", "return 0"),
@@ -1328,17 +1661,18 @@ ATTACKS = {  # what stands before the function, what stands in it
     "builtins": ("import builtins; builtins.AssertionError = builtins.Warning", "return 0"),
     "redefined check": ("check = lambda candidate: None", "return 0"),
     "patched main": (
-        "import __main__; __main__.judge_main = __main__.kill_all = lambda *a: True",
-        "import __main__; __main__.passed = True; return 0",
+        "import __main__; __main__.judge_main = __main__.literal = lambda *a: True",
+        "import __main__; __main__.verdict = 'passed'; return 0",
     ),
     "frame walk": (
         "import sys",
-        "f = sys._getframe()\n    while f:\n        f.f_globals['passed'] = True; f = f.f_back\n"
-        "    return 0",
+        "f = sys._getframe()\n    while f:\n        f.f_globals['verdict'] = 'passed'\n"
+        "        f.f_locals['verdict'] = 'passed'\n        f = f.f_back\n    return 0",
     ),
     "gc search": (
         "import gc",
-        "for o in gc.get_objects():\n        if type(o) is dict: o['passed'] = True\n    return 0",
+        "for o in gc.get_objects():\n        if type(o) is dict: o['verdict'] = 'passed'\n"
+        "    return 0",
     ),
     "stdout": ("", "print('ready\\npassed', flush=True); return 0"),
     "descriptors": (
@@ -1346,105 +1680,131 @@ ATTACKS = {  # what stands before the function, what stands in it
         "    except OSError: pass",
         "return 0",
     ),
-    "forked survivor": (
-        "import os, time\nif os.fork() == 0:\n    time.sleep(300)",
-        "return a + b",
-    ),
-    "double fork": (
-        "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
-        "        time.sleep(300)\n    os._exit(0)",
-        "return a + b",
-    ),
-    "subprocess": ("", "import subprocess; subprocess.run(['sleep', '300']); return a + b"),
-    "socket": ("import socket; socket.socket()", "return a + b"),
-    "disk": (
-        "for i in range(1000):\n    try: open(f'f{i}', 'wb').write(b'x' * 10**7)\n"
-        "    except OSError: full = True\nassert not full",
-        "return a + b",
-    ),
-    "one large file": ("", "open('f', 'wb').write(b'x' * 900_000_000); return a + b"),
-    "unlinked files": (
-        "import os\nheld = []\nfor i in range(500):\n    held.append(open('f', 'wb'))\n"
-        "    held[-1].write(b'x' * 10**7); os.unlink('f')",
-        "return a + b",
-    ),
-    "deep folders": (
-        "import os\nfor i in range(10**6):\n    os.mkdir('d'); os.chdir('d')",
-        "return a + b",
+    "forged words": (
+        "import os\nfor fd in range(3, 32):\n    try: os.write(fd, b'\"no sandbox\"\\n')\n"
+        "    except OSError: pass",
+        "return 0",
     ),
     "memory": ("", "return len(bytearray(3 << 30))"),
     "large answer": ("", "return 'x' * (1 << 26)"),
-    "hidden files": (
-        "import os\nfor i in range(17):\n    os.mkdir('d' * 255); os.chdir('d' * 255)\n"
-        "for i in range(100):\n    os.posix_fallocate(os.open(str(i), 65), 0, 16 << 20)",
-        "return a + b",
-    ),
-    "many folders": (
-        "import os",
-        "for i in range(10**6):\n        os.mkdir(str(i))\n    return a + b",
-    ),
-    "closed folder": ("import os; os.chmod('.', 0)", "return a + b"),
-    "mode outside": ("import os; os.chmod('/tmp', 0o1777)", "return a + b"),
-    "limits of the parent": (
-        "import os, resource; resource.prlimit(os.getppid() or 1, resource.RLIMIT_CPU, (0, 0))",
-        "return 0",
-    ),
-    "outliving the parent": (
-        "import ctypes, time; ctypes.CDLL(None).prctl(1, 0, 0, 0, 0); time.sleep(60)",
-        "return a + b",
-    ),
-    "a session of its own": ("import os, time; os.setsid(); time.sleep(60)", "return a + b"),
     "slow set": (
         "import sys",
         "k = '[' + ','.join(str(i * (2**61 - 1)) for i in range(6000)) + ']'\n"
         "    k = ('(\"returned\",' + k + ')\\n').encode()\n"
         "    for fd in range(3, 9):\n        __import__('os').write(fd, k)\n    return 0",
     ),
-    "queue": ("import ctypes; ctypes.CDLL(None).msgget(4242, 0o1666)", "return a + b"),
     "endless loop": ("", "while True: pass"),
-    "endless start": ("while True: pass", ""),
-    "outside read": ("", "open('/etc/passwd').read(); return a + b"),
-    "outside write": ("", "open('/tmp/lorapar_attack', 'w').write('x'); return a + b"),
-    "parent environment": (
-        "import os",
-        "open(f'/proc/{os.getppid()}/environ').read(); return a + b",
-    ),
-    "kill the parent": ("import os, signal", "os.kill(os.getppid(), signal.SIGKILL); return 0"),
-    "ctypes fork": ("import ctypes", "ctypes.CDLL(None).fork(); return a + b"),
+    "endless start": ("x = 1\nwhile x: pass", ""),
+    "a long sleep": ("import time", "time.sleep(60); return a + b"),
     "NUL": ("x = '\0'", "return 0"),
     "surrogate": ("x = '\ud800'", "return 0"),
     "deep nesting": ("x = " + "(" * 100_000, "return 0"),
     "nested answer": ("", "x = []\n    for _ in range(10**5): x = [x]\n    return x"),
     "5 MB of text": ("#" * 5_000_000, "return 0"),
 }
+CALLS = {  # attacks on the kernel: each expression is true if it got what it asked for
+    "fork": "os.fork() >= 0",
+    "double fork": "os.fork() or os.setsid() or os.fork()",
+    "vfork by number": "libc.syscall(58) >= 0",
+    "clone3": "libc.syscall(435, 0, 0) != -1 or ctypes.get_errno() != 1",
+    "spawn": "os.posix_spawn('/bin/true', ['true'], {})",
+    "exec": "os.execv('/bin/true', ['true']) or True",
+    "subprocess": "__import__('subprocess').run(['true'])",
+    "thread": "__import__('_thread').start_new_thread(print, ())",
+    "socket": "__import__('socket').socket()",
+    "socket by number": "libc.syscall(41, 2, 1, 0) >= 0",
+    "read outside": "open('/etc/passwd').read()",
+    "write outside": "open('/tmp/lorapar_attack', 'w').write('x')",
+    "own file": "open('own', 'w')",
+    "unlinked files": "os.open('.', os.O_TMPFILE | os.O_RDWR)",
+    "memory file": "os.memfd_create('x') >= 0",
+    "folder": "os.mkdir('/tmp/lorapar_attack') or True",
+    "change folder": "os.chdir('/tmp') or True",
+    "mode outside": "os.chmod('/tmp', 0o1777) or True",
+    "look outside": "os.stat('/etc/passwd')",
+    "parent environment": "open(f'/proc/{os.getppid()}/environ').read()",
+    "kill the parent": "os.kill(os.getppid(), 9) or True",
+    "kill all": "os.kill(-1, 9) or True",
+    "limits of the parent": "resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))",
+    "own limits": "resource.setrlimit(resource.RLIMIT_CPU, (-1, -1)) or True",
+    "outliving the parent": "libc.prctl(1, 0, 0, 0, 0) == 0",
+    "a session of its own": "os.setsid() or True",
+    "priority": "os.setpriority(0, 0, 5) or True",
+    "trace": "libc.ptrace(0, 0, 0, 0) == 0",
+    "read a process": "libc.syscall(310, os.getppid(), 0, 0, 0, 0, 0) >= 0",
+    "namespace": "libc.unshare(0x10000000) == 0",
+    "mount": "libc.mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0",
+    "queue": "libc.msgget(4242, 0o1666) >= 0",
+    "keys": "libc.syscall(250, 0, -3, 0, 0, 0) >= 0",
+    "io_uring": "libc.syscall(425, 8, 0) >= 0 or ctypes.get_errno() != 1",
+    "bpf": "libc.syscall(321, 0, 0, 0) >= 0 or ctypes.get_errno() != 1",
+    "signal by descriptor": "__import__('fcntl').fcntl(3, 8, os.getppid()) == 0",
+    "a 32-bit call": "libc.syscall(0x40000000 + 57) >= 0",
+}
+HEADER = "import ctypes, os, resource\nlibc = ctypes.CDLL(None, use_errno=True)"
 
 
 def code(before, body):
     return f"{before}\ndef add(a, b):\n    {body or 'pass'}\n"
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is closed by Linux")
-@pytest.mark.parametrize("attack", ATTACKS)
+def attack_code(name):
+    if name in ATTACKS:
+        return code(*ATTACKS[name])
+    tried = f"try: got_in = bool({CALLS[name]})\n    except BaseException: got_in = False"
+    return code(HEADER, f"{tried}\n    {GOT_IN}")
+
+
+@needs_seccomp
+@pytest.mark.parametrize("attack", [*ATTACKS, *CALLS])
 def test_no_candidate_can_fake_a_pass_or_do_harm(attack, capfd):
     """Trap 3: a real bool, False, in time, nothing left behind, nothing printed."""
 
-    def leftovers():
-        found = Counter(f.name for f in Path("/tmp").glob("candidate-*"))
-        for comm in Path("/proc").glob("[0-9]*/cmdline"):
+    def processes():
+        found = []
+        for line in Path("/proc").glob("[0-9]*/cmdline"):
             try:
-                line = comm.read_bytes()
+                found.append(line.read_bytes())
             except OSError:
-                continue
-            found["process"] += b"candidate" in line and b"data.py" in line
-        return found
+                pass
+        return sum(b"candidate" in line and b"data.py" in line for line in found)
 
-    before, memory = leftovers(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.monotonic()
-    assert data.is_correct(ADD, code(*ATTACKS[attack])) is False
+    assert data.is_correct(ADD, attack_code(attack)) is False
     assert time.monotonic() - started < 20
-    assert leftovers() == before and not Path("/tmp/lorapar_attack").exists()
+    assert processes() == 0 and not Path("/tmp/lorapar_attack").exists()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300 * 1024
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_attacks_would_work_without_the_filter():
+    """So that the test above can fail: some of them, in an ordinary process."""
+    for name in ("fork", "read outside", "look outside", "memory file", "socket", "thread"):
+        source = f"{HEADER}\nif not ({CALLS[name]}): raise SystemExit(1)\nos._exit(0)"
+        assert subprocess.run([sys.executable, "-c", source]).returncode == 0, name
+
+
+def test_without_a_filter_code_runs_only_where_it_is_allowed(monkeypatch):
+    monkeypatch.setattr(data, "MACHINES", {})
+    script = "import data, sys; data.MACHINES.clear(); sys.argv[1:] = [sys.argv[-1]]; data.main()"
+    real = subprocess.Popen
+
+    def without_filter(command, **settings):  # the judge, and the candidate it starts
+        here = (
+            f"import sys; sys.path.insert(0, {str(HERE)!r}); import subprocess as s; R = s.Popen; "
+        )
+        here += f"s.Popen = lambda c, **k: R([c[0], '-c', {(here + script)!r}, c[-1]], **k); "
+        return real([command[0], "-c", here + "import data; data.judge_main()"], **settings)
+
+    monkeypatch.setattr(subprocess, "Popen", without_filter)
+    with pytest.raises(data.SandboxError, match="--allow-unconfined-code"):
+        data.is_correct(ADD, code("", "return a + b"))
+    with pytest.warns(UserWarning, match="unconfined"):
+        assert data.is_correct(ADD, code("", "return a + b"), unconfined=True) is True
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: real(["false"], **k))
+    with pytest.raises(data.SandboxError, match="ended at once"):  # no verdict about an answer
+        data.is_correct(ADD, code("", "return a + b"))
 
 
 ADD_DOC = data.Example(
@@ -1481,21 +1841,24 @@ RIGHT = {
     "string with code": '    s = """\ndef x():\n    pass\n"""\n' + BODY,
     "class": "class C:\n    def f(s, a, b):\n        return a + b\n\n"
     "def add(a, b):\n    return C().f(a, b)\n",
-    "threads": "import threading\ndef add(a, b):\n    t = threading.Thread(target=print)\n"
-    "    t.start()\n    return a + b\n",
-    "own file": "def add(a, b):\n    open('own', 'w').write('x')\n"
-    "    return len(open('own').read()) - 1 + a + b\n",
-    "numpy": "import numpy as np\ndef add(a, b):\n    return int(np.add(a, b))\n",
+    "constants first": "TABLE = {}\nfor i in range(9):\n    TABLE[i] = i\n" + WHOLE,
+    "decorated": "import functools\n\n@functools.lru_cache\n" + WHOLE,
+    "late imports": "from datetime import datetime as d\ndef add(a, b):\n    import re, fractions\n"
+    "    return a + b + d.strptime('1', '%d').day - 1\n",
+    "random": "import random, hashlib\ndef add(a, b):\n    random.random()\n"
+    "    return a + b + len(hashlib.md5(b'x').digest()) - 16\n",
+    "numpy": "import numpy as np\ndef add(a, b):\n"
+    "    return int(np.add(a, b) * np.linalg.det(np.eye(2)))\n",
 }
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is closed by Linux")
+@needs_seccomp
 @pytest.mark.parametrize("form", RIGHT)
 def test_right_code_passes_in_every_form_models_write_it(form):
     assert data.is_correct(ADD_DOC, RIGHT[form]) is True
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is closed by Linux")
+@needs_seccomp
 def test_values_and_exceptions_cross_as_plain_data():
     values = [1, -2.5, float("inf"), "a\ud800\0\n", b"\xff", None, True, 1 + 2j]
     values += [(1,), (), [], {}, {1, 2}, set(), {"a": [(1, {2: 3})]}]
@@ -1515,7 +1878,7 @@ def test_values_and_exceptions_cross_as_plain_data():
     assert data.is_correct(example, source) is True
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the sandbox is closed by Linux")
+@needs_seccomp
 def test_a_stop_iteration_cannot_end_a_loop_of_the_tests():
     tests = (
         "def check(candidate):\n    assert all(map(lambda x: candidate(x, 1) == x + 1, [1, 2]))\n"
@@ -1526,16 +1889,14 @@ def test_a_stop_iteration_cannot_end_a_loop_of_the_tests():
 
 
 @needs_shared
+@needs_seccomp
 def test_humanevals_own_solutions_pass_and_empty_ones_fail():
-    examples = data.load_dataset("humaneval", SHARED / "data/humaneval", "test")
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        assert len(examples) == 164
-        assert all(pool.map(lambda e: data.is_correct(e, e.answer), examples))
-        some = [e for e in examples if e.id.split("/")[1] in ("0", "32", "33", "38", "50")]
-        cheat = (
-            "    return None\ndef poly(xs, x):\n    return 0\ndef encode_shift(s):\n    return s\n"
-        )
-        assert not any(data.is_correct(e, f"```\n{cheat}```") for e in some)
+    examples = data.load_dataset("humaneval", SHARED / "data/humaneval/HumanEval.jsonl.gz", "test")
+    assert len(examples) == 164
+    assert all(data.in_parallel(data.is_correct, [(e, e.answer) for e in examples]))
+    some = [e for e in examples if e.id.split("/")[1] in ("0", "32", "33", "38", "50")]
+    cheat = "    return None\ndef poly(xs, x):\n    return 0\ndef encode_shift(s):\n    return s\n"
+    assert not any(data.is_correct(e, f"```\n{cheat}```") for e in some)
 
 
 def test_pass_at_k_is_the_chance_that_k_of_n_hold_a_right_one():
@@ -1611,6 +1972,17 @@ def test_grpo_loss_equals_the_formula_token_by_token(beta):
     assert float(stats["kl"]) == pytest.approx(total_kl if beta else 0.0, abs=1e-6)
 
 
+def test_kl_of_nearly_equal_policies_is_not_negative():
+    logp = -torch.rand(400, 30, generator=torch.Generator().manual_seed(0))
+    ref = logp + 1e-4 * torch.randn(400, 30, generator=torch.Generator().manual_seed(1))
+    ones = torch.ones(400)
+    for row, other in zip(logp, ref):  # exp(d) - d - 1 in float32 is below 0 here in a third
+        _, stats = grpo.grpo_loss(
+            row[None], row[None], other[None], ones[:1], torch.ones(1, 30), beta=0.1
+        )
+        assert float(stats["kl"]) >= 0
+
+
 def test_an_all_masked_row_gives_no_nan_gradient():
     logp = torch.full((2, 3), -1.0, requires_grad=True)
     mask = torch.tensor([[True, True, False], [False, False, False]])
@@ -1635,21 +2007,26 @@ def as_rows(rows):
     return tokens, labels, labels[:, 1:] != -100
 
 
-def test_packed_answers_have_the_log_probs_of_rows_of_their_own():
-    """Traps 4 and 6: positions, masks and shifted labels behind a shared prompt; 0 is EOS too."""
-    model = lora_model()
-    s, rows = sampled_rows(model, group=16, max_new_tokens=30)
+def test_micro_batches_hold_every_answer_once_with_its_own_numbers():
+    """Trap 4: 0 is the padding and an EOS; the sampled EOS has mask 1, all behind it 0."""
+    s, rows = sampled_rows(lora_model(), group=16, max_new_tokens=30)
     answers = [a for group in rows.answers for a in group]
     assert any(a[-1] == 0 and len(a) < 30 for a in answers) and any(a[-1] == 7 for a in answers)
-    tokens, labels, segments, index, mask = grpo.pack(list(zip(rows.prompts, rows.answers)), "cpu")
-    ours = decoder.token_logprobs(model, tokens, labels, 0.7, segments=segments).flatten()[index]
-    plain_tokens, plain_labels, plain_mask = as_rows(rows)
-    plain = plain_logprobs(model, plain_tokens, plain_labels, 0.7)
-    assert mask.sum(1).tolist() == [len(a) for a in answers]
-    for row, kept, other, answer in zip(ours, mask, plain, plain_mask):
-        close(row[kept], other[answer], 1e-5)
-    flat = torch.cat([row[kept] for row, kept in zip(labels[:, 1:].flatten()[index], mask)])
-    assert flat.tolist() == [t for a in answers for t in a]
+    advantages, seen = torch.arange(48.0).view(3, 16), {}
+    parts = grpo.micro_batches(rows, advantages, 5, "cpu")
+    assert [len(part.tokens) for part in parts] == [5] * 9 + [3]
+    for part in parts:
+        for tokens, labels, advantage, sampled, mask in zip(
+            part.tokens, part.labels, part.advantages, part.sampled, part.mask
+        ):
+            p, k = divmod(int(advantage), 16)
+            prompt, answer = rows.prompts[p], rows.answers[p][k]
+            assert tokens[: len(prompt + answer)].tolist() == prompt + answer
+            assert labels[labels != -100].tolist() == answer
+            assert mask.sum() == len(answer) and mask[len(prompt) - 1]
+            assert sampled[mask].tolist() == pytest.approx(rows.logps[p][k])
+            seen[p, k] = True
+    assert len(seen) == 48
 
 
 def test_sampling_and_training_log_probs_agree():
@@ -1671,15 +2048,27 @@ def update(model, s, rows, reference, advantages=None):
     return stats, optimizer
 
 
-def test_first_step_has_ratio_one_and_zero_kl_and_moves_only_active_elements():
+def test_the_first_step_has_no_kl_and_no_gap_and_moves_only_active_elements():
     """Traps 2, 5 and 6."""
     model = lora_model()
     s, rows = sampled_rows(model)
     start = lorapar.get_flat(model)
     stats, _ = update(model, s, rows, start)
-    assert stats["kl"] == 0.0 and stats["ratio"] == 1.0 and stats["clipped"] == 0.0
+    assert stats["kl"] == 0.0 and 0 < stats["gap"] < 2e-6
     mask, end = masked(model, 0.5), lorapar.get_flat(model)
     assert torch.equal(end[~mask], start[~mask]) and (end != start)[mask].float().mean() > 0.99
+
+
+def test_the_gap_shows_that_sampling_and_training_differ():
+    """Trap 6: the weights move between the two, as a wrong cache or temperature would."""
+    model = lora_model()
+    s, rows = sampled_rows(model)
+    flat = lorapar.get_flat(model)
+    lorapar.set_flat(model, flat + 0.01)
+    assert update(model, s, rows, flat)[0]["gap"] > 1e-3
+    lorapar.set_flat(model, flat)
+    s.temperature *= 1.1
+    assert update(model, s, rows, flat)[0]["gap"] > 1e-2
 
 
 def test_kl_is_measured_to_the_reference_vector_not_to_the_base():
@@ -1729,19 +2118,19 @@ def test_the_gradient_does_not_depend_on_the_micro_batch():
         close(gradient, expected, 1e-4)
 
 
-def test_several_updates_leave_the_old_policy_where_it_sampled():
+def test_several_iterations_leave_the_old_policy_where_it_sampled():
     model = lora_model()
-    s, rows = sampled_rows(model, updates=3)
+    s, rows = sampled_rows(model, num_iterations=3)
     stats, optimizer = update(model, s, rows, lorapar.get_flat(model))
     assert optimizer.state[optimizer.packed]["step"] == 3
-    assert stats["ratio"] != 1.0 and stats["clipped"] > 0
+    assert stats["ratio"] != 1.0 and stats["clipped"] > 0 and stats["gap"] < 2e-6
 
 
 def test_a_loss_that_is_not_finite_moves_nothing():
     model = lora_model()
     s, rows = sampled_rows(model)
     start = lorapar.get_flat(model)
-    with pytest.raises(ValueError, match="loss is nan"):
+    with pytest.raises(FloatingPointError, match="loss is nan"):
         update(model, s, rows, start, torch.full((3, 4), float("nan")))
     assert torch.equal(lorapar.get_flat(model), start)
 
@@ -1753,20 +2142,16 @@ def test_grpo_raises_the_rewarded_tokens():
     optimizer = lorapar.MaskedAdamW(model, lr=3e-2, max_grad_norm=1.0)
     s = grpo.Settings(group=8, max_new_tokens=8, temperature=1.0, beta=0.01, micro_batch=64)
     generator, reference = torch.Generator().manual_seed(0), lorapar.get_flat(model)
-    rewards = [
-        grpo.grpo_step(
-            model,
-            optimizer,
-            [[1, 2], [3]],
-            lambda p, answer: {"share": sum(t < 32 for t in answer) / 8},
-            reference,
-            s,
-            generator,
-        )
+
+    def rewards(answers):
+        return [[{"share": sum(t < 32 for t in a) / 8} for a in group] for group in answers]
+
+    steps = [
+        grpo.grpo_step(model, optimizer, [[1, 2], [3]], rewards, reference, s, generator)
         for _ in range(20)
     ]
-    assert rewards[0]["reward"] < 0.6 and rewards[-1]["reward"] > 0.9
-    assert rewards[0]["equal_groups"] <= 2 and rewards[0]["unfinished"] == 1.0
+    assert steps[0]["reward"] < 0.6 and steps[-1]["reward"] > 0.9
+    assert steps[0]["zero_std_groups"] == 0 and steps[0]["truncated"] == 1.0
 
 
 # ------------------------------------------------------------------------------------------ train
@@ -1796,7 +2181,14 @@ def test_cosine_schedule_with_warm_up(first):
     assert rates == pytest.approx(expected)
 
 
-QUICK = ["--sft-epochs", "1", "--rl-steps", "3", "--eval-examples", "40", "--rl-prompts", "4"]
+def test_without_a_model_the_toys_settings_hold_and_with_one_the_papers():
+    toy, real = train.read_config([]), train.read_config(["--model", "x", "--data", "gsm8k"])
+    for c, expected in ((toy, (32.0, 32, 3e-3, 80)), (real, (64.0, 512, 2e-4, None))):
+        assert (c.lora_alpha, c.max_length, c.sft_lr, c.rl_steps) == expected
+    assert train.read_config(["--sft-lr", "1"]).sft_lr == 1.0
+
+
+QUICK = ["--sft-epochs", "1", "--rl-steps", "3", "--eval-examples", "40", "--rl-batch", "4"]
 QUICK += ["--score-examples", "16", "--save-every", "2"]
 
 
@@ -1812,13 +2204,32 @@ def toy_run(tmp_path_factory):
     return out
 
 
-def another_run(toy_run, out, *flags):
-    """A run in a new folder on the base that toy_run trained."""
+def borrow(toy_run, out):
+    """A new run folder on the base that toy_run trained."""
     out.mkdir()
     for name in ("base", "world"):
         (out / name).symlink_to(toy_run / name)
-    train.main([*QUICK, *flags, "--out", str(out)])
+    return out
+
+
+def another_run(toy_run, out, *flags):
+    train.main([*QUICK, *flags, "--out", str(borrow(toy_run, out))])
     return json.loads((out / "report.json").read_text())
+
+
+def metrics(out, stage):
+    return [r for _, r in data.read_jsonl(out / "metrics.jsonl") if r["stage"] == stage]
+
+
+def fails(capsys, *flags, code=2):
+    """The one line with which a command ends."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(flag) for flag in flags])
+    error = capsys.readouterr().err
+    (line,) = re.findall(r"(?:^|\r)(train\.py: .*)$", error, re.M)  # \r: behind a progress bar
+    assert stop.value.code == code and error.endswith(f"{line}\n") and "Traceback" not in error
+    return line
 
 
 def test_the_whole_program_runs_and_reports(toy_run):
@@ -1829,9 +2240,10 @@ def test_the_whole_program_runs_and_reports(toy_run):
     assert part["elements"] == 30720 and sum(part["regions"].values()) < 30720
     assert part["active"]["sft"] == part["regions"]["s1_only"] + part["regions"]["shared"]
     assert sum(p["elements"] for p in part["per_projection"].values()) == 30720
-    lines = [r for _, r in data.read_jsonl(toy_run / "metrics.jsonl")]
-    assert [r["step"] for r in lines if r["stage"] == "rl"] == [0, 1, 2]
-    assert "| sft |" in (toy_run / "report.md").read_text()
+    rl = metrics(toy_run, "rl")
+    assert [r["step"] for r in rl] == [0, 1, 2] and all(r["gap"] < 1e-5 for r in rl)
+    text = (toy_run / "report.md").read_text()
+    assert "| sft |" in text and "test examples of toy" in text and not re.search(r": 0$", text)
     flats = [load_file(toy_run / s / "state.safetensors")["flat"] for s in ("sft", "rl")]
     start = load_file(toy_run / "importance.safetensors")["start"]
     assert int((flats[0] != start).sum()) <= part["active"]["sft"]
@@ -1851,11 +2263,48 @@ def test_the_same_command_again_reuses_everything(toy_run, capsys):
     said = capsys.readouterr().out
     for what in ("toy base", "score", "sft", "rl", "evaluate base", "evaluate rl"):
         assert f"{what}: reused" in said
-    changed = {p.name for p in before if p.read_bytes() != before[p]}
+    changed = {p.name for p in before if p.read_bytes() != before[p] and p.suffix != ".png"}
     assert changed <= {"report.json"}  # nothing but the clock of this run
-    with pytest.raises(SystemExit):
-        train.main([*QUICK, "--out", str(toy_run), "--theta", "0.5"])
-    assert "--theta 0.9, not 0.5" in capsys.readouterr().err
+    assert "--theta 0.9, not 0.5" in fails(capsys, *QUICK, "--out", toy_run, "--theta", "0.5")
+
+
+DERIVED = ["sft/adapter_model.safetensors", "rl/adapter_config.json", "answers/sft.jsonl"]
+DERIVED += ["partition.json", "partition.safetensors", "report.md", "labels.jsonl"]
+DERIVED += ["importance.safetensors"]
+
+
+def test_derived_files_that_vanished_are_there_again(toy_run, tmp_path, capsys):
+    """Trap 26."""
+    another_run(toy_run, tmp_path / "run")
+    before = {name: (tmp_path / "run" / name).read_bytes() for name in DERIVED}
+    for name in DERIVED:
+        (tmp_path / "run" / name).unlink()
+    train.main([*QUICK, "--out", str(tmp_path / "run")])
+    assert {name: (tmp_path / "run" / name).read_bytes() for name in DERIVED} == before
+    said = capsys.readouterr().out
+    assert "rl: reused" in said and "everything is in" in said
+
+
+@pytest.mark.parametrize("dies_in", ["save_toy_tokenizer", "save_model", "copymode", "make_toy"])
+def test_a_kill_inside_the_toys_base_leaves_a_folder_that_a_rerun_completes(
+    dies_in, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(train.TOY_BASE, "steps", 2)
+    owner = {"save_model": decoder, "copymode": decoder.shutil}.get(dies_in, data)
+    original = getattr(owner, dies_in)
+
+    def dies(*arguments, **settings):
+        if dies_in == "make_toy":
+            original(*arguments, **settings)
+        raise MemoryError
+
+    monkeypatch.setattr(owner, dies_in, dies)
+    flags = [*QUICK, "--score-only", "--out", str(tmp_path / "run")]
+    with pytest.raises(MemoryError):
+        train.main(flags)
+    monkeypatch.setattr(owner, dies_in, original)
+    train.main(flags)
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["partition"]["elements"]
 
 
 def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
@@ -1871,9 +2320,7 @@ def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "save_state", save_then_die)
-    (tmp_path / "killed").mkdir()
-    for name in ("base", "world"):
-        (tmp_path / "killed" / name).symlink_to(toy_run / name)
+    borrow(toy_run, tmp_path / "killed")
     for dies in (True, True, False):
         try:
             train.main([*QUICK, *flags, "--out", str(tmp_path / "killed")])
@@ -1887,40 +2334,105 @@ def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
         )
         assert whole.keys() == killed.keys()
         assert all(torch.equal(whole[k], killed[k]) for k in whole), stage
-    steps = [
-        [
-            (r["stage"], r["step"], r.get("loss"))
-            for _, r in data.read_jsonl(tmp_path / d / "metrics.jsonl")
+        steps = [
+            [(r["step"], r["loss"], r["lr"]) for r in metrics(tmp_path / d, stage)]
+            for d in ("whole", "killed")
         ]
-        for d in ("whole", "killed")
-    ]
-    assert steps[0] == steps[1]
+        assert steps[0] == steps[1] and len(steps[0]) > 2
 
 
-@pytest.mark.parametrize(
-    "flags, rows",
-    [
-        (["--order", "rl,sft"], ["base", "rl", "sft"]),
-        (["--order", "sft", "--init", "gaussian"], ["base", "init", "sft"]),
-        (["--order", "rl", "--init", "pissa", "--select", "random"], ["base", "rl"]),
-        (
-            ["--order", "rl", "--stage-data", "all", "--kl", "0", "--rl-updates", "2"],
-            ["base", "rl"],
-        ),
-        (
-            ["--alpha", "0.5", "--beta", "0", "--theta", "0.5", "--targets", "qo"],
-            ["base", "sft", "rl"],
-        ),
-    ],
-)
-def test_ablation_switches_run(toy_run, tmp_path, flags, rows):
-    report = another_run(toy_run, tmp_path / "run", *flags)
-    assert list(report["evaluation"]) == rows
+@pytest.mark.skipif(not hasattr(signal, "SIGTERM"), reason="signals of Unix")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("after", ["", "toy base", "base 50"])
+def test_a_stopped_run_says_one_line_and_how_to_go_on(number, code, after, tmp_path):
+    """At any moment: while Python imports, while the base trains."""
+    command = [sys.executable, "train.py", "--out", str(tmp_path / "run")]
+    run = subprocess.Popen(
+        command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while after and after not in run.stdout.readline():
+        pass
+    if not after:
+        time.sleep(0.4)  # the imports take seconds
+    run.send_signal(number)
+    _, error = run.communicate(timeout=60)
+    assert run.returncode == code
+    assert (
+        error.strip() == "train.py: stopped; the same command goes on where its run folder stands"
+    )
+
+
+def test_ablation_switches_do_what_they_say(toy_run, tmp_path):
+    """Each against the run without it: what it changes, and what it must not."""
+    plain = json.loads((toy_run / "report.json").read_text())
+
+    def run(*flags):
+        out = tmp_path / "_".join(flags).replace("/", "")
+        return out, another_run(toy_run, out, *flags)
+
+    def regions(out):
+        return load_file(out / "partition.safetensors")
+
+    out, report = run("--order", "rl,sft")
+    assert list(report["evaluation"]) == ["base", "rl", "sft"]
+    assert report["partition"] == plain["partition"]  # masks follow the system, not the position
+    first = load_file(out / "rl" / "state.safetensors")["flat"]
+    start = load_file(out / "importance.safetensors")["start"]
+    assert not (first != start)[~(regions(out)["s2_only"] | regions(out)["shared"])].any()
+
+    out, report = run("--order", "sft", "--init", "gaussian")
+    assert list(report["evaluation"]) == ["base", "init", "sft"] and not (out / "rl").exists()
+    rows = report["evaluation"]
+    assert rows["init"]["all"]["loss"] != rows["base"]["all"]["loss"]
+
+    out, report = run("--order", "rl", "--select", "random")
+    assert report["partition"]["regions"] == plain["partition"]["regions"]
+    assert not torch.equal(regions(out)["s1_only"], regions(toy_run)["s1_only"])
+
+    _, report = run("--score-only", "--select", "swapped")
+    sizes = plain["partition"]["active"]
+    assert report["partition"]["active"] == {"sft": sizes["rl"], "rl": sizes["sft"]}
+
+    out, report = run("--score-only", "--select", "magnitude")
+    assert report["partition"]["jaccard"] == 1.0 and report["evaluation"] == {}
+    assert not (out / "sft").exists()
+
+    out, _ = run("--stage-data", "all", "--kl", "0", "--rl-iterations", "2")
+    counts = plain["data"]["S1 examples"] + plain["data"]["S2 examples"]
+    assert len(metrics(out, "sft")) == math.ceil(counts / 32) > len(metrics(toy_run, "sft"))
+    assert all(r["kl"] == 0 for r in metrics(out, "rl"))
+    assert load_file(out / "rl" / "state.safetensors")["adam.step"] == 6
+
+    flags = ["--alpha", "0.5", "--beta", "0", "--theta", "0.5", "--targets", "qo"]
+    _, report = run(*flags)
     part = report["partition"]
-    if "--beta" in flags:
-        assert part["active"]["rl"] == part["regions"]["s2_only"]
-        half = int(0.5 * part["regions"]["shared"])
-        assert part["active"]["sft"] == part["regions"]["s1_only"] + half
+    assert part["active"]["rl"] == part["regions"]["s2_only"]
+    assert part["active"]["sft"] == part["regions"]["s1_only"] + part["regions"]["shared"] // 2
+    assert set(part["per_projection"]) == {"q_proj", "o_proj"}
+
+
+def test_plain_lora_is_not_scored(toy_run, tmp_path, capsys):
+    """theta 1 ranks nothing, so B = 0 is no error there; with theta 0.9 it is."""
+    report = another_run(toy_run, tmp_path / "a", "--init", "lora", "--theta", "1")
+    assert report["partition"]["active_percent"] == {"sft": 100.0, "rl": 100.0}
+    flags = [*QUICK, "--init", "lora", "--out", borrow(toy_run, tmp_path / "b")]
+    assert "every importance is exactly 0" in fails(capsys, *flags)
+
+
+@pytest.mark.parametrize("stage, flag", [("sft", "--sft-lr"), ("rl", "--rl-lr")])
+def test_a_run_that_diverges_stops_and_keeps_what_was_good(stage, flag, toy_run, tmp_path, capsys):
+    """Also where the elements are finite and their product is not; also at the last step."""
+    out = borrow(toy_run, tmp_path / "run")
+    flags = [*QUICK, flag, "1e30", f"--{stage}-steps", "1", "--out", out]
+    error = fails(capsys, *flags)
+    assert f"{stage} step 1" in error and f"lower {flag}" in error and "another --out" in error
+    assert (out / "importance.safetensors").exists() and not (out / stage).exists()
+    assert (out / "sft" / "adapter_model.safetensors").exists() == (stage == "rl")
+    assert stage not in json.loads((out / "report.json").read_text())["evaluation"]
+    if stage == "sft":  # a loss that is not finite, in the middle
+        out = borrow(toy_run, tmp_path / "other")
+        flags = [*QUICK, flag, "1e30", "--save-every", "99", "--out", out]
+        assert "sft step 2: the loss is" in fails(capsys, *flags)
 
 
 def real_run(toy_run, tmp_path, *flags):
@@ -1931,50 +2443,94 @@ def real_run(toy_run, tmp_path, *flags):
     ]
 
 
-def test_stage_2_and_evaluation_may_have_data_sets_of_their_own(toy_run, tmp_path):
+SHORT = ["--rl-steps", "1", "--sft-steps", "1", "--max-response", "4"]
+
+
+def test_stage_2_and_evaluation_may_have_data_sets_of_their_own(toy_run, tmp_path, capsys):
     """The paper trains on Dolly and evaluates elsewhere."""
     record = {"instruction": "F t1 e1 A", "context": "", "response": "c5"}
     data.write_jsonl(tmp_path / "dolly.jsonl", [record] * 40)
-    many = GSM8K | {"answer": "<<1>><<2>><<3>>\n#### 3"}
-    data.write_jsonl(tmp_path / "gsm" / "train.jsonl", [many] * 40)
+    labels = [{"id": f"dolly/{i}", "label": "S1"} for i in range(40)]
+    labels += [{"id": f"gsm8k/train/{i}", "label": "S2"} for i in range(40)]
+    data.write_jsonl(tmp_path / "labels.jsonl", labels)
+    data.write_jsonl(tmp_path / "gsm" / "train.jsonl", [GSM8K] * 40)
     data.write_jsonl(tmp_path / "gsm" / "test.jsonl", [GSM8K] * 4)
-    flags = ["--model", str(toy_run / "base"), "--data", "dolly", "--labels", "steps:2"]
+    flags = ["--model", str(toy_run / "base"), "--data", "dolly"]
+    flags += ["--labels", str(tmp_path / "labels.jsonl"), *SHORT]
     flags += ["--data-path", str(tmp_path / "dolly.jsonl"), "--out", str(tmp_path / "out")]
-    flags += ["--rl-steps", "1", "--sft-steps", "1", "--max-response", "4"]
-    with pytest.raises(SystemExit):
-        train.main(flags)  # stage 2 could not be rewarded
-    for name in ("rl", "eval"):
-        flags += [f"--{name}-data", "gsm8k", f"--{name}-data-path", str(tmp_path / "gsm")]
-    train.main(flags)
+    flags += ["--eval-data", "gsm8k", "--eval-data-path", str(tmp_path / "gsm")]
+    assert "--rl-data, or a --reward" in fails(capsys, *flags)  # stage 2 could not be rewarded
+    train.main([*flags, "--rl-data", "gsm8k", "--rl-data-path", str(tmp_path / "gsm")])
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["data"]["S1 examples"] == report["data"]["S2 examples"] == 38
     assert report["evaluation"]["rl"]["all"]["examples"] == 4
+    assert report["test"] == "test examples of gsm8k"
     saved = load_file(tmp_path / "out" / "partition.safetensors")
     assert {k: int(v.sum()) for k, v in saved.items()} == report["partition"]["regions"]
+
+
+REWARD = """
+def length(question, answer, completion):
+    return {"short": -len(completion) / 100, "asked": float(question in ("F t1 e1 A", "M a b"))}
+
+def broken(question, answer, completion):
+    return completion["no"]
+
+def nothing(question, answer, completion):
+    return None
+"""
+
+
+def test_ones_own_file_and_reward_train_stage_2(toy_run, tmp_path, capsys):
+    rows = [
+        {"question": f"F t1 e{i} A", "answer": "c5", "check": "exact", "label": f"S{1 + i % 2}"}
+        for i in range(60)
+    ]
+    data.write_jsonl(tmp_path / "mine.jsonl", rows)
+    (tmp_path / "reward.py").write_text(REWARD)
+    flags = ["--model", str(toy_run / "base"), "--data", str(tmp_path / "mine.jsonl"), *SHORT]
+
+    def with_reward(name):
+        spec = f"{tmp_path}/reward.py:{name}"
+        return [*flags, "--reward", spec, "--out", str(tmp_path / name)]
+
+    train.main(with_reward("length"))
+    report = json.loads((tmp_path / "length" / "report.json").read_text())
+    assert report["evaluation"]["rl"]["all"]["examples"] == 6  # 80/10/10
+    assert report["data"]["S1 examples"] + report["data"]["S2 examples"] == 48
+    (line,) = metrics(tmp_path / "length", "rl")
+    assert set(line["parts"]) == {"short", "asked"} and line["parts"]["short"] < 0
+    assert "broken: TypeError" in fails(capsys, *with_reward("broken"))
+    assert "nothing: TypeError" in fails(capsys, *with_reward("nothing"))
+    assert "not FILE.py:FUNCTION" in fails(capsys, *with_reward("absent"))
 
 
 def test_eval_command_gives_the_number_and_every_answer(toy_run, tmp_path, capsys):
     gsm8k_folder(tmp_path / "data", 6)
     (tmp_path / "mmlu" / "test").mkdir(parents=True)
     (tmp_path / "mmlu" / "test" / "x_test.csv").write_text("c1?,a,b,c,d,A\nc2?,a,b,c,d,B\n")
-    for name, path, extra in (
-        ("gsm8k", "data", ["--samples", "3"]),
-        ("mmlu", "mmlu", ["--adapter", str(toy_run / "rl")]),
+    data.write_jsonl(tmp_path / "mine.jsonl", OWN)
+    for name, path, extra, count in (
+        ("gsm8k", "data", ["--samples", "3"], 6),
+        ("gsm8k", "data/test.jsonl", [], 6),
+        ("mmlu", "mmlu", ["--adapter", str(toy_run / "rl")], 2),
+        (str(tmp_path / "mine.jsonl"), "mine.jsonl", [], 3),
     ):
         command = ["eval", "--model", str(toy_run / "base"), "--data", name, *extra]
         command += ["--data-path", str(tmp_path / path), "--out", str(tmp_path / "a.jsonl")]
         train.main([*command, "--max-response", "4"])
-        table = json.loads(
-            capsys.readouterr().out.partition("{")[2].join(["{", ""]).rsplit("\n", 2)[0]
-        )
+        said = capsys.readouterr().out
+        table = json.loads(said[said.index("{") : said.rindex("}") + 1])
         records = [r for _, r in data.read_jsonl(tmp_path / "a.jsonl")]
-        assert len(records) == table["all"]["examples"] == (6 if name == "gsm8k" else 2)
+        assert len(records) == table["all"]["examples"] == count
         mean = sum(r["correct"] for r in records) / len(records)
         assert table["all"]["accuracy"] == pytest.approx(mean)
-        if name == "gsm8k":
+        if extra[:1] == ["--samples"]:
             assert "pass@3" in table["all"] and all(len(r["answers"]) == 3 for r in records)
-        else:
+        if name == "mmlu":
             assert all(r["answers"][0] in "ABCD" for r in records)
+            assert "a letter is answered once" in fails(capsys, *command, "--samples", "20")
+    assert "nowhere" in fails(capsys, *command, "--out", tmp_path / "nowhere" / "a.jsonl")
 
 
 def bad_inputs(toy_run, tmp_path):
@@ -1984,62 +2540,135 @@ def bad_inputs(toy_run, tmp_path):
     broken_data = gsm8k_folder(tmp_path / "broken")
     with open(broken_data / "train.jsonl", "a") as out:
         out.write('{"question": "no answer"}\n')
+    (tmp_path / "file").write_text("")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "importance.safetensors").write_bytes(b"cut off")
+    merge = ["merge", "--model", str(toy_run / "base"), "--adapter", str(toy_run / "rl"), "--out"]
     return {
         "--theta 0": ["--theta", "0"],
         "--theta 1.2": ["--theta", "1.2"],
+        "--sft-lr 1e+39 is outside": ["--sft-lr", "1e39"],
+        "--lora-alpha 0": ["--lora-alpha", "0"],
         "go together": ["--data", "gsm8k"],
-        "unknown": [*run, "--data", "gsm9k"],
+        "unknown data set": [*run, "--data", "gsm9k"],
         "no such model folder": [*run, "--model", str(tmp_path / "nowhere")],
         "nothing at": [*run, "--data-path", str(tmp_path / "nowhere")],
         "bad.jsonl:2": [*run, "--labels", str(tmp_path / "bad.jsonl")],
         "no label matches": [*run, "--labels", str(tmp_path / "none.jsonl")],
         "not readable": [*run, "--labels", str(tmp_path / "nowhere")],
+        "--labels is missing": [*run[:6], "--out", str(tmp_path / "o")],
         "train.jsonl:61": [*run, "--data-path", str(broken_data)],
         "no S2 training example": run,  # every solution has one step
+        "holds training examples": [*run, "--eval-data", "gsm8k", "--eval-data-path"]
+        + [str(tmp_path / "data" / "train.jsonl")],
         "--rl-group 1": ["--rl-group", "1"],
-        "--device": ["--device", "cuda"],
+        "sees no such device": ["--device", "cuda:7"],
+        "Not a directory": ["--out", str(tmp_path / "file" / "run")],
+        "is the model itself": [*merge, str(toy_run / "base")],
+        "not a readable PEFT adapter": [*merge, str(tmp_path / "m"), "--adapter", "nowhere"],
+        "no run there": ["figure", str(tmp_path / "nowhere")],
+        "eval needs": ["eval", "--data", "gsm8k"],
     }
 
 
 def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("the table assumes a machine without CUDA")
     for expected, flags in bad_inputs(toy_run, tmp_path).items():
-        with pytest.raises(SystemExit) as stop:
-            train.main(flags)
-        error = capsys.readouterr().err.strip().splitlines()
-        assert stop.value.code == 2 and expected in error[-1], (expected, error)
-        assert error[-1].startswith("train.py: ") and len(error) <= 2  # tqdm may leave one line
+        assert expected in fails(capsys, *flags), expected
 
 
-def test_a_nan_loss_stops_the_run_and_harms_nothing(toy_run, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        another_run(toy_run, tmp_path / "run", "--sft-lr", "1e30", "--sft-grad-norm", "1e30")
-    assert stop.value.code == 2 and "the loss is" in capsys.readouterr().err
-    assert (tmp_path / "run" / "importance.safetensors").exists()
-    assert not (tmp_path / "run" / "sft" / "adapter_model.safetensors").exists()
+def test_figures_of_a_run(toy_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    train.main(["figure", str(toy_run)])
+    assert "matplotlib is not installed" in capsys.readouterr().out
+    monkeypatch.undo()
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    shown = {}
+
+    def keep(figure, path, **_):
+        shown[path.name] = figure
+        path.write_bytes(b"png")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", keep)
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)
+    train.main(["figure", str(toy_run)])
+    (axes,) = shown["importance.png"].axes
+    part = json.loads((toy_run / "partition.json").read_text())
+    legend = " ".join(t.get_text() for t in axes.get_legend().get_texts())
+    assert f"{part['jaccard']:.3f}" in axes.get_legend().get_title().get_text()
+    for name, region in (("S1-only", "s1_only"), ("S2-only", "s2_only"), ("shared", "shared")):
+        assert f"{name} {part['regions'][region] / part['elements']:.1%}" in legend
+    drawn = {c.get_label().split(" ")[0]: len(c.get_offsets()) for c in axes.collections}
+    assert sum(drawn.values()) == 20_000 and axes.get_xscale() == axes.get_yscale() == "log"
+    lines = {a.get_title(): a.lines[0].get_ydata() for a in shown["training.png"].axes}
+    assert list(lines["rl: reward"]) == [r["reward"] for r in metrics(toy_run, "rl")]
+    assert list(lines["sft: loss"]) == [r["loss"] for r in metrics(toy_run, "sft")]
 
 
-@pytest.mark.parametrize("file", ["model.py", "data.py", "train.py"])
-def test_command_lines_explain_themselves(file):
-    done = subprocess.run(
-        [sys.executable, file, "--help"], cwd=HERE, capture_output=True, text=True
-    )
+def test_bench_prints_each_figure(capsys, tmp_path):
+    decoder.save_model(qwen(), tmp_path)
+    flags = ["--batch", "2", "--length", "16", "--new-tokens", "4", "--prompts", "1"]
+    train.main(["bench", "--shape", str(tmp_path), "--device", "cpu", "--group", "2", *flags])
+    said = capsys.readouterr().out
+    for what in (
+        "SFT step",
+        "importance",
+        "partition of",
+        "rollouts",
+        "GRPO update",
+        "peak memory",
+    ):
+        assert re.search(rf"^{what}.* +[\d.e+-]+ ", said, re.M), what
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["model.py"], ["data.py"], ["train.py"], ["train.py", "eval"], ["train.py", "merge"]],
+)
+def test_command_lines_explain_themselves(command):
+    done = python(*command, "--help")
     assert done.returncode == 0 and "usage" in done.stdout
 
 
 def test_model_py_continues_a_prompt(toy_run):
-    command = [sys.executable, "model.py", str(toy_run / "base"), "M a b c d | rev rot A"]
-    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.startswith("M a b c d | rev rot A"), done.stderr
-    done = subprocess.run([*command[:2], "nowhere", "x"], cwd=HERE, capture_output=True, text=True)
+    prompt, base = "M a b c d | rev rot A", toy_run / "base"
+    done = python("model.py", base, prompt, "--device", "cpu")
+    tokenizer = data.Tokenizer(base)
+    answer = decoder.generate(
+        decoder.load_model(base), [tokenizer.encode(prompt)], 100, temperature=0, eos_ids=[0]
+    )[0][0]
+    assert len(answer) > 2 and done.stdout == prompt + tokenizer.decode(answer) + "\n", done.stderr
+    done = python("model.py", "nowhere", "x")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
-def test_readme_links_point_at_the_code_they_name():
-    """Each [`name`](file.py#L12) of the README leads to the line that defines or computes it."""
-    links = re.findall(r"\[`([^`]+)`\]\((\w+\.py)#L(\d+)\)", (HERE / "README.md").read_text())
-    assert len(links) >= 10
-    for name, file, line in links:
-        text = (HERE / file).read_text().splitlines()[int(line) - 1]
-        assert name in text, f"README: {name} is not at {file}:{line} but: {text}"
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_whole_program_on_cuda(dtype, toy_run, tmp_path):
+    """Load, importance, both stages, evaluation and resume on a tenth of the toy."""
+    flags = ["--device", "cuda", "--dtype", dtype, "--train-examples", "180"]
+    report = another_run(toy_run, tmp_path / "run", *flags)
+    assert all(math.isfinite(row["all"]["loss"]) for row in report["evaluation"].values())
+    limit = 1e-3 if dtype == "float32" else 0.05
+    assert all(r["gap"] < limit for r in metrics(tmp_path / "run", "rl"))
+    (tmp_path / "run" / "rl" / "adapter_model.safetensors").unlink()
+    train.main([*QUICK, *flags, "--out", str(tmp_path / "run")])
+    assert (tmp_path / "run" / "rl" / "adapter_model.safetensors").exists()
+    base = decoder.load_model(toy_run / "base", "cuda")
+    tokens = torch.arange(12, device="cuda")[None]
+    assert (base(tokens).cpu() - decoder.load_model(toy_run / "base")(tokens.cpu())).abs().max() < 1
+
+
+def test_readme_names_what_the_code_holds():
+    """Each `file.py`: `name` of the README is defined in that file; commands name real flags."""
+    text = (HERE / "README.md").read_text()
+    links = re.findall(r"\[`(\w+)`\]\((\w+\.py)\)", text)
+    assert len(links) >= 8
+    for name, file in links:
+        assert re.search(rf"^(?:def|class) {name}\b|^{name} = ", (HERE / file).read_text(), re.M), (
+            name
+        )
+    known = {f"--{f.name.replace('_', '-')}" for f in train.fields(train.RunConfig)}
+    for file in ("train.py", "data.py", "model.py"):
+        known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', (HERE / file).read_text()))
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
+    assert used <= known | {"--shuffle"}, used - known
