@@ -639,6 +639,13 @@ def count_votes(answers, teachers: int):
     return records, report
 
 
+def shuffle_labels(records, seed: int):
+    """The random split of the same sizes (paper, table 1)."""
+    moved = [r["label"] for r in records]
+    random.Random(seed).shuffle(moved)
+    return [{"id": r["id"], "label": label} for r, label in zip(records, moved)]
+
+
 def label_examples(examples: list[Example], labels: str) -> list[Example]:
     """The examples that have a label, with it. labels: a labels.jsonl ({"id", "label"} a line), the
     authors' csv (columns question and _result, System1 or System2), or "steps:K": of GSM8K alone,
@@ -1211,6 +1218,7 @@ WRONG = {
     "rev": OPERATORS["rot"],
 }
 SLIP = {"rot": 0.5, "swp": 0.5, "rev": 0.25}  # how often the pretraining corpus gets each one wrong
+TEACHERS = (0.85, 0.95, 0.75, 0.9, 0.8)  # how often each of the five is right
 TOY_TOKENS = ["<eos>", "A", "F", "M", "|", ";", *LETTERS, *OPERATORS]
 TOY_TOKENS += [f"t{i}" for i in range(PHRASINGS)] + [f"e{i}" for i in range(ENTITIES)]
 TOY_TOKENS += [f"c{i}" for i in range(COLOURS)]
@@ -1290,9 +1298,9 @@ class ToyWorld:
             examples.append(Example(f"corpus/{len(examples)}", question, answer, "toy"))
         return examples
 
-    def teacher_answers(self, teachers: int, right: float):
-        """One list of batch answers a teacher; each names the true system with chance `right`."""
-        for _ in range(teachers):
+    def teacher_answers(self):
+        """One list of batch answers a teacher; each names the true system with its own chance."""
+        for right in TEACHERS:
             answers = []
             for r in self.splits["train"]:
                 one = (r["system"] == "S1") == (self.rng.random() < right)
@@ -1305,11 +1313,11 @@ class ToyWorld:
 
 
 def make_toy(folder, seed: int) -> ToyWorld:
-    """Writes the toy's splits and five teachers' answers (85% right each) as jsonl files."""
+    """Writes the toy's splits and five teachers' answers as jsonl files."""
     world, folder = ToyWorld(seed), Path(folder)
     for split, records in world.splits.items():
         write_jsonl(folder / f"{split}.jsonl", records)
-    for i, answers in enumerate(world.teacher_answers(teachers=5, right=0.85), 1):
+    for i, answers in enumerate(world.teacher_answers(), 1):
         write_jsonl(folder / "answers" / f"teacher{i}.jsonl", answers)
     return world
 
@@ -1354,9 +1362,7 @@ def main():
         if args.command == "vote":
             records, report = count_votes(read_answers(args.answers), len(args.answers))
             if args.shuffle is not None:
-                moved = [r["label"] for r in records]
-                random.Random(args.shuffle).shuffle(moved)
-                records = [{"id": r["id"], "label": x} for r, x in zip(records, moved)]
+                records = shuffle_labels(records, args.shuffle)
             write_jsonl(args.out, records)
             print("\n".join(f"{key}: {value}" for key, value in report.items()))
             return

@@ -258,30 +258,12 @@ def per_example_gradients(model, tokens, labels, logprobs) -> list[torch.Tensor]
             layer.held = None
 
 
-def importance(
-    model,
-    batches,
-    logprobs=logits_logprobs,
-    *,
-    rank_by="importance",
-    chunk_tokens=512,
-    progress=iter,
-):
-    """I = |g * phi - 1/2 * F * phi^2| for every LoRA element -> (N,) float32 (paper, eq. 3).
-
-    g is the mean over the examples of the per-example gradient, F (the diagonal of the Fisher
-    matrix) the mean of its square; an example's loss is the mean cross-entropy of its answer
-    tokens. batches: iterable of (tokens, labels), int64 (B, T), right padded, labels[t] = tokens[t]
-    at answer positions (EOS included) and -100 elsewhere. At most chunk_tokens tokens (and at least
-    one row) pass through the model at once; the result does not depend on it.
-    `logprobs(model, tokens, labels)` gives (B, T-1) log-probs. rank_by: a name in `SCORES`.
-    Runs in eval mode and restores it. Raises ValueError on an example without answer tokens, on
-    scores that are all zero and on scores that are not finite.
-    """
-    phi = get_flat(model)
+def gradient_moments(model, batches, logprobs=logits_logprobs, chunk_tokens=512, progress=iter):
+    """-> g (N,), F (N,): the sums over the examples of the per-example gradient and of its square
+    (float64), and how many examples there were. Arguments and errors: see `importance`."""
     sizes = [p.numel() for p in lora_factors(model).values()]
-    g, fisher = phi.double().zero_(), phi.double().zero_()  # sums over the examples
-    count, was_training = 0, model.training
+    g = get_flat(model).double().zero_()
+    fisher, count, was_training = g.clone(), 0, model.training
     model.eval()
     try:
         for tokens, labels in progress(batches):
@@ -299,6 +281,11 @@ def importance(
         model.train(was_training)
     if count == 0:
         raise ValueError("importance needs at least one example")
+    return g, fisher, count
+
+
+def scores_from(g, fisher, count: int, phi, rank_by="importance"):
+    """The scores (N,) float32 of what `gradient_moments` gives. Raises as `importance` does."""
     scores = SCORES[rank_by](g / count, fisher / count, phi).abs().float()
     if not scores.isfinite().all():
         raise ValueError("the importance scores are not finite; is a loss NaN?")
@@ -308,6 +295,22 @@ def importance(
             'be ranked; use init "anchored" (or "gaussian", "pissa", "olora")'
         )
     return scores
+
+
+def importance(model, batches, logprobs=logits_logprobs, *, rank_by="importance", **settings):
+    """I = |g * phi - 1/2 * F * phi^2| for every LoRA element -> (N,) float32 (paper, eq. 3).
+
+    g is the mean over the examples of the per-example gradient, F (the diagonal of the Fisher
+    matrix) the mean of its square; an example's loss is the mean cross-entropy of its answer
+    tokens. batches: iterable of (tokens, labels), int64 (B, T), right padded, labels[t] = tokens[t]
+    at answer positions (EOS included) and -100 elsewhere. At most chunk_tokens=512 tokens (and at
+    least one row) pass through the model at once; the result does not depend on it.
+    `logprobs(model, tokens, labels)` gives (B, T-1) log-probs. rank_by: a name in `SCORES`.
+    Runs in eval mode and restores it. Raises ValueError on an example without answer tokens, on
+    scores that are all zero and on scores that are not finite.
+    """
+    moments = gradient_moments(model, batches, logprobs, **settings)
+    return scores_from(*moments, get_flat(model), rank_by)
 
 
 # -------------------------------------------------------------------------------------- partition

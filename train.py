@@ -4,8 +4,8 @@
     python train.py --model FOLDER --data gsm8k --data-path DIR --labels labels.jsonl --out runs/x
 
 `run` is the whole method; the five calls it makes follow, then settings, inputs, the run folder and
-the commands eval, merge, figure and bench. A run lives in one folder (config, labels, scores,
-partition, adapters, metrics, report); the same command on the same folder goes on where it stopped.
+the commands eval, merge, figure, sweep and bench. A run lives in one folder (config, labels,
+scores, partition, adapters, metrics, report); the same command goes on where it stopped.
 Left out: several GPUs, and training on anything but the two systems' data.
 """
 # ruff: noqa: E402  (the first lines must stand before the imports)
@@ -25,19 +25,23 @@ if __name__ == "__main__":  # before the imports, which take seconds
     signal.signal(signal.SIGTERM, stop)
 
 import argparse
+import csv
 import importlib.util
+import io
 import json
 import math
 import random
+import re
 import resource
 import shutil
 import statistics
 import sys
 import time
 import types
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, NamedTuple, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -79,8 +83,6 @@ def run(c: "RunConfig") -> dict:
         done(c, report, stage)
         evaluated(stage)
     print("\n" + write_report(c, report))
-    draw_figures(Path(c.out))
-    print(f"everything is in {c.out}")
     return report
 
 
@@ -145,6 +147,7 @@ def make_partition(c, model, s1, s2):
     factors = lorapar.lora_factors(model)
     sizes = [p.numel() for p in factors.values()]
     pieces = {region: chosen.split(sizes) for region, chosen in regions.items()}
+    facts["factors"] = dict(zip(factors, sizes))  # in flat order
     for i, (name, size) in enumerate(zip(factors, sizes)):
         row = facts["per_projection"].setdefault(name.split(".")[-2], {"elements": 0})
         row["elements"] += size
@@ -420,7 +423,9 @@ class RunConfig:
     eval_data: str | None = flag(None, "another set for the evaluation")
     eval_data_path: str | None = flag(None, "its folder or file")
     labels: str | None = flag(
-        None, 'S1/S2 labels: a labels.jsonl, the authors\' csv, or "steps:K" (GSM8K stand-in)'
+        None,
+        'S1/S2 labels: a labels.jsonl, the authors\' csv, "steps:K" (GSM8K stand-in); in the toy '
+        '"teachers:K", the votes of the first K of five, or "teachers:K:shuffled"',
     )
     reward: str | None = flag(
         None, "FILE.py:FUNCTION(question, answer, completion) -> a float or a dict of parts"
@@ -612,11 +617,14 @@ def load_reward(spec: str):
 def load_labels(c: RunConfig, data_path, examples, report: dict) -> list[dict]:
     """The label records of `examples`: the teachers' votes in the toy, what --labels says, or the
     labels of one's own file."""
-    if c.data == "toy" and not c.labels:
-        files = sorted((Path(data_path) / "answers").glob("*.jsonl"))
+    if c.data == "toy":
+        said = re.fullmatch(r"teachers:([1-5])(:shuffled)?", c.labels or "teachers:5")
+        if not said:
+            raise ValueError(f'--labels {c.labels}: in the toy "teachers:1" to "teachers:5"')
+        files = sorted((Path(data_path) / "answers").glob("*.jsonl"))[: int(said[1])]
         records, votes = data.count_votes(data.read_answers(files), len(files))
         report["data"] |= {f"votes: {k}": v for k, v in votes.items()}
-        return records
+        return data.shuffle_labels(records, c.seed) if said[2] else records
     labelled = data.label_examples(examples, c.labels) if c.labels else examples
     records = [{"id": e.id, "label": e.label} for e in labelled if e.label]
     if not records and not c.labels:
@@ -946,17 +954,25 @@ def run_figure(arguments):
     draw_figures(out)
 
 
-def draw_figures(out: Path):
-    """importance.png: S1 against S2 importance of the elements, a colour a region (paper, figure
-    4). training.png: loss, reward, KL and length over steps."""
+def pyplot():
+    """matplotlib's pyplot, None (and a line that says so) where it is not installed."""
     try:
         import matplotlib
     except ImportError:
         print("figures: none, matplotlib is not installed")
-        return
+        return None
     matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib import pyplot
 
+    return pyplot
+
+
+def draw_figures(out: Path):
+    """importance.png: S1 against S2 importance of the elements, a colour a region (paper, figure
+    4). training.png: loss, reward, KL and length over steps."""
+    plt = pyplot()
+    if plt is None:
+        return
     scores = read_tensors(out / "importance.safetensors")
     regions, facts = (
         read_tensors(out / "partition.safetensors"),
@@ -990,6 +1006,441 @@ def draw_figures(out: Path):
     plt.close(figure)
     print(f"figures: {out}/importance.png, {out}/training.png")
 
+
+# ------------------------------------------------------------------------------------------ sweeps
+
+THETAS, RATES = (0.3, 0.5, 0.7, 0.9, 1.0), (1 / 3, 1, 3)  # RATES: times the run's own
+
+
+def twice(base: RunConfig):
+    return 2 * base.sft_epochs
+
+
+FULL = {"theta": 1.0, "stage_data": "all"}  # every element, every example
+SWEEPS = {  # name -> {row: the flags it changes}
+    "splits": {
+        "one teacher": {"labels": "teachers:1"},
+        "vote of 3": {"labels": "teachers:3"},
+        "vote of 5": {"labels": "teachers:5"},
+        "random split of the same sizes": {"labels": "teachers:5:shuffled"},
+    },
+    "shared": {
+        f"alpha {a} beta {b}": {"alpha": a, "beta": b}
+        for a in (0.0, 0.5, 1.0)
+        for b in (0.0, 0.5, 1.0)
+    },
+    "theta": {
+        f"{targets.upper()} {theta} {select}": {
+            "targets": targets,
+            "theta": theta,
+            "select": select,
+        }
+        for targets, select in (
+            *(("qkvgud", select) for select in ("importance", "random", "random-in-tensor")),
+            *((targets, "importance") for targets in ("qkv", "gud")),
+        )
+        for theta in (THETAS if select == "importance" else THETAS[:-1])
+    },
+    "methods": {
+        "LoRA": FULL | {"init": "lora", "order": "sft"},
+        "LoRA, 2 epochs": FULL | {"init": "lora", "order": "sft", "sft_epochs": twice},
+        "OLoRA": FULL | {"init": "olora", "order": "sft"},
+        "OLoRA, 2 epochs": FULL | {"init": "olora", "order": "sft", "sft_epochs": twice},
+        "PiSSA": FULL | {"init": "pissa", "order": "sft"},
+        "PiSSA, 2 epochs": FULL | {"init": "pissa", "order": "sft", "sft_epochs": twice},
+        "LoRA + RL": FULL | {"init": "lora"},
+        "PiSSA + RL": FULL | {"init": "pissa"},
+        "LoRA-PAR 0.9": {},
+        "LoRA-PAR 0.95": {"theta": 0.95},
+        "LoRA-PAR 0.9 from PiSSA": {"init": "pissa"},
+        "LoRA-PAR 0.95 from PiSSA": {"init": "pissa", "theta": 0.95},
+    },
+    "order": {"SFT then RL": {}, "RL then SFT": {"order": "rl,sft"}},
+    "scores": {
+        select: {"select": select}
+        for select in (*lorapar.SCORES, "random-in-tensor", "random", "swapped")
+    },
+}
+# The paper's numbers as far as the authors' repository shows them: Qwen2.5-7B on GSM8K, accuracy at
+# the end; percent active of LLaMA-2-7B at theta for the three target sets (table 3).
+PAPER = {"LoRA": 68.61, "PiSSA": 57.24, "LoRA + RL": 69.83, "LoRA-PAR 0.9": 81.65}
+PAPER |= {"SFT then RL": 81.65, "RL then SFT": 68.46}
+PAPER_ACTIVE = {
+    "QKVGUD": {0.1: 0.32, 0.3: 2.72, 0.5: 7.91, 0.7: 17.87, 0.8: 26.4, 0.9: 40.56},
+    "QKV": {0.9: 35.7},
+    "GUD": {0.9: 42.9},
+}
+
+
+class Claim(NamedTuple):
+    """Row `better` is above row `worse`; each may name its own column."""
+
+    text: str
+    better: str
+    worse: str
+    paper: float | None = None  # by how many points in the paper, where that is known
+    column: str = "all at the end"
+    other: str | None = None  # the column of `worse`, where it is another one
+    margin: float = 0.0  # points that `better` may fall short by
+
+
+CLAIMS = {
+    "splits": [
+        Claim("voting beats one teacher", "vote of 5", "one teacher"),
+        Claim("voting beats a random split", "vote of 5", "random split of the same sizes"),
+    ],
+    "shared": [Claim("sharing helps", "alpha 1.0 beta 1.0", "alpha 0.0 beta 0.0")],
+    "theta": [
+        Claim(
+            f"importance beats {how} at theta {theta}",
+            f"QKVGUD {theta} importance",
+            f"QKVGUD {theta} {how}",
+        )
+        for theta in (0.5, 0.9)
+        for how in ("random", "random-in-tensor")
+    ]
+    + [
+        Claim(
+            "theta 0.9 comes within 2 points of all elements",
+            "QKVGUD 0.9 importance",
+            "QKVGUD 1.0 importance",
+            margin=2.0,
+        )
+    ],
+    "methods": [
+        Claim(
+            "RL adds on top of SFT", "LoRA-PAR 0.9", "LoRA-PAR 0.9", 12.96, other="all after sft"
+        ),
+        Claim("LoRA-PAR beats LoRA + RL", "LoRA-PAR 0.9", "LoRA + RL", 11.82),
+        Claim("a PiSSA start beats LoRA's", "LoRA-PAR 0.9 from PiSSA", "LoRA-PAR 0.9"),
+    ],
+    "order": [Claim("SFT then RL beats the reverse", "SFT then RL", "RL then SFT", 13.19)],
+    "scores": [
+        Claim(f"eq. 3 beats {other}", "importance", other)
+        for other in (
+            "first-order",
+            "magnitude",
+            "gradient",
+            "fisher",
+            "random-in-tensor",
+            "swapped",
+        )
+    ],
+}
+
+
+def run_cell(base: RunConfig, changes: dict) -> dict:
+    """One ordinary run in a folder named after what it changes -> its report. A finished one is
+    read; the toy's base and data are made once a seed."""
+    root = Path(base.out)
+    changes = {k: v(base) if callable(v) else v for k, v in changes.items()}
+    changed = {k: v for k, v in changes.items() if k == "seed" or v != getattr(base, k)}
+    folder = root / "cells" / ",".join(f"{k}={v}" for k, v in sorted(changed.items()))
+    c = replace(base, **changes, out=str(folder))
+    if (folder / "report.md").exists() and decoder.read_json(folder / "config.json") == settings(c):
+        return decoder.read_json(folder / "report.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
+        if not c.model:
+            share_toy(base, c)
+        return run(c)
+
+
+def share_toy(base: RunConfig, c: RunConfig):
+    """Links the toy's base and data of a seed, made where they are missing, into a run folder."""
+    toy = replace(base, seed=c.seed, out=str(Path(base.out) / f"toy-{c.seed}"))
+    for part in toy_inputs(toy):
+        link = Path(c.out) / part.name
+        if not link.exists():
+            link.symlink_to(part.resolve())
+
+
+def tuned_rates(base: RunConfig, changes: dict, seed: int):
+    """-> the cell's learning rates, each the best of three on the validation split of a seed that
+    is not compared (by the accuracy of the stage's system, of all examples at the end), and the
+    stages whose rate lies at its grid's edge."""
+    rates, edges = {}, []
+    order = changes.get("order", base.order).split(",")
+    for i, stage in enumerate(order):
+        tried = {}
+        for factor in RATES:
+            rate = float(f"{getattr(base, f'{stage}_lr') * factor:.3g}")
+            trial = changes | rates | {f"{stage}_lr": rate, "order": ",".join(order[: i + 1])}
+            try:
+                report = run_cell(base, trial | {"seed": seed, "eval_split": "validation"})
+                rows = report["evaluation"][stage]
+                own = "all" if i + 1 == len(order) else {"sft": "S1", "rl": "S2"}[stage]
+                row = rows.get(own, rows["all"])
+                tried[rate] = row["accuracy"], row["probability"]
+            except ValueError:  # it diverged
+                tried[rate] = -1.0, 0.0
+        best = max(tried, key=tried.get)
+        rates[f"{stage}_lr"] = best
+        edges += [stage] * (best in (min(tried), max(tried)))
+    return rates, edges
+
+
+def cell_facts(report: dict) -> dict:
+    """What a row of a sweep shows of one run, in percent."""
+    facts = {f"% active in {k}": v for k, v in report["partition"]["active_percent"].items()}
+    facts["jaccard"] = report["partition"]["jaccard"]
+    stages = list(report["evaluation"])
+    for stage, name in [(s, f"after {s}") for s in stages] + [(stages[-1], "at the end")]:
+        for system, row in report["evaluation"][stage].items():
+            facts[f"{system} {name}"] = 100 * row["accuracy"]
+    return facts | {"seconds": round(sum(report["seconds"].values()), 1)}
+
+
+def spread(values) -> str:
+    values = [v for v in values if v is not None]
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.1f} ± {deviation:.1f}" if values else ""
+
+
+def verdict(claim: Claim, records: list[dict]) -> str:
+    """A table line: the claim, its effect paired by seed with its standard error, the verdict."""
+    sides = []
+    for row, column in ((claim.better, claim.column), (claim.worse, claim.other or claim.column)):
+        sides.append({r["seed"]: r[column] for r in records if r["row"] == row})
+    differences = [sides[0][seed] - sides[1][seed] for seed in sides[0]]
+    mean = statistics.mean(differences)
+    error = (
+        statistics.stdev(differences) / len(differences) ** 0.5
+        if len(differences) > 1
+        else math.inf
+    )
+    word = "too noisy to tell"
+    if mean + claim.margin > 2 * error:
+        word = "seen"
+    elif mean + 2 * error < (claim.paper or 0.0) - claim.margin:
+        word = "not seen"
+    paper = "" if claim.paper is None else f"{claim.paper:+.1f}"
+    return f"| {claim.text} | {mean:+.1f} | {error:.1f} | {paper} | {word} |"
+
+
+def write_sweep(base: RunConfig, name: str, records: list[dict], lines: list[str]):
+    """NAME.csv, all facts of all cells, and NAME.md, which is also printed."""
+    root = Path(base.out)
+    names = list(dict.fromkeys(k for r in records for k in r))
+    table = io.StringIO()
+    writer = csv.DictWriter(table, names)
+    writer.writeheader()
+    writer.writerows(records)
+    lorapar.write_file(root / f"{name}.csv", table.getvalue().encode())
+    lorapar.write_file(root / f"{name}.md", ("\n".join(lines) + "\n").encode())
+    print("\n".join(["", *lines, "", f"written: {root / name}.md and .csv"]))
+
+
+def run_sweep(arguments):
+    """Repeats a table or figure of the paper: each cell an ordinary run in a folder of its own
+    under --out (default runs/sweep), with any flag of a run. Writes NAME.md, NAME.csv and, where
+    the paper has a figure and matplotlib is installed, NAME.png. Finished cells are reused."""
+    parser = argparse.ArgumentParser("train.py sweep", description=run_sweep.__doc__)
+    parser.add_argument("name", choices=[*SWEEPS, "resample"])
+    parser.add_argument("--seeds", type=int, default=5, help="0 .. N-1; seed N chooses the rates")
+    args, rest = parser.parse_known_args(arguments)
+    base = read_config(["--out", "runs/sweep", *rest])
+    if args.name == "resample":
+        return resample(base, args.seeds)
+    if base.score_only:
+        return active_shares(base, args.seeds)
+    records, rates, started = [], {}, time.perf_counter()
+    for done_rows, (row, changes) in enumerate(SWEEPS[args.name].items(), 1):
+        chosen, edges = tuned_rates(base, changes, args.seeds)
+        rates[row] = " / ".join(
+            f"{rate:.2g}" + ("*" if stage[:-3] in edges else "") for stage, rate in chosen.items()
+        )
+        for seed in range(args.seeds):
+            report = run_cell(base, changes | chosen | {"seed": seed})
+            records.append({"row": row, "seed": seed} | chosen | cell_facts(report))
+        left = (time.perf_counter() - started) / done_rows * (len(SWEEPS[args.name]) - done_rows)
+        ends = spread(r["all at the end"] for r in records[-args.seeds :])
+        print(f"{row}: all at the end {ends}  left {clock(left)}")
+    columns = ["% active in sft", "% active in rl", "S1 after sft", "S2 after sft"]
+    columns += ["S1 at the end", "S2 at the end", "all at the end"]
+    columns = [name for name in columns if any(name in r for r in records)]
+    counts = ", ".join(f"{k} {v['examples']}" for k, v in report["evaluation"]["base"].items())
+    lines = [f"## {args.name}: {args.seeds} seeds, {report['test']} ({counts})", ""]
+    lines += [
+        f"| | paper | rates | {' | '.join(columns)} |",
+        "|---|---|---|" + "---|" * len(columns),
+    ]
+    for row in SWEEPS[args.name]:
+        cells = [spread(r.get(name) for r in records if r["row"] == row) for name in columns]
+        lines.append(f"| {row} | {PAPER.get(row, '')} | {rates[row]} | {' | '.join(cells)} |")
+    lines += [
+        "",
+        f"Mean ± standard deviation, in %. Rates: of the stages in their order, of {len(RATES)}",
+    ]
+    lines[-1] += (
+        f" by validation on seed {args.seeds}; * at the grid's edge. Paper: Qwen2.5-7B, GSM8K."
+    )
+    lines += [
+        "",
+        "| claim | effect | its standard error | paper's | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [verdict(claim, records) for claim in CLAIMS[args.name]]
+    spent = sum(r["seconds"] for r in records)
+    lines += [
+        "",
+        f"{len(records)} cells compared, {spent:.0f} s in them (without the choice of rates).",
+    ]
+    write_sweep(base, args.name, records, lines)
+    if args.name == "theta":
+        curves = {}
+        for row in SWEEPS["theta"]:
+            targets, theta, select = row.split()
+            points = [r["all at the end"] for r in records if r["row"] == row]
+            curves.setdefault(f"{targets} {select}", []).append((float(theta), points))
+        draw_curves(Path(base.out) / "theta.png", curves, "theta", "accuracy at the end, %")
+
+
+def active_shares(base: RunConfig, seeds: int):
+    """How many elements reach cumulative importance theta, for three target sets (table 3). At an
+    anchored start each adapter's gradient is its own whatever the others are, so the scores of QKV
+    and GUD are those of all six, ranked alone."""
+    records = []
+    for seed in range(seeds):
+        facts = run_cell(base, {"seed": seed})["partition"]
+        folder = Path(base.out) / "cells" / f"seed={seed}"
+        kept = read_tensors(folder / "importance.safetensors")
+        for targets in PAPER_ACTIVE:
+            names = [lorapar.PROJECTIONS[letter] for letter in targets.lower()]
+            sizes = facts["factors"].items()
+            part = torch.cat([torch.full((n,), f.split(".")[-2] in names) for f, n in sizes])
+            for theta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9):
+                regions = lorapar.partition(kept["s1"][part], kept["s2"][part], theta)
+                N, shared = int(part.sum()), int(regions.shared.sum())
+                record = {"targets": targets, "theta": theta, "seed": seed}
+                record["S1 %"] = 100 * (int(regions.s1_only.sum()) + shared) / N
+                record["S2 %"] = 100 * (int(regions.s2_only.sum()) + shared) / N
+                union = sum(int(r.sum()) for r in regions)
+                records.append(record | {"jaccard": shared / union})
+    lines = [f"## theta, scores only: {seeds} seeds, {base.score_examples} examples a system", ""]
+    lines += ["| targets | theta | paper, % active | S1 region, % | S2 region, % | Jaccard |"]
+    lines += ["|---|---|---|---|---|---|"]
+    for targets, paper in PAPER_ACTIVE.items():
+        for theta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9):
+            mine = [r for r in records if (r["targets"], r["theta"]) == (targets, theta)]
+            one, two = (statistics.mean(r[f"{s} %"] for r in mine) for s in ("S1", "S2"))
+            jaccard = statistics.mean(r["jaccard"] for r in mine)
+            known = paper.get(theta, "")
+            lines.append(
+                f"| {targets} | {theta} | {known} | {one:.2f} | {two:.2f} | {jaccard:.3f} |"
+            )
+    write_sweep(base, "theta-scores", records, lines)
+
+
+BLOCK = 25  # examples whose gradients are summed once, to be put together in several draws
+
+
+def resample(base: RunConfig, seeds: int):
+    """How much of what looks like two regions is sampling: the Jaccard index of two regions of the
+    two systems, of one system scored on other examples, and of two halves with shuffled labels."""
+    records, kinds = [], ("S1 / S2", "S1 / S1", "S2 / S2", "shuffled")
+    for seed in range(seeds):
+        c = replace(base, seed=seed, score_only=True, out=str(Path(base.out) / f"resample-{seed}"))
+        kept = Path(c.out) / "resample.json"
+        if not kept.exists():
+            Path(c.out).mkdir(parents=True, exist_ok=True)
+            lorapar.write_json(kept, resample_once(c, base))
+        records += decoder.read_json(kept)
+    lines = [f"## resample: Jaccard indices, {seeds} seeds", ""]
+    lines += [f"| examples a draw | theta | {' | '.join(kinds)} | distinct beyond sampling |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    curves = {kind: [] for kind in kinds}
+    for n, theta in dict.fromkeys((r["examples"], r["theta"]) for r in records):
+        mine = [r for r in records if (r["examples"], r["theta"]) == (n, theta)]
+        means = [[r[kind] for r in mine if r[kind] is not None] for kind in kinds]
+        gaps = [(r["S1 / S1"] + r["S2 / S2"]) / 2 - r["S1 / S2"] for r in mine]
+        error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
+        cells = [f"{statistics.mean(m):.3f}" if m else "" for m in means]
+        gap = f"{statistics.mean(gaps):+.3f}" + (f" (standard error {error:.3f})" if error else "")
+        lines.append(f"| {n} | {theta} | {' | '.join(cells)} | {gap} |")
+        if theta == 0.9:
+            for kind, values in zip(kinds, means):
+                curves[kind] += [(n, values)] if values else []
+    lines += [
+        "",
+        "S1 / S2: the mean of four pairs of draws. S1 / S1, S2 / S2: disjoint draws of one",
+    ]
+    lines[-1] += " system. Shuffled: two disjoint halves, each half of S1 and half of S2."
+    write_sweep(base, "resample", records, lines)
+    draw_curves(
+        Path(base.out) / "resample.png", curves, "examples a draw", "Jaccard index, theta 0.9"
+    )
+
+
+def resample_once(c: RunConfig, base: RunConfig) -> list[dict]:
+    """The records of one seed."""
+    if not c.model:
+        share_toy(base, c)
+    report = open_run(c)
+    model, tokenizer, examples, _ = prepare(c, report)
+    rows = tokenized(c, tokenizer, examples, report)
+    start = torch.Generator().manual_seed(c.seed)
+    lorapar.add_lora(model, c.targets, c.r, c.lora_alpha, 0.0, c.init, generator=start)
+    fewest = min(map(len, rows.values()))
+    sizes = [n for n in (25, 50, 100, 200) if 2 * n <= fewest]
+    if not sizes:
+        raise ValueError(f"resample: {fewest} examples of a system are too few for two draws of 25")
+    half, sums = sizes[-1] // BLOCK, {}
+    for system, members in rows.items():
+        starts = bar(range(0, 2 * sizes[-1], BLOCK), f"score {system}")
+        blocks = [data.batches(members[i : i + BLOCK], c.micro_batch, c.device) for i in starts]
+        moments = [lorapar.gradient_moments(model, b, decoder.token_logprobs) for b in blocks]
+        sums[system] = [(g.float().cpu(), fisher.float().cpu()) for g, fisher, _ in moments]
+    phi = lorapar.get_flat(model).cpu()
+
+    def scores(*blocks):
+        g, fisher = (sum(part[i].double() for part in blocks) for i in (0, 1))
+        return lorapar.scores_from(g, fisher, BLOCK * len(blocks), phi)
+
+    def jaccard(one, two, theta):
+        part = lorapar.partition(one, two, theta)
+        return int(part.shared.sum()) / sum(int(r.sum()) for r in part)
+
+    records = []
+    for n in sizes:
+        k = n // BLOCK
+        draws = {
+            (system, d): scores(*sums[system][d * half : d * half + k])
+            for system in ("S1", "S2")
+            for d in (0, 1)
+        }
+        mixed = [
+            scores(*(block for s in sums.values() for block in s[d * half : d * half + k // 2]))
+            for d in (0, 1)
+            if k > 1
+        ]
+        for theta in (0.1, 0.3, 0.5, 0.7, 0.9):
+            pairs = [jaccard(draws["S1", a], draws["S2", b], theta) for a in (0, 1) for b in (0, 1)]
+            record = {"seed": c.seed, "examples": n, "theta": theta, "S1 / S2": sum(pairs) / 4}
+            for s in ("S1", "S2"):
+                record[f"{s} / {s}"] = jaccard(draws[s, 0], draws[s, 1], theta)
+            records.append(record | {"shuffled": jaccard(*mixed, theta) if mixed else None})
+    return records
+
+
+def draw_curves(path: Path, curves: dict, x: str, y: str):
+    """{name: [(x, values)]} -> means and standard deviations, where matplotlib is installed."""
+    plt = pyplot()
+    if plt is None:
+        return
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for name, points in curves.items():
+        means = [statistics.mean(values) for _, values in points]
+        errors = [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in points]
+        axes.errorbar([x for x, _ in points], means, errors, label=name, marker="o", capsize=3)
+    axes.set(xlabel=x, ylabel=y)
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close(figure)
+    print(f"figure: {path}")
+
+
+# ------------------------------------------------------------------------------------------- bench
 
 SHAPES = {  # hidden, layers, heads, key-value heads, ffn, vocabulary
     "58m": (512, 8, 8, 8, 1376, 32000),
@@ -1120,7 +1571,13 @@ def run_bench(arguments):
     figure("RL epoch on GSM8K, projected", 7473 * 8 * 256 / rate / 3600, "h")
 
 
-COMMANDS = {"eval": run_eval, "merge": run_merge, "figure": run_figure, "bench": run_bench}
+COMMANDS = {
+    "eval": run_eval,
+    "merge": run_merge,
+    "figure": run_figure,
+    "sweep": run_sweep,
+    "bench": run_bench,
+}
 
 
 def main(arguments=None):
@@ -1130,7 +1587,10 @@ def main(arguments=None):
         if arguments[:1] and arguments[0] in COMMANDS:
             COMMANDS[arguments[0]](arguments[1:])
         else:
-            run(read_config(arguments))
+            c = read_config(arguments)
+            run(c)
+            draw_figures(Path(c.out))
+            print(f"everything is in {c.out}")
     except (ValueError, OSError, SafetensorError, data.SandboxError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
