@@ -8,6 +8,7 @@ this file:
 """
 
 import copy
+import csv
 import itertools
 import json
 import math
@@ -2602,6 +2603,106 @@ def test_figures_of_a_run(toy_run, tmp_path, capsys, monkeypatch):
     lines = {a.get_title(): a.lines[0].get_ydata() for a in shown["training.png"].axes}
     assert list(lines["rl: reward"]) == [r["reward"] for r in metrics(toy_run, "rl")]
     assert list(lines["sft: loss"]) == [r["loss"] for r in metrics(toy_run, "sft")]
+
+
+def sweep_folder(toy_run, out, seeds):
+    """A sweep's folder on the base that toy_run trained, the same for every seed."""
+    out.mkdir()
+    for seed in range(seeds):
+        borrow(toy_run, out / f"toy-{seed}")
+    return out
+
+
+def test_a_sweep_of_two_tiny_cells(toy_run, tmp_path, monkeypatch, capsys):
+    out = sweep_folder(toy_run, tmp_path / "sweep", 3)
+    monkeypatch.setattr(train, "RATES", (1, 3))
+    command = ["sweep", "order", "--seeds", "2", *QUICK, "--out", str(out)]
+    train.main(command)
+    table = list(csv.DictReader((out / "order.csv").open()))
+    assert [(r["row"], r["seed"]) for r in table] == [
+        (row, seed) for row in ("SFT then RL", "RL then SFT") for seed in "01"
+    ]
+    cells = {p.name: json.loads((p / "report.json").read_text()) for p in out.glob("cells/*")}
+    chosen = {}
+    for rate in (3e-3, 9e-3):  # the rates of the first row, chosen again by hand, on validation
+        flags = "" if rate == 3e-3 else f",sft_lr={rate}"
+        cell = cells[f"eval_split=validation,order=sft,seed=2{flags}"]
+        chosen[rate] = [cell["evaluation"]["sft"]["all"][k] for k in ("accuracy", "probability")]
+    assert float(table[0]["sft_lr"]) == max(chosen, key=chosen.get)
+    assert not any("seed=2" in name and "validation" not in name for name in cells)
+    flags = f",sft_lr={table[0]['sft_lr']}" * (table[0]["sft_lr"] != "0.003")
+    flags = f"rl_lr={table[0]['rl_lr']}," * (table[0]["rl_lr"] != "0.004") + "seed=0" + flags
+    end = cells[flags]["evaluation"]["rl"]["all"]["accuracy"]
+    assert float(table[0]["all at the end"]) == pytest.approx(100 * end)
+    text = (out / "order.md").read_text()
+    assert "| SFT then RL | 81.65 |" in text and "all 40)" in text and "+13.2" in text
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.parent.parent.name == "cells"}
+    train.main(command)  # finished cells are reused
+    assert before == {p: p.stat().st_mtime_ns for p in before} and len(before) > 20
+
+
+def test_verdicts_follow_two_standard_errors():
+    def said(gaps, paper):
+        records = [{"row": "b", "seed": i, "all at the end": 50.0} for i in range(len(gaps))]
+        records += [
+            {"row": "a", "seed": i, "all at the end": 50.0 + g, "all after sft": 50.0}
+            for i, g in enumerate(gaps)
+        ]
+        lines = (
+            train.verdict("a", "b", paper, records),
+            train.verdict("a", train.SAME, paper, records),
+        )
+        assert lines[0].replace("| b |", "") == lines[1].replace(f"| {train.SAME} |", "")
+        return lines[0]
+
+    assert "| +2.0 | 0.6 |  | seen |" in said([1, 2, 3], None)
+    assert "| +0.0 | 0.6 | +5.0 | not seen |" in said([-1, 0, 1], 5.0)
+    assert "| +0.0 | 0.6 | +1.0 | too noisy to tell |" in said([-1, 0, 1], 1.0)
+    assert "| -2.0 | 0.6 |  | not seen |" in said([-1, -2, -3], None)
+
+
+def test_shares_and_resampling_are_partitions_of_ordinary_scores(toy_run, tmp_path, capsys):
+    """`sweep theta --score-only` and `sweep resample` against importance computed anew."""
+    out = sweep_folder(toy_run, tmp_path / "sweep", 1)
+    flags = ["--seeds", "1", *QUICK, "--out", str(out)]
+    train.main(["sweep", "theta", "--score-only", *flags])
+    shares = {
+        (r["targets"], r["theta"]): r for r in csv.DictReader((out / "theta-scores.csv").open())
+    }
+    train.main(["sweep", "resample", *flags])
+    indices = list(csv.DictReader((out / "resample.csv").open()))
+    assert {r["examples"] for r in indices} == {"25", "50", "100"}
+
+    c = train.read_config([*QUICK, "--out", str(out / "resample-0"), "--score-only"])
+    model, tokenizer, examples, _ = train.prepare(c, train.open_run(c))
+    rows = train.tokenized(c, tokenizer, examples, {"data": {}})
+    lorapar.add_lora(model, alpha=c.lora_alpha, generator=torch.Generator().manual_seed(0))
+    chosen = {s: random.Random(0).sample(members, 16) for s, members in rows.items()}
+    whole = lorapar.importance(model, [data.collate(chosen["S1"])], decoder.token_logprobs)
+    # the scores of q, k, v are theirs whether g, u, d have adapters or not
+    factors = lorapar.lora_factors(model)
+    alone = decoder.load_model(toy_run / "base")
+    lorapar.add_lora(alone, "qkv", alpha=c.lora_alpha)
+    flat = torch.cat([factors[name].detach().flatten() for name in lorapar.lora_factors(alone)])
+    lorapar.set_flat(alone, flat)
+    lorapar.set_anchor(alone, flat)
+    s1, s2 = (
+        lorapar.importance(alone, [data.collate(chosen[s])], decoder.token_logprobs)
+        for s in ("S1", "S2")
+    )
+    kept = torch.cat([torch.full((p.numel(),), "self_attn" in n) for n, p in factors.items()])
+    close(s1, whole[kept], 1e-4)
+    part = lorapar.partition(s1, s2, 0.5)
+    expected = 100 * float((part.s1_only | part.shared).double().mean())
+    assert float(shares["qkv", "0.5"]["S1"]) == pytest.approx(expected, abs=0.1)
+    draws = [
+        lorapar.importance(model, [data.collate(rows["S1"][i : i + 50])], decoder.token_logprobs)
+        for i in (0, 100)
+    ]
+    expected = train.jaccard(lorapar.partition(*draws, 0.9))
+    (ours,) = (r for r in indices if (r["examples"], r["theta"]) == ("50", "0.9"))
+    assert float(ours["S1 / S1"]) == pytest.approx(expected, abs=2e-3)
+    assert float(ours["S1 / S2"]) < float(ours["S1 / S1"])
 
 
 def test_bench_prints_each_figure(capsys, tmp_path):

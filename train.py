@@ -28,6 +28,7 @@ import argparse
 import csv
 import importlib.util
 import io
+import itertools
 import json
 import math
 import random
@@ -41,7 +42,7 @@ import types
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -138,9 +139,9 @@ def make_partition(c, model, s1, s2):
     if c.select == "swapped":  # the control: each stage moves the other system's elements
         masks = {"sft": masks["rl"], "rl": masks["sft"]}
     regions = part._asdict()
-    N, union = len(s1), sum(int(r.sum()) for r in regions.values())
+    N = len(s1)
     facts = {"elements": N, "regions": {k: int(r.sum()) for k, r in regions.items()}}
-    facts["jaccard"] = int(part.shared.sum()) / union
+    facts["jaccard"] = jaccard(part)
     facts["active"] = {k: int(m.sum()) for k, m in masks.items()}
     facts["active_percent"] = {k: 100 * n / N for k, n in facts["active"].items()}
     facts["per_projection"] = {}
@@ -503,7 +504,7 @@ TOY = {
     "sft_lr": 3e-3,
     "sft_epochs": 8,
     "rl_lr": 4e-3,
-    "rl_steps": 80,
+    "rl_steps": 40,
     "rl_batch": 16,
     "rl_weight_decay": 0.0,
     "rl_grad_norm": 1.0,
@@ -1009,20 +1010,15 @@ def draw_figures(out: Path):
 
 # ------------------------------------------------------------------------------------------ sweeps
 
-THETAS, RATES = (0.3, 0.5, 0.7, 0.9, 1.0), (1 / 3, 1, 3)  # RATES: times the run's own
-
-
-def twice(base: RunConfig):
-    return 2 * base.sft_epochs
-
-
+TARGETS, RANDOM = ("qkvgud", "qkv", "gud"), ("random", "random-in-tensor")
 FULL = {"theta": 1.0, "stage_data": "all"}  # every element, every example
+TWICE = {"sft_epochs": lambda base: 2 * base.sft_epochs}
 SWEEPS = {  # name -> {row: the flags it changes}
     "splits": {
         "one teacher": {"labels": "teachers:1"},
         "vote of 3": {"labels": "teachers:3"},
         "vote of 5": {"labels": "teachers:5"},
-        "random split of the same sizes": {"labels": "teachers:5:shuffled"},
+        "random split": {"labels": "teachers:5:shuffled"},
     },
     "shared": {
         f"alpha {a} beta {b}": {"alpha": a, "beta": b}
@@ -1035,19 +1031,18 @@ SWEEPS = {  # name -> {row: the flags it changes}
             "theta": theta,
             "select": select,
         }
-        for targets, select in (
-            *(("qkvgud", select) for select in ("importance", "random", "random-in-tensor")),
-            *((targets, "importance") for targets in ("qkv", "gud")),
-        )
-        for theta in (THETAS if select == "importance" else THETAS[:-1])
+        for targets in TARGETS
+        for select in ("importance", *RANDOM)
+        for theta in (0.3, 0.5, 0.7, 0.9, 1.0)
+        if select == "importance" or (targets == "qkvgud" and theta < 1)
     },
     "methods": {
         "LoRA": FULL | {"init": "lora", "order": "sft"},
-        "LoRA, 2 epochs": FULL | {"init": "lora", "order": "sft", "sft_epochs": twice},
+        "LoRA, 2 epochs": FULL | {"init": "lora", "order": "sft"} | TWICE,
         "OLoRA": FULL | {"init": "olora", "order": "sft"},
-        "OLoRA, 2 epochs": FULL | {"init": "olora", "order": "sft", "sft_epochs": twice},
+        "OLoRA, 2 epochs": FULL | {"init": "olora", "order": "sft"} | TWICE,
         "PiSSA": FULL | {"init": "pissa", "order": "sft"},
-        "PiSSA, 2 epochs": FULL | {"init": "pissa", "order": "sft", "sft_epochs": twice},
+        "PiSSA, 2 epochs": FULL | {"init": "pissa", "order": "sft"} | TWICE,
         "LoRA + RL": FULL | {"init": "lora"},
         "PiSSA + RL": FULL | {"init": "pissa"},
         "LoRA-PAR 0.9": {},
@@ -1056,179 +1051,32 @@ SWEEPS = {  # name -> {row: the flags it changes}
         "LoRA-PAR 0.95 from PiSSA": {"init": "pissa", "theta": 0.95},
     },
     "order": {"SFT then RL": {}, "RL then SFT": {"order": "rl,sft"}},
-    "scores": {
-        select: {"select": select}
-        for select in (*lorapar.SCORES, "random-in-tensor", "random", "swapped")
-    },
+    "scores": {s: {"select": s} for s in (*lorapar.SCORES, *reversed(RANDOM), "swapped")},
 }
-# The paper's numbers as far as the authors' repository shows them: Qwen2.5-7B on GSM8K, accuracy at
-# the end; percent active of LLaMA-2-7B at theta for the three target sets (table 3).
-PAPER = {"LoRA": 68.61, "PiSSA": 57.24, "LoRA + RL": 69.83, "LoRA-PAR 0.9": 81.65}
-PAPER |= {"SFT then RL": 81.65, "RL then SFT": 68.46}
-PAPER_ACTIVE = {
-    "QKVGUD": {0.1: 0.32, 0.3: 2.72, 0.5: 7.91, 0.7: 17.87, 0.8: 26.4, 0.9: 40.56},
-    "QKV": {0.9: 35.7},
-    "GUD": {0.9: 42.9},
-}
-
-
-class Claim(NamedTuple):
-    """Row `better` is above row `worse`; each may name its own column."""
-
-    text: str
-    better: str
-    worse: str
-    paper: float | None = None  # by how many points in the paper, where that is known
-    column: str = "all at the end"
-    other: str | None = None  # the column of `worse`, where it is another one
-    margin: float = 0.0  # points that `better` may fall short by
-
-
-CLAIMS = {
-    "splits": [
-        Claim("voting beats one teacher", "vote of 5", "one teacher"),
-        Claim("voting beats a random split", "vote of 5", "random split of the same sizes"),
-    ],
-    "shared": [Claim("sharing helps", "alpha 1.0 beta 1.0", "alpha 0.0 beta 0.0")],
+SAME = "itself after SFT"
+CLAIMS = {  # sweep -> (the row that should end higher, the other, points in the paper if known)
+    "splits": [("vote of 5", "one teacher", None), ("vote of 5", "random split", None)],
+    "shared": [("alpha 1.0 beta 1.0", "alpha 0.0 beta 0.0", None)],
     "theta": [
-        Claim(
-            f"importance beats {how} at theta {theta}",
-            f"QKVGUD {theta} importance",
-            f"QKVGUD {theta} {how}",
-        )
-        for theta in (0.5, 0.9)
-        for how in ("random", "random-in-tensor")
-    ]
-    + [
-        Claim(
-            "theta 0.9 comes within 2 points of all elements",
-            "QKVGUD 0.9 importance",
-            "QKVGUD 1.0 importance",
-            margin=2.0,
-        )
+        *((f"QKVGUD {t} importance", f"QKVGUD {t} {r}", None) for t in (0.5, 0.9) for r in RANDOM),
+        ("QKVGUD 0.9 importance", "QKVGUD 1.0 importance", None),
     ],
     "methods": [
-        Claim(
-            "RL adds on top of SFT", "LoRA-PAR 0.9", "LoRA-PAR 0.9", 12.96, other="all after sft"
-        ),
-        Claim("LoRA-PAR beats LoRA + RL", "LoRA-PAR 0.9", "LoRA + RL", 11.82),
-        Claim("a PiSSA start beats LoRA's", "LoRA-PAR 0.9 from PiSSA", "LoRA-PAR 0.9"),
+        ("LoRA-PAR 0.9", SAME, 12.96),
+        ("LoRA-PAR 0.9", "LoRA + RL", 11.82),
+        ("LoRA-PAR 0.9 from PiSSA", "LoRA-PAR 0.9", None),
     ],
-    "order": [Claim("SFT then RL beats the reverse", "SFT then RL", "RL then SFT", 13.19)],
-    "scores": [
-        Claim(f"eq. 3 beats {other}", "importance", other)
-        for other in (
-            "first-order",
-            "magnitude",
-            "gradient",
-            "fisher",
-            "random-in-tensor",
-            "swapped",
-        )
-    ],
+    "order": [("SFT then RL", "RL then SFT", 13.19)],
+    "scores": [("importance", other, None) for other in list(lorapar.SCORES)[1:] + ["swapped"]],
 }
-
-
-def run_cell(base: RunConfig, changes: dict) -> dict:
-    """One ordinary run in a folder named after what it changes -> its report. A finished one is
-    read; the toy's base and data are made once a seed."""
-    root = Path(base.out)
-    changes = {k: v(base) if callable(v) else v for k, v in changes.items()}
-    changed = {k: v for k, v in changes.items() if k == "seed" or v != getattr(base, k)}
-    folder = root / "cells" / ",".join(f"{k}={v}" for k, v in sorted(changed.items()))
-    c = replace(base, **changes, out=str(folder))
-    if (folder / "report.md").exists() and decoder.read_json(folder / "config.json") == settings(c):
-        return decoder.read_json(folder / "report.json")
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
-        if not c.model:
-            share_toy(base, c)
-        return run(c)
-
-
-def share_toy(base: RunConfig, c: RunConfig):
-    """Links the toy's base and data of a seed, made where they are missing, into a run folder."""
-    toy = replace(base, seed=c.seed, out=str(Path(base.out) / f"toy-{c.seed}"))
-    for part in toy_inputs(toy):
-        link = Path(c.out) / part.name
-        if not link.exists():
-            link.symlink_to(part.resolve())
-
-
-def tuned_rates(base: RunConfig, changes: dict, seed: int):
-    """-> the cell's learning rates, each the best of three on the validation split of a seed that
-    is not compared (by the accuracy of the stage's system, of all examples at the end), and the
-    stages whose rate lies at its grid's edge."""
-    rates, edges = {}, []
-    order = changes.get("order", base.order).split(",")
-    for i, stage in enumerate(order):
-        tried = {}
-        for factor in RATES:
-            rate = float(f"{getattr(base, f'{stage}_lr') * factor:.3g}")
-            trial = changes | rates | {f"{stage}_lr": rate, "order": ",".join(order[: i + 1])}
-            try:
-                report = run_cell(base, trial | {"seed": seed, "eval_split": "validation"})
-                rows = report["evaluation"][stage]
-                own = "all" if i + 1 == len(order) else {"sft": "S1", "rl": "S2"}[stage]
-                row = rows.get(own, rows["all"])
-                tried[rate] = row["accuracy"], row["probability"]
-            except ValueError:  # it diverged
-                tried[rate] = -1.0, 0.0
-        best = max(tried, key=tried.get)
-        rates[f"{stage}_lr"] = best
-        edges += [stage] * (best in (min(tried), max(tried)))
-    return rates, edges
-
-
-def cell_facts(report: dict) -> dict:
-    """What a row of a sweep shows of one run, in percent."""
-    facts = {f"% active in {k}": v for k, v in report["partition"]["active_percent"].items()}
-    facts["jaccard"] = report["partition"]["jaccard"]
-    stages = list(report["evaluation"])
-    for stage, name in [(s, f"after {s}") for s in stages] + [(stages[-1], "at the end")]:
-        for system, row in report["evaluation"][stage].items():
-            facts[f"{system} {name}"] = 100 * row["accuracy"]
-    return facts | {"seconds": round(sum(report["seconds"].values()), 1)}
-
-
-def spread(values) -> str:
-    values = [v for v in values if v is not None]
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ± {deviation:.1f}" if values else ""
-
-
-def verdict(claim: Claim, records: list[dict]) -> str:
-    """A table line: the claim, its effect paired by seed with its standard error, the verdict."""
-    sides = []
-    for row, column in ((claim.better, claim.column), (claim.worse, claim.other or claim.column)):
-        sides.append({r["seed"]: r[column] for r in records if r["row"] == row})
-    differences = [sides[0][seed] - sides[1][seed] for seed in sides[0]]
-    mean = statistics.mean(differences)
-    error = (
-        statistics.stdev(differences) / len(differences) ** 0.5
-        if len(differences) > 1
-        else math.inf
-    )
-    word = "too noisy to tell"
-    if mean + claim.margin > 2 * error:
-        word = "seen"
-    elif mean + 2 * error < (claim.paper or 0.0) - claim.margin:
-        word = "not seen"
-    paper = "" if claim.paper is None else f"{claim.paper:+.1f}"
-    return f"| {claim.text} | {mean:+.1f} | {error:.1f} | {paper} | {word} |"
-
-
-def write_sweep(base: RunConfig, name: str, records: list[dict], lines: list[str]):
-    """NAME.csv, all facts of all cells, and NAME.md, which is also printed."""
-    root = Path(base.out)
-    names = list(dict.fromkeys(k for r in records for k in r))
-    table = io.StringIO()
-    writer = csv.DictWriter(table, names)
-    writer.writeheader()
-    writer.writerows(records)
-    lorapar.write_file(root / f"{name}.csv", table.getvalue().encode())
-    lorapar.write_file(root / f"{name}.md", ("\n".join(lines) + "\n").encode())
-    print("\n".join(["", *lines, "", f"written: {root / name}.md and .csv"]))
+# The paper's numbers as far as the authors' repository shows them: Qwen2.5-7B on GSM8K, accuracy at
+# the end; percent active of LLaMA-2-7B (table 3) by targets and theta.
+PAPER = {"LoRA": 68.61, "PiSSA": 57.24, "LoRA + RL": 69.83, "LoRA-PAR 0.9": 81.65}
+PAPER |= {"SFT then RL": 81.65, "RL then SFT": 68.46}
+PAPER_ACTIVE = {("qkvgud", 0.1): 0.32, ("qkvgud", 0.3): 2.72, ("qkvgud", 0.5): 7.91}
+PAPER_ACTIVE |= {("qkvgud", 0.7): 17.87, ("qkvgud", 0.8): 26.4, ("qkvgud", 0.9): 40.56}
+PAPER_ACTIVE |= {("qkv", 0.9): 35.7, ("gud", 0.9): 42.9}
+RATES = (1 / 3, 1, 3)  # times the run's own
 
 
 def run_sweep(arguments):
@@ -1244,18 +1092,13 @@ def run_sweep(arguments):
         return resample(base, args.seeds)
     if base.score_only:
         return active_shares(base, args.seeds)
-    records, rates, started = [], {}, time.perf_counter()
-    for done_rows, (row, changes) in enumerate(SWEEPS[args.name].items(), 1):
-        chosen, edges = tuned_rates(base, changes, args.seeds)
-        rates[row] = " / ".join(
-            f"{rate:.2g}" + ("*" if stage[:-3] in edges else "") for stage, rate in chosen.items()
-        )
+    records, rates, rows = [], {}, SWEEPS[args.name]
+    for row, changes in rows.items():
+        chosen, rates[row] = tuned_rates(base, changes, args.seeds)
         for seed in range(args.seeds):
             report = run_cell(base, changes | chosen | {"seed": seed})
             records.append({"row": row, "seed": seed} | chosen | cell_facts(report))
-        left = (time.perf_counter() - started) / done_rows * (len(SWEEPS[args.name]) - done_rows)
-        ends = spread(r["all at the end"] for r in records[-args.seeds :])
-        print(f"{row}: all at the end {ends}  left {clock(left)}")
+        print(f"{row}: {spread(r['all at the end'] for r in records[-args.seeds :])}")
     columns = ["% active in sft", "% active in rl", "S1 after sft", "S2 after sft"]
     columns += ["S1 at the end", "S2 at the end", "all at the end"]
     columns = [name for name in columns if any(name in r for r in records)]
@@ -1265,70 +1108,155 @@ def run_sweep(arguments):
         f"| | paper | rates | {' | '.join(columns)} |",
         "|---|---|---|" + "---|" * len(columns),
     ]
-    for row in SWEEPS[args.name]:
+    for row in rows:
         cells = [spread(r.get(name) for r in records if r["row"] == row) for name in columns]
         lines.append(f"| {row} | {PAPER.get(row, '')} | {rates[row]} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"Mean ± standard deviation, in %. Rates: of the stages in their order, of {len(RATES)}",
-    ]
-    lines[-1] += (
-        f" by validation on seed {args.seeds}; * at the grid's edge. Paper: Qwen2.5-7B, GSM8K."
-    )
-    lines += [
+        "Mean ± standard deviation, in %. Rates of the stages in their order, each the best of "
+        f"{len(RATES)} on the validation split of seed {args.seeds} (* at the grid's edge). "
+        "Paper: Qwen2.5-7B on GSM8K. Differences at the end are paired by seed.",
         "",
-        "| claim | effect | its standard error | paper's | verdict |",
-        "|---|---|---|---|---|",
-    ]
-    lines += [verdict(claim, records) for claim in CLAIMS[args.name]]
-    spent = sum(r["seconds"] for r in records)
-    lines += [
+        "| ends higher | than | by | standard error | paper | verdict |",
+        "|---|---|---|---|---|---|",
+        *(verdict(*claim, records) for claim in CLAIMS[args.name]),
         "",
-        f"{len(records)} cells compared, {spent:.0f} s in them (without the choice of rates).",
+        f"{len(records)} cells, {sum(r['seconds'] for r in records):.0f} s; choosing rates not in.",
     ]
     write_sweep(base, args.name, records, lines)
-    if args.name == "theta":
+    if args.name == "theta":  # figure 5
         curves = {}
-        for row in SWEEPS["theta"]:
-            targets, theta, select = row.split()
-            points = [r["all at the end"] for r in records if r["row"] == row]
-            curves.setdefault(f"{targets} {select}", []).append((float(theta), points))
-        draw_curves(Path(base.out) / "theta.png", curves, "theta", "accuracy at the end, %")
+        for row, r in itertools.product(rows, records):
+            if r["row"] == row:
+                targets, theta, select = row.split()
+                points = curves.setdefault(f"{targets} {select}", {})
+                points.setdefault(float(theta), []).append(r["all at the end"])
+        draw_curves(base, "theta", curves, "theta", "accuracy at the end, %")
+
+
+def run_cell(base: RunConfig, changes: dict) -> dict:
+    """One ordinary run in a folder named after what it changes -> its report; a finished one is
+    read."""
+    changes = {k: v(base) if callable(v) else v for k, v in changes.items()}
+    changed = {k: v for k, v in changes.items() if k == "seed" or v != getattr(base, k)}
+    name = ",".join(f"{k}={v}" for k, v in sorted(changed.items()))
+    folder = Path(base.out) / "cells" / name
+    c = replace(base, **changes, out=str(folder))
+    if (folder / "report.md").exists() and decoder.read_json(folder / "config.json") == settings(c):
+        return decoder.read_json(folder / "report.json")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
+        share_toy(base, c)
+        return run(c)
+
+
+def share_toy(base: RunConfig, c: RunConfig):
+    """Links the toy's base and data, made once a seed, into a run folder."""
+    if not c.model:
+        shared = replace(base, seed=c.seed, out=str(Path(base.out) / f"toy-{c.seed}"))
+        for part in toy_inputs(shared):
+            if not (Path(c.out) / part.name).exists():
+                (Path(c.out) / part.name).symlink_to(part.resolve())
+
+
+def tuned_rates(base: RunConfig, changes: dict, seed: int):
+    """-> the cell's learning rates and their text. Each is the best of three on the validation
+    split of a seed that is not compared: by accuracy on the stage's system, on all in the last."""
+    rates, words, order = {}, [], changes.get("order", base.order).split(",")
+    for i, stage in enumerate(order):
+        tried = {}
+        for factor in RATES:
+            rate = float(f"{getattr(base, f'{stage}_lr') * factor:.3g}")
+            trial = changes | rates | {f"{stage}_lr": rate, "order": ",".join(order[: i + 1])}
+            try:
+                report = run_cell(base, trial | {"seed": seed, "eval_split": "validation"})
+            except ValueError:  # it diverged
+                tried[rate] = -1.0, 0.0
+                continue
+            table = report["evaluation"][stage]
+            own = "all" if stage == order[-1] else {"sft": "S1", "rl": "S2"}[stage]
+            row = table.get(own, table["all"])
+            tried[rate] = row["accuracy"], row["probability"]
+        best = max(tried, key=tried.get)
+        rates[f"{stage}_lr"] = best
+        words.append(f"{best:.2g}" + "*" * (best in (min(tried), max(tried))))
+    return rates, " / ".join(words)
+
+
+def cell_facts(report: dict) -> dict:
+    """What a sweep shows of one run, in percent."""
+    facts = {f"% active in {k}": v for k, v in report["partition"]["active_percent"].items()}
+    facts["jaccard"], stages = report["partition"]["jaccard"], list(report["evaluation"])
+    for stage, when in [*((s, f"after {s}") for s in stages), (stages[-1], "at the end")]:
+        for system, row in report["evaluation"][stage].items():
+            facts[f"{system} {when}"] = 100 * row["accuracy"]
+    return facts | {"seconds": round(sum(report["seconds"].values()), 1)}
+
+
+def spread(values) -> str:
+    values = [v for v in values if v is not None]
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.1f} ± {deviation:.1f}" if values else ""
+
+
+def verdict(better: str, worse: str, paper: float | None, records: list[dict]) -> str:
+    """A table line. Seen: the mean difference is beyond two standard errors. Not seen: it is not,
+    and two standard errors more do not reach the paper's (0 where that is not known)."""
+    end, after = "all at the end", "all after sft"
+    first = {r["seed"]: r[end] for r in records if r["row"] == better}
+    row, column = (better, after) if worse == SAME else (worse, end)
+    second = {r["seed"]: r[column] for r in records if r["row"] == row}
+    gaps = [first[seed] - second[seed] for seed in first]
+    mean = statistics.mean(gaps)
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else math.inf
+    word = "not seen" if mean + 2 * error < (paper or 0.0) else "too noisy to tell"
+    word = "seen" if mean > 2 * error else word
+    known = "" if paper is None else f"{paper:+.1f}"
+    return f"| {better} | {worse} | {mean:+.1f} | {error:.1f} | {known} | {word} |"
+
+
+def write_sweep(base: RunConfig, name: str, records: list[dict], lines: list[str]):
+    """NAME.csv, all facts of all cells, and NAME.md, which is also printed."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(dict.fromkeys(k for r in records for k in r)))
+    writer.writeheader()
+    writer.writerows(records)
+    lorapar.write_file(Path(base.out) / f"{name}.csv", table.getvalue().encode())
+    lorapar.write_file(Path(base.out) / f"{name}.md", ("\n".join(lines) + "\n").encode())
+    print("\n".join(["", *lines, "", f"written: {base.out}/{name}.md and .csv"]))
+
+
+def jaccard(part: lorapar.Partition) -> float:
+    return int(part.shared.sum()) / sum(int(region.sum()) for region in part)
 
 
 def active_shares(base: RunConfig, seeds: int):
     """How many elements reach cumulative importance theta, for three target sets (table 3). At an
-    anchored start each adapter's gradient is its own whatever the others are, so the scores of QKV
+    anchored start an adapter's gradient is its own whatever the others are, so the scores of QKV
     and GUD are those of all six, ranked alone."""
-    records = []
-    for seed in range(seeds):
-        facts = run_cell(base, {"seed": seed})["partition"]
-        folder = Path(base.out) / "cells" / f"seed={seed}"
-        kept = read_tensors(folder / "importance.safetensors")
-        for targets in PAPER_ACTIVE:
-            names = [lorapar.PROJECTIONS[letter] for letter in targets.lower()]
-            sizes = facts["factors"].items()
-            part = torch.cat([torch.full((n,), f.split(".")[-2] in names) for f, n in sizes])
-            for theta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9):
-                regions = lorapar.partition(kept["s1"][part], kept["s2"][part], theta)
-                N, shared = int(part.sum()), int(regions.shared.sum())
-                record = {"targets": targets, "theta": theta, "seed": seed}
-                record["S1 %"] = 100 * (int(regions.s1_only.sum()) + shared) / N
-                record["S2 %"] = 100 * (int(regions.s2_only.sum()) + shared) / N
-                union = sum(int(r.sum()) for r in regions)
-                records.append(record | {"jaccard": shared / union})
-    lines = [f"## theta, scores only: {seeds} seeds, {base.score_examples} examples a system", ""]
+    records, lines = [], [f"## theta: {seeds} seeds, {base.score_examples} examples a system", ""]
     lines += ["| targets | theta | paper, % active | S1 region, % | S2 region, % | Jaccard |"]
     lines += ["|---|---|---|---|---|---|"]
-    for targets, paper in PAPER_ACTIVE.items():
-        for theta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9):
-            mine = [r for r in records if (r["targets"], r["theta"]) == (targets, theta)]
-            one, two = (statistics.mean(r[f"{s} %"] for r in mine) for s in ("S1", "S2"))
-            jaccard = statistics.mean(r["jaccard"] for r in mine)
-            known = paper.get(theta, "")
-            lines.append(
-                f"| {targets} | {theta} | {known} | {one:.2f} | {two:.2f} | {jaccard:.3f} |"
-            )
+    kept = []
+    for seed in range(seeds):
+        factors = run_cell(base, {"seed": seed})["partition"]["factors"]
+        scores = read_tensors(Path(base.out) / "cells" / f"seed={seed}" / "importance.safetensors")
+        kept.append((factors, scores["s1"], scores["s2"]))
+    for targets, theta in itertools.product(TARGETS, (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)):
+        names = [lorapar.PROJECTIONS[letter] for letter in targets]
+        for seed, (factors, s1, s2) in enumerate(kept):
+            chosen = [torch.full((n,), f.split(".")[-2] in names) for f, n in factors.items()]
+            part = lorapar.partition(s1[torch.cat(chosen)], s2[torch.cat(chosen)], theta)
+            record = {"targets": targets, "theta": theta, "seed": seed, "jaccard": jaccard(part)}
+            for name, region in (("S1", part.s1_only), ("S2", part.s2_only)):
+                record[name] = 100 * float((region | part.shared).double().mean())
+            records.append(record)
+        cells = [
+            statistics.mean(r[name] for r in records[-seeds:]) for name in ("S1", "S2", "jaccard")
+        ]
+        known = PAPER_ACTIVE.get((targets, theta), "")
+        cells = f"{cells[0]:.2f} | {cells[1]:.2f} | {cells[2]:.3f}"
+        lines.append(f"| {targets.upper()} | {theta} | {known} | {cells} |")
     write_sweep(base, "theta-scores", records, lines)
 
 
@@ -1336,108 +1264,100 @@ BLOCK = 25  # examples whose gradients are summed once, to be put together in se
 
 
 def resample(base: RunConfig, seeds: int):
-    """How much of what looks like two regions is sampling: the Jaccard index of two regions of the
+    """How much of what looks like two regions is sampling: the Jaccard index of the regions of the
     two systems, of one system scored on other examples, and of two halves with shuffled labels."""
     records, kinds = [], ("S1 / S2", "S1 / S1", "S2 / S2", "shuffled")
     for seed in range(seeds):
         c = replace(base, seed=seed, score_only=True, out=str(Path(base.out) / f"resample-{seed}"))
         kept = Path(c.out) / "resample.json"
         if not kept.exists():
-            Path(c.out).mkdir(parents=True, exist_ok=True)
-            lorapar.write_json(kept, resample_once(c, base))
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            share_toy(base, c)
+            lorapar.write_json(kept, resample_once(c))
         records += decoder.read_json(kept)
     lines = [f"## resample: Jaccard indices, {seeds} seeds", ""]
-    lines += [f"| examples a draw | theta | {' | '.join(kinds)} | distinct beyond sampling |"]
+    lines += [f"| examples a draw | theta | {' | '.join(kinds)} | beyond sampling |"]
     lines += ["|---|---|---|---|---|---|---|"]
-    curves = {kind: [] for kind in kinds}
+    curves = {kind: {} for kind in kinds}
     for n, theta in dict.fromkeys((r["examples"], r["theta"]) for r in records):
         mine = [r for r in records if (r["examples"], r["theta"]) == (n, theta)]
-        means = [[r[kind] for r in mine if r[kind] is not None] for kind in kinds]
         gaps = [(r["S1 / S1"] + r["S2 / S2"]) / 2 - r["S1 / S2"] for r in mine]
-        error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
-        cells = [f"{statistics.mean(m):.3f}" if m else "" for m in means]
-        gap = f"{statistics.mean(gaps):+.3f}" + (f" (standard error {error:.3f})" if error else "")
-        lines.append(f"| {n} | {theta} | {' | '.join(cells)} | {gap} |")
-        if theta == 0.9:
-            for kind, values in zip(kinds, means):
-                curves[kind] += [(n, values)] if values else []
+        error = f" ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.3f}" if len(gaps) > 1 else ""
+        means = [[r[kind] for r in mine if r[kind] is not None] for kind in kinds]
+        cells = " | ".join(f"{statistics.mean(m):.3f}" if m else "" for m in means)
+        lines.append(f"| {n} | {theta} | {cells} | {statistics.mean(gaps):+.3f}{error} |")
+        for kind, values in zip(kinds, means):
+            if theta == 0.9 and values:
+                curves[kind][n] = values
     lines += [
         "",
-        "S1 / S2: the mean of four pairs of draws. S1 / S1, S2 / S2: disjoint draws of one",
+        "S1 / S2: the mean of four pairs of draws. S1 / S1, S2 / S2: disjoint draws of one system. "
+        "Shuffled: two disjoint halves, each half S1 and half S2. Beyond sampling: the mean of the "
+        "second and third less the first, with its standard error.",
     ]
-    lines[-1] += " system. Shuffled: two disjoint halves, each half of S1 and half of S2."
     write_sweep(base, "resample", records, lines)
-    draw_curves(
-        Path(base.out) / "resample.png", curves, "examples a draw", "Jaccard index, theta 0.9"
-    )
+    draw_curves(base, "resample", curves, "examples a draw", "Jaccard index at theta 0.9")
 
 
-def resample_once(c: RunConfig, base: RunConfig) -> list[dict]:
+def resample_once(c: RunConfig) -> list[dict]:
     """The records of one seed."""
-    if not c.model:
-        share_toy(base, c)
     report = open_run(c)
     model, tokenizer, examples, _ = prepare(c, report)
     rows = tokenized(c, tokenizer, examples, report)
     start = torch.Generator().manual_seed(c.seed)
-    lorapar.add_lora(model, c.targets, c.r, c.lora_alpha, 0.0, c.init, generator=start)
+    lorapar.add_lora(model, c.targets, c.r, c.lora_alpha, c.dropout, c.init, generator=start)
     fewest = min(map(len, rows.values()))
     sizes = [n for n in (25, 50, 100, 200) if 2 * n <= fewest]
     if not sizes:
         raise ValueError(f"resample: {fewest} examples of a system are too few for two draws of 25")
-    half, sums = sizes[-1] // BLOCK, {}
+    half, sums = sizes[-1] // BLOCK, {}  # blocks of a draw; system -> its blocks' g and F
     for system, members in rows.items():
-        starts = bar(range(0, 2 * sizes[-1], BLOCK), f"score {system}")
-        blocks = [data.batches(members[i : i + BLOCK], c.micro_batch, c.device) for i in starts]
-        moments = [lorapar.gradient_moments(model, b, decoder.token_logprobs) for b in blocks]
-        sums[system] = [(g.float().cpu(), fisher.float().cpu()) for g, fisher, _ in moments]
+        sums[system] = []
+        for i in bar(range(0, 2 * sizes[-1], BLOCK), f"score {system}"):
+            block = data.batches(members[i : i + BLOCK], c.micro_batch, c.device)
+            moments = lorapar.gradient_moments(model, block, decoder.token_logprobs)
+            sums[system].append([m.float().cpu() for m in moments[:2]])
     phi = lorapar.get_flat(model).cpu()
 
-    def scores(*blocks):
-        g, fisher = (sum(part[i].double() for part in blocks) for i in (0, 1))
+    def scores(blocks):
+        g, fisher = (sum(block[i].double() for block in blocks) for i in (0, 1))
         return lorapar.scores_from(g, fisher, BLOCK * len(blocks), phi)
-
-    def jaccard(one, two, theta):
-        part = lorapar.partition(one, two, theta)
-        return int(part.shared.sum()) / sum(int(r.sum()) for r in part)
 
     records = []
     for n in sizes:
-        k = n // BLOCK
-        draws = {
-            (system, d): scores(*sums[system][d * half : d * half + k])
-            for system in ("S1", "S2")
-            for d in (0, 1)
-        }
-        mixed = [
-            scores(*(block for s in sums.values() for block in s[d * half : d * half + k // 2]))
-            for d in (0, 1)
+        k, firsts = n // BLOCK, (0, half)  # two disjoint draws of k blocks begin there
+        draws = {s: [scores(blocks[f : f + k]) for f in firsts] for s, blocks in sums.items()}
+        draws["mixed"] = [
+            scores([block for blocks in sums.values() for block in blocks[f : f + k // 2]])
+            for f in firsts
             if k > 1
         ]
         for theta in (0.1, 0.3, 0.5, 0.7, 0.9):
-            pairs = [jaccard(draws["S1", a], draws["S2", b], theta) for a in (0, 1) for b in (0, 1)]
+
+            def index(one, two, theta=theta):
+                return jaccard(lorapar.partition(one, two, theta))
+
+            pairs = [index(*pair) for pair in itertools.product(draws["S1"], draws["S2"])]
             record = {"seed": c.seed, "examples": n, "theta": theta, "S1 / S2": sum(pairs) / 4}
-            for s in ("S1", "S2"):
-                record[f"{s} / {s}"] = jaccard(draws[s, 0], draws[s, 1], theta)
-            records.append(record | {"shuffled": jaccard(*mixed, theta) if mixed else None})
+            record |= {f"{s} / {s}": index(*draws[s]) for s in ("S1", "S2")}
+            records.append(record | {"shuffled": index(*draws["mixed"]) if k > 1 else None})
     return records
 
 
-def draw_curves(path: Path, curves: dict, x: str, y: str):
-    """{name: [(x, values)]} -> means and standard deviations, where matplotlib is installed."""
+def draw_curves(base: RunConfig, name: str, curves: dict, x: str, y: str):
+    """{curve: {x: values}} -> NAME.png, means and standard deviations, if matplotlib is there."""
     plt = pyplot()
     if plt is None:
         return
     figure, axes = plt.subplots(figsize=(6, 4))
-    for name, points in curves.items():
-        means = [statistics.mean(values) for _, values in points]
-        errors = [statistics.stdev(v) if len(v) > 1 else 0.0 for _, v in points]
-        axes.errorbar([x for x, _ in points], means, errors, label=name, marker="o", capsize=3)
+    for curve, points in curves.items():
+        means = [statistics.mean(values) for values in points.values()]
+        errors = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in points.values()]
+        axes.errorbar(list(points), means, errors, label=curve, marker="o", capsize=3)
     axes.set(xlabel=x, ylabel=y)
     axes.legend()
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    figure.savefig(Path(base.out) / f"{name}.png", dpi=120, bbox_inches="tight")
     plt.close(figure)
-    print(f"figure: {path}")
 
 
 # ------------------------------------------------------------------------------------------- bench
@@ -1516,46 +1436,36 @@ def run_bench(arguments):
     figure("matrix product", flops / 1e9, "GFLOP/s")
     figure("memory copy, bytes read and written", bandwidth / 1e9, "GB/s")
     model = lorapar.add_lora(random_model(b.shape, b.device, dtype), b.targets, b.r)
-    m, N = model.config, len(lorapar.get_flat(model))
-    head = model.head_weight.numel()
+    m, head = model.config, model.head_weight.numel()
     body = sum(p.numel() for layer in model.model.layers for p in layer.parameters())
     rows = [(torch.randint(m.vocab_size, (b.length,)).tolist(), b.length // 2)] * b.batch
     tokens, labels = data.collate(rows, b.device)
     optimizer = lorapar.MaskedAdamW(model, lr=1e-5, max_grad_norm=1.0)
 
-    def forward_backward():
-        answer_losses(model, tokens, labels).mean().backward()
-
     def sft_step():
-        forward_backward()
+        answer_losses(model, tokens, labels).mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
     floor = 4 * (body * tokens.numel() + head * int((labels != -100).sum())) / flops
     time_sft = seconds(sft_step, b.device)
     figure("SFT step", time_sft, "s", floor)
-    figure("SFT tokens", tokens.numel() / time_sft, "tokens/s")
-    optimizer.zero_grad()
-    plain = seconds(forward_backward, b.device)
     batch = [(tokens, labels)]
-    time_score = seconds(lambda: lorapar.importance(model, batch, decoder.token_logprobs), b.device)
-    figure("importance", time_score, "s", floor)
-    figure("importance: a plain pass' time / its time", plain / time_score, "")
-    scores = torch.rand(2, N) ** 4
-    time_cut = seconds(lambda: lorapar.partition(*scores, 0.9), b.device, 1)
-    figure(f"partition of {N} elements, both systems", time_cut, "s")
+    score = seconds(lambda: lorapar.importance(model, batch, decoder.token_logprobs), b.device)
+    figure("importance", score, "s", floor)
+    scores = torch.rand(2, len(lorapar.get_flat(model))) ** 4
+    cut = seconds(lambda: lorapar.partition(*scores, 0.9), b.device, 1)
+    figure(f"partition of {scores.shape[1]} elements", cut, "s")
 
     R, prompts = b.prompts * b.group, [rows[0][0][: b.length // 2]] * b.prompts
     s = grpo.Settings(group=b.group, max_new_tokens=b.new_tokens, batch_rows=R, micro_batch=b.batch)
-    time_rollout = seconds(lambda: grpo.rollouts(model, prompts, s), b.device, 2)
     slots = b.length // 2 + b.new_tokens
     cache = 2 * m.num_hidden_layers * m.num_key_value_heads * m.head_dim * R * slots
-    step_floor = max(
-        2 * (body + head) * R / flops, (body + head + cache) * dtype.itemsize / bandwidth
-    )
-    prefill = 2 * body * b.prompts * (b.length // 2) / flops
-    figure("rollouts", time_rollout, "s", prefill + step_floor * (b.new_tokens - 1))
-    figure("rollout tokens", R * b.new_tokens / time_rollout, "tokens/s")
+    read = (body + head + cache) * dtype.itemsize / bandwidth
+    floor = 2 * body * b.prompts * (b.length // 2) / flops  # the prompts
+    floor += (b.new_tokens - 1) * max(read, 2 * (body + head) * R / flops)
+    time_rollout = seconds(lambda: grpo.rollouts(model, prompts, s), b.device, 2)
+    figure("rollouts", time_rollout, "s", floor)
     sampled, advantages = grpo.rollouts(model, prompts, s), torch.randn(b.prompts, b.group)
     reference = lorapar.get_flat(model)
     time_update = seconds(
@@ -1563,12 +1473,11 @@ def run_bench(arguments):
     )
     floor = 6 * R * (body * slots + head * b.new_tokens) / flops  # the reference: a forward more
     figure("GRPO update with KL", time_update, "s", floor)
-    figure("GRPO step", time_rollout + time_update, "s")
     figure("peak memory", peak_memory(b.device) / 1e9, "GB")
     # GSM8K's 7,473 training problems: about 200 tokens each; RL: 8 answers of up to 256 tokens
-    figure("SFT epoch on GSM8K, projected", 7473 * 200 / (tokens.numel() / time_sft) / 3600, "h")
-    rate = R * b.new_tokens / (time_rollout + time_update)
-    figure("RL epoch on GSM8K, projected", 7473 * 8 * 256 / rate / 3600, "h")
+    figure("SFT epoch on GSM8K, projected", 7473 * 200 * time_sft / tokens.numel() / 3600, "h")
+    per_token = (time_rollout + time_update) / (R * b.new_tokens)
+    figure("RL epoch on GSM8K, projected", 7473 * 8 * 256 * per_token / 3600, "h")
 
 
 COMMANDS = {
