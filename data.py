@@ -65,25 +65,26 @@ class Tokenizer:
             import tokenizers
 
             try:
-                self._bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+                bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
             except Exception as error:  # the library raises bare Exception
                 raise ValueError(f"{folder}/tokenizer.json: {error}") from None
-            self.bos_id, eos = (
-                self._special(settings, name) for name in ("bos_token", "eos_token")
-            )
-            self.pad_id = self._special(settings, "pad_token")
-            first = self._bpe.encode("x", add_special_tokens=True).ids[:1]
+            self._ids = lambda text: bpe.encode(text, add_special_tokens=False).ids
+            self._text = lambda ids: bpe.decode(ids, skip_special_tokens=False)
+            self._size = 2**32  # the library itself leaves out what it does not know
+            names = [self._content(settings, f"{n}_token") for n in ("bos", "eos", "pad")]
+            special = [None if name is None else bpe.token_to_id(name) for name in names]
+            self.bos_id, eos, self.pad_id = special
+            first = bpe.encode("x", add_special_tokens=True).ids[:1]
             wants_bos = settings.get("add_bos_token", first == [self.bos_id])
         elif (folder / "tokenizer.model").exists():
             import sentencepiece
 
-            self._bpe = None
             try:
-                self._pieces = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
+                pieces = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
             except (OSError, RuntimeError) as error:
                 raise ValueError(f"{folder}/tokenizer.model: {error}") from None
-            self.bos_id, eos = self._pieces.bos_id(), self._pieces.eos_id()
-            self.pad_id = None
+            self._ids, self._text, self._size = pieces.encode, pieces.decode, len(pieces)
+            self.bos_id, eos, self.pad_id = pieces.bos_id(), pieces.eos_id(), None
             wants_bos = settings.get("add_bos_token", True)
         else:
             raise ValueError(f"{folder}: no tokenizer.json and no tokenizer.model")
@@ -105,7 +106,6 @@ class Tokenizer:
             self._template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         self._words = {n: self._content(settings, n) or "" for n in ("bos_token", "eos_token")}
         self._folder = folder
-        self._size = self._bpe.get_vocab_size() if self._bpe else self._pieces.get_piece_size()
         self._front = self._ids("\n")  # what stands before a text that goes on: see encode, decode
         self._adds_space = self.decode(self._ids("x")) != "x"
 
@@ -113,20 +113,6 @@ class Tokenizer:
     def _content(settings, name):
         token = settings.get(name)
         return token.get("content") if isinstance(token, dict) else token
-
-    def _special(self, settings, name):
-        token = self._content(settings, name)
-        return None if token is None else self._bpe.token_to_id(token)
-
-    def _ids(self, text):
-        if self._bpe is not None:
-            return self._bpe.encode(text, add_special_tokens=False).ids
-        return self._pieces.encode(text)
-
-    def _text(self, ids):
-        if self._bpe is not None:
-            return self._bpe.decode(ids, skip_special_tokens=False)
-        return self._pieces.decode(ids)
 
     def encode(self, text: str, bos=False, eos=False, goes_on=False) -> list[int]:
         """Token ids; bos=True puts the BOS in front where the model wants one. goes_on: the text

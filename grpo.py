@@ -5,7 +5,7 @@ group: advantage = (r - mean) / std. The update raises the log-probs of answers 
 group, clipped (PPO) and held near the SFT checkpoint by a KL penalty. Rewards come in as a
 function, so this file knows nothing of data sets.
 
-Left out: reward models, a value network, importance-sampling corrections for stale rollouts: the
+Left out: reward models, a value network, importance-sampling corrections for stale rollouts. The
 policy that samples is the policy that learns, and dropout is off in both, so the ratio starts at 1.
 In the update every answer carries its prompt, which is computed anew for each.
 """
@@ -24,15 +24,15 @@ from model import generate, token_logprobs
 class Settings:
     """How a step samples and updates; the names are those of the GRPO paper."""
 
-    group: int = 8  # G, answers a prompt
+    group: int = 8  # G, answers per prompt
     max_new_tokens: int = 256
     eos_ids: tuple = ()
     temperature: float = 0.9  # of sampling and of every log-prob
     clip: float = 0.2  # PPO's ratio clip
     beta: float = 0.04  # weight of the KL penalty; 0 computes no reference
-    num_iterations: int = 1  # optimizer steps a batch of rollouts (mu)
+    num_iterations: int = 1  # optimizer steps per batch of rollouts (mu)
     batch_rows: int = 64  # answers decoded together
-    micro_batch: int = 8  # answers a forward and backward
+    micro_batch: int = 8  # answers per forward and backward
 
 
 @dataclass
@@ -81,7 +81,6 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, beta=0.04):
     each answer's tokens, then over the B answers; a row without tokens counts as 0. The KL
     estimator is k3, exp(ref - new) - (ref - new) - 1 >= 0. beta = 0 takes ref_logp None.
     """
-    mask = mask.float()
     ratio = ((logp - old_logp) * mask).exp()
     A = advantages[:, None]  # (B, 1)
     objective = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
@@ -116,23 +115,26 @@ class MicroBatch:
 
 def micro_batches(rows: Rollouts, advantages, size: int, device) -> list[MicroBatch]:
     """Rollouts, sorted by length and cut into `size` answers each. advantages (P, G)."""
-    pairs = [(p, g) for p, group in enumerate(rows.answers) for g in range(len(group))]
-    pairs.sort(key=lambda pair: -len(rows.prompts[pair[0]] + rows.answers[pair[0]][pair[1]]))
-    made = []
-    for chosen in (pairs[i : i + size] for i in range(0, len(pairs), size)):
-        texts = [(rows.prompts[p], rows.answers[p][g]) for p, g in chosen]
-        T = max(len(prompt + answer) for prompt, answer in texts)
+    answers = [
+        (prompt, *answer)
+        for prompt, *group in zip(rows.prompts, rows.answers, rows.logps, advantages)
+        for answer in zip(*group)
+    ]
+    answers.sort(key=lambda a: -len(a[0] + a[1]))
+    batches = []
+    for chosen in (answers[i : i + size] for i in range(0, len(answers), size)):
+        T = max(len(prompt + answer) for prompt, answer, *_ in chosen)
         tokens = torch.zeros(len(chosen), T, dtype=torch.long)
         labels, sampled = torch.full_like(tokens, -100), torch.zeros(len(chosen), T - 1)
-        for i, ((prompt, answer), (p, g)) in enumerate(zip(texts, chosen)):
+        for i, (prompt, answer, logps, _) in enumerate(chosen):
             start, end = len(prompt), len(prompt + answer)
             tokens[i, :end] = torch.tensor(prompt + answer)
             labels[i, start:end] = tokens[i, start:end]
-            sampled[i, start - 1 : end - 1] = torch.tensor(rows.logps[p][g])
-        advantage = torch.stack([advantages[p, g] for p, g in chosen])
+            sampled[i, start - 1 : end - 1] = torch.tensor(logps)
+        advantage = torch.stack([advantage for *_, advantage in chosen])
         tensors = (tokens, labels, advantage, sampled, labels[:, 1:] != -100)
-        made.append(MicroBatch(*(t.to(device) for t in tensors)))
-    return made
+        batches.append(MicroBatch(*(t.to(device) for t in tensors)))
+    return batches
 
 
 def grpo_update(model, optimizer, rows: Rollouts, advantages, reference, s: Settings) -> dict:
@@ -142,34 +144,37 @@ def grpo_update(model, optimizer, rows: Rollouts, advantages, reference, s: Sett
     most s.micro_batch answers go through the model at a time; the gradient does not depend on it.
     "gap" is the mean |difference| between sampling's log-probs and those of the first pass, which
     is still the policy that sampled: more than rounding means the two do not compute the same.
-    Raises FloatingPointError if the loss is not finite, before that step moves a parameter.
+    Dropout is off. Raises FloatingPointError if the loss is not finite, before that step moves a
+    parameter.
     """
-    device = next(model.parameters()).device
-    parts = micro_batches(rows, advantages, s.micro_batch, device)
-    tokens = sum(int(part.mask.sum()) for part in parts)
+    model.eval()
+    batches = micro_batches(rows, advantages, s.micro_batch, next(model.parameters()).device)
+    n_tokens = sum(int(b.mask.sum()) for b in batches)
 
-    def logprobs(part):
-        return token_logprobs(model, part.tokens, part.labels, s.temperature)
+    def logprobs(b):
+        return token_logprobs(model, b.tokens, b.labels, s.temperature)
 
     if s.beta:
         policy = get_flat(model)
-        set_flat(model, reference)
-        with torch.no_grad():
-            for part in parts:
-                part.ref = logprobs(part)
-        set_flat(model, policy)
+        try:
+            set_flat(model, reference)
+            with torch.no_grad():
+                for b in batches:
+                    b.ref = logprobs(b)
+        finally:
+            set_flat(model, policy)
     totals = {"gap": 0.0}
     for _ in range(s.num_iterations):
         optimizer.zero_grad()
-        for part in parts:
-            logp = logprobs(part)
-            if part.old is None:
-                part.old = logp.detach()
-                totals["gap"] += (part.old - part.sampled).abs().sum() / tokens
+        for b in batches:
+            logp = logprobs(b)
+            if b.old is None:
+                b.old = logp.detach()
+                totals["gap"] += (b.old - b.sampled).abs().sum() / n_tokens
             loss, stats = grpo_loss(
-                logp, part.old, part.ref, part.advantages, part.mask, clip=s.clip, beta=s.beta
+                logp, b.old, b.ref, b.advantages, b.mask, clip=s.clip, beta=s.beta
             )
-            share = len(part.tokens) / advantages.numel()
+            share = len(b.tokens) / advantages.numel()
             (loss * share).backward()
             for name, value in (stats | {"loss": loss.detach()}).items():
                 totals[name] = totals.get(name, 0) + value * share / s.num_iterations
@@ -185,24 +190,26 @@ def grpo_step(model, optimizer, prompts, rewards, reference, s: Settings, genera
     prompts: lists of ids; rewards(answers [P][G][tokens]) -> [P][G] dicts of reward parts, whose
     sum is an answer's reward. Dropout is off. The statistics are what a researcher watches.
     """
-    model.eval()
     started = time.perf_counter()
     rows = rollouts(model, prompts, s, generator)
     sampled = time.perf_counter()
-    parts = rewards(rows.answers)
-    totals = torch.tensor([[float(sum(part.values())) for part in group] for group in parts])
+    rewarded = rewards(rows.answers)
+    totals = torch.tensor([[float(sum(parts.values())) for parts in group] for group in rewarded])
     stats = grpo_update(model, optimizer, rows, group_advantages(totals), reference, s)
     answers = [answer for group in rows.answers for answer in group]
-    parts = [part for group in parts for part in group]
-    names = {name: None for part in parts for name in part}
-    return stats | {
-        "reward": totals.mean().item(),
-        "reward_std": totals.std().item(),
-        "parts": {n: sum(part.get(n, 0.0) for part in parts) / len(parts) for n in names},
-        "zero_std_groups": int((totals == totals[:, :1]).all(1).sum()),
-        "length": sum(map(len, answers)) / len(answers),
-        "truncated": sum(a[-1] not in s.eos_ids for a in answers) / len(answers),
-        "grad_norm": optimizer.grad_norm.item(),
-        "rollout_s": round(sampled - started, 4),
-        "update_s": round(time.perf_counter() - sampled, 4),
-    }
+    flat = [parts for group in rewarded for parts in group]
+    names = dict.fromkeys(name for parts in flat for name in parts)
+    return (
+        stats
+        | {
+            "reward": totals.mean().item(),
+            "reward_std": totals.std().item(),  # over all answers, not within groups
+            "parts": {n: sum(parts.get(n, 0.0) for parts in flat) / len(flat) for n in names},
+            "zero_std_groups": int((totals == totals[:, :1]).all(1).sum()),
+            "length": sum(map(len, answers)) / len(answers),
+            "truncated": sum(a[-1] not in s.eos_ids for a in answers) / len(answers),
+            "grad_norm": optimizer.grad_norm.item(),
+            "rollout_s": round(sampled - started, 4),
+            "update_s": round(time.perf_counter() - sampled, 4),
+        }
+    )

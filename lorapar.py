@@ -10,7 +10,7 @@ I_j = |g_j phi_j - 1/2 F_jj phi_j^2|, and a stage trains only the elements its s
     optimizer = MaskedAdamW(model, lr=2e-4)      # frozen elements stay bit-identical
 
 The file stands alone: it works on any `nn.Module` that maps tokens (B, T) to logits (B, T, V) and
-whose `nn.Linear`s see the batch first. Paper: Huang et al., LoRA-PAR, Findings of EMNLP 2025.
+whose target linears get (B, T, in). Paper: Huang et al., LoRA-PAR, Findings of EMNLP 2025.
 Left out: DoRA, adapters on embeddings, quantised bases; load_adapter refuses them by name.
 """
 
@@ -49,7 +49,7 @@ class LoRALinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias  # the same tensors, not copies
         self.scale, self.dropout = scale, dropout
-        self.held = None  # factors that stand in for the layer's own: see hold and importance
+        self.held = None  # used instead of A, B: set by hold and per_example_gradients
         device = linear.weight.device
         self.lora_A = nn.Parameter(A.to(device, torch.float32).contiguous())
         self.lora_B = nn.Parameter(B.to(device, torch.float32).contiguous())
@@ -72,12 +72,15 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def hold(self, on: bool):
-        """While on, the factors must not change: decoding would compute them anew a token."""
-        factors = self.factors(self.lora_A, self.lora_B) if on else ()
-        self.held = [f.to(self.weight.dtype) for f in factors] or None
+        """Keeps the cast factors for decoding, which would compute them anew for every token;
+        while on, A and B must not change."""
+        factors = self.factors(self.lora_A, self.lora_B)
+        self.held = [f.to(self.weight.dtype) for f in factors] if on else None
 
     def forward(self, x):  # (.., in) -> (.., out)
         A, B = self.held or self.factors(self.lora_A, self.lora_B)
+        if A.ndim == 3 != x.ndim:  # factors of every example: per_example_gradients
+            raise ValueError(f"importance needs inputs (B, T, in), a linear got {tuple(x.shape)}")
         low = F.dropout(x, self.dropout, self.training) @ A.to(x.dtype).mT * self.scale  # (.., R)
         return F.linear(x, self.weight, self.bias) + low @ B.to(x.dtype).mT
 
@@ -126,20 +129,20 @@ def start_factors(weight, init: str, r: int, scale: float, std: float, generator
 
 
 def target_linears(model, targets) -> dict[str, nn.Linear]:
-    """The model's linears that `targets` names: letters of q k v o g u d, or module names."""
+    """The model's plain linears that `targets` names: letters of q k v o g u d, or module names."""
     unknown = [t for t in targets if t not in PROJECTIONS] if isinstance(targets, str) else []
     if unknown or not targets:
         raise ValueError(f"unknown targets {targets!r}; letters of q k v o g u d, or module names")
     names = [PROJECTIONS[t] for t in targets] if isinstance(targets, str) else list(targets)
-    named = {n: m for n, m in model.named_modules() if n.rpartition(".")[2] in names}
-    linears = {n: m for n, m in named.items() if isinstance(m, nn.Linear)}
-    if not linears:
-        kinds = sorted({type(m).__name__ for m in named.values()})
-        there = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
-        found = f"modules of that name are {', '.join(kinds)}" if named else "nothing has that name"
-        found += f"; the model's linears are {', '.join(sorted(there)) or 'none'}"
-        raise ValueError(f"no nn.Linear is named one of {', '.join(names)}: {found}")
-    return linears
+    modules = [(n, n.rpartition(".")[2], m) for n, m in model.named_modules()]
+    there = {leaf for _, leaf, m in modules if type(m) is nn.Linear}  # a subclass computes its own
+    for name in names:
+        if name not in there:
+            kinds = sorted({type(m).__name__ for _, leaf, m in modules if leaf == name})
+            found = f"it is a {', '.join(kinds)}" if kinds else "nothing has that name"
+            found += f"; the model's linears are {', '.join(sorted(there)) or 'none'}"
+            raise ValueError(f"no nn.Linear is named {name}: {found}")
+    return {n: m for n, leaf, m in modules if type(m) is nn.Linear and leaf in names}
 
 
 def add_lora(
@@ -159,10 +162,11 @@ def add_lora(
     if alpha <= 0:
         raise ValueError(f"lora_alpha = {alpha} must be positive: the adapter is scaled by it")
     linears = target_linears(model, targets)
-    model.requires_grad_(False)
     for name, linear in linears.items():
         if not 1 <= r <= min(linear.weight.shape):
             raise ValueError(f"r = {r} does not fit {name} of shape {tuple(linear.weight.shape)}")
+    model.requires_grad_(False)
+    for name, linear in linears.items():
         A, B = start_factors(linear.weight.detach(), init, r, alpha / r, std, generator)
         layer = LoRALinear(linear, A, B, alpha / r, dropout, anchored=init in ANCHORED)
         put(model, name, layer.train(model.training))
@@ -239,13 +243,13 @@ def logits_logprobs(model, tokens, labels):
 def per_example_gradients(model, tokens, labels, logprobs) -> list[torch.Tensor]:
     """The gradient of each example's loss, a tensor (B, *factor) for each LoRA factor.
 
-    One ordinary backward: every example gets a copy of the factors, A (B, r, in) and B (B, out, r),
-    that it alone passes through, so the gradient of the summed loss with respect to the copies is
-    each example's own. Fused attention and activation checkpointing work as in training.
+    One ordinary backward: each of the E examples gets a copy of the factors, A (E, r, in) and
+    B (E, out, r), that it alone passes through, so the gradient of the summed loss with respect to
+    the copies is each example's own. Fused attention and checkpointing work as in training.
     """
     layers = lora_layers(model).values()
     copies = [
-        factor.detach().expand(len(tokens), -1, -1).requires_grad_()  # a view: no memory
+        factor.detach().expand(len(tokens), -1, -1).requires_grad_()
         for factor in lora_factors(model).values()
     ]
     try:
@@ -259,11 +263,11 @@ def per_example_gradients(model, tokens, labels, logprobs) -> list[torch.Tensor]
 
 
 def gradient_moments(model, batches, logprobs=logits_logprobs, chunk_tokens=512, progress=iter):
-    """-> g (N,), F (N,): the sums over the examples of the per-example gradient and of its square
+    """-> (N,), (N,): the sums over the examples of the per-example gradient and of its square
     (float64), and how many examples there were. Arguments and errors: see `importance`."""
     sizes = [p.numel() for p in lora_factors(model).values()]
-    g = get_flat(model).double().zero_()
-    fisher, count, was_training = g.clone(), 0, model.training
+    g_sum = get_flat(model).double().zero_()
+    f_sum, count, was_training = g_sum.clone(), 0, model.training
     model.eval()
     try:
         for tokens, labels in progress(batches):
@@ -273,20 +277,20 @@ def gradient_moments(model, batches, logprobs=logits_logprobs, chunk_tokens=512,
             rows = max(1, chunk_tokens // tokens.shape[1])
             for t, y in zip(tokens.split(rows), labels.split(rows)):
                 gradients = per_example_gradients(model, t, y, logprobs)
-                for g_sum, f_sum, gradient in zip(g.split(sizes), fisher.split(sizes), gradients):
-                    g_sum += gradient.sum(0).flatten()
-                    f_sum += gradient.square().sum(0).flatten()
+                for g, f, gradient in zip(g_sum.split(sizes), f_sum.split(sizes), gradients):
+                    g += gradient.sum(0).flatten()
+                    f += gradient.square().sum(0).flatten()
             count += len(tokens)
     finally:
         model.train(was_training)
     if count == 0:
         raise ValueError("importance needs at least one example")
-    return g, fisher, count
+    return g_sum, f_sum, count
 
 
-def scores_from(g, fisher, count: int, phi, rank_by="importance"):
+def scores_from(g_sum, f_sum, count: int, phi, rank_by="importance"):
     """The scores (N,) float32 of what `gradient_moments` gives. Raises as `importance` does."""
-    scores = SCORES[rank_by](g / count, fisher / count, phi).abs().float()
+    scores = SCORES[rank_by](g_sum / count, f_sum / count, phi).abs().float()
     if not scores.isfinite().all():
         raise ValueError("the importance scores are not finite; is a loss NaN?")
     if not scores.any():
@@ -309,6 +313,8 @@ def importance(model, batches, logprobs=logits_logprobs, *, rank_by="importance"
     Runs in eval mode and restores it. Raises ValueError on an example without answer tokens, on
     scores that are all zero and on scores that are not finite.
     """
+    if rank_by not in SCORES:
+        raise ValueError(f"unknown rank_by {rank_by!r}; one of {', '.join(SCORES)}")
     moments = gradient_moments(model, batches, logprobs, **settings)
     return scores_from(*moments, get_flat(model), rank_by)
 
@@ -324,7 +330,7 @@ class Partition(NamedTuple):
     shared: torch.Tensor
 
 
-def first(order, count: int) -> torch.Tensor:
+def top(order, count: int) -> torch.Tensor:
     """bool (N,): the elements in the first `count` places of an order of all N."""
     return torch.zeros_like(order, dtype=torch.bool).index_fill(0, order[:count], True)
 
@@ -338,7 +344,7 @@ def cumulative_region(scores, theta: float) -> torch.Tensor:
         return torch.ones_like(scores, dtype=torch.bool)
     order = scores.argsort(descending=True, stable=True)  # ties go to the lower index
     cumulative = scores[order].double().cumsum(0)
-    return first(order, int(torch.searchsorted(cumulative, theta * cumulative[-1])) + 1)
+    return top(order, int(torch.searchsorted(cumulative, theta * cumulative[-1])) + 1)
 
 
 def partition(s1, s2, theta: float) -> Partition:
@@ -368,7 +374,7 @@ def stage_mask(part: Partition, scores, stage: int, fraction: float) -> torch.Te
         raise ValueError(f"fraction = {fraction} is outside [0, 1]")
     mask = (part.s1_only if stage == 1 else part.s2_only).clone()
     order = scores[part.shared].argsort(descending=True, stable=True)
-    mask[part.shared] = first(order, int(fraction * len(order)))
+    mask[part.shared] = top(order, int(fraction * len(order)))
     return mask
 
 
@@ -383,10 +389,9 @@ def shuffle_scores(model, s1, s2, select: str, generator):
     sizes = [len(s1)]
     if select == "random-in-tensor":
         sizes = [p.numel() for p in lora_factors(model).values()]
-    starts = [sum(sizes[:i]) for i in range(len(sizes))]
-    order = [start + torch.randperm(n, generator=generator) for start, n in zip(starts, sizes)]
-    order = torch.cat(order).to(s1.device)
-    return s1[order], s2[order]
+    pieces = torch.arange(len(s1)).split(sizes)
+    order = torch.cat([p[torch.randperm(len(p), generator=generator)] for p in pieces])
+    return s1[order.to(s1.device)], s2[order.to(s2.device)]
 
 
 # -------------------------------------------------------------------------------------- optimizer
@@ -398,12 +403,12 @@ class MaskedAdamW(torch.optim.AdamW):
     Masking gradients is not enough: decoupled weight decay and old momentum would still move the
     frozen elements. Here the optimizer owns `packed`, the (n_active,) elements under the mask;
     step() gathers their gradients, clips their norm, updates them and writes them back between the
-    frozen ones, whose bits stay. Adam's state is 8 bytes an active element.
-    Raises ValueError if the mask selects nothing.
+    frozen ones, whose bits stay. Adam's state is 8 bytes per active element.
+    Raises ValueError if the mask selects nothing, or where the factors are not float32.
     """
 
     def __init__(
-        self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=None
+        self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=math.inf
     ):
         self.model, self.mask = model, get_mask(model)
         self.index = self.mask.nonzero()[:, 0]  # (n_active,)
@@ -411,6 +416,8 @@ class MaskedAdamW(torch.optim.AdamW):
         if not len(self.index):
             raise ValueError("the mask has no active element: training would silently do nothing")
         self.packed = nn.Parameter(get_flat(model)[self.index])
+        if self.packed.dtype != torch.float32:
+            raise ValueError(f"the factors are {self.packed.dtype}: small steps need float32")
         super().__init__([self.packed], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def zero_grad(self, set_to_none=True):
@@ -419,11 +426,11 @@ class MaskedAdamW(torch.optim.AdamW):
             factor.grad = None
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         """One update. The norm of the packed gradient before clipping is in `grad_norm`.
 
         Raises ValueError without gradients or if the mask has changed since construction;
-        FloatingPointError, before the model is touched, if an updated element is not finite.
+        FloatingPointError, before the model is touched, where gradient or update is not finite.
         """
         factors = lora_factors(self.model).values()
         if not torch.equal(get_mask(self.model), self.mask):
@@ -434,9 +441,10 @@ class MaskedAdamW(torch.optim.AdamW):
         gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in factors]
         self.packed.copy_(flat[self.index])
         self.packed.grad = torch.cat(gradients)[self.index]
-        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
-        self.grad_norm = nn.utils.clip_grad_norm_(self.packed, limit)
-        super().step(closure)
+        self.grad_norm = nn.utils.clip_grad_norm_(self.packed, self.max_grad_norm)
+        if not self.grad_norm.isfinite():
+            raise FloatingPointError(f"the norm of the gradient is {self.grad_norm}")
+        super().step()
         if not self.packed.isfinite().all():
             raise FloatingPointError("an updated element is not finite")
         flat[self.index] = self.packed
@@ -477,7 +485,7 @@ def save_adapter(model, folder, base_model=""):
         tensors[f"base_model.model.{name}.lora_A.weight"] = A
         tensors[f"base_model.model.{name}.lora_B.weight"] = B
     first = next(iter(layers.values()))
-    rank = len(A)
+    rank = len(A)  # every layer has the same
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -510,11 +518,16 @@ def read_adapter(folder):
         tensors = load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: not a readable PEFT adapter ({error})") from None
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{folder}: peft_type {config.get('peft_type')!r} is not LORA")
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        raise ValueError(f"{folder}: the peft_type in adapter_config.json is not LORA")
     bad = [key for key in UNSUPPORTED if config.get(key)]
+    start = config.get("init_lora_weights", True)
+    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda", "loftq")):
+        bad.append(f"init_lora_weights {start} (PEFT changes the base when it loads this)")
     if bad or config.get("bias", "none") != "none":
         raise ValueError(f"{folder}: the adapter uses {', '.join(bad) or 'bias'}: not supported")
+    if not isinstance(config.get("lora_alpha"), int | float):
+        raise ValueError(f"{folder}/adapter_config.json: no lora_alpha")
     pairs = {}
     for key, tensor in tensors.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", key)
@@ -541,14 +554,12 @@ def load_adapter(model, folder):
     pairs, dropout = read_adapter(folder)
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError("the model has LoRA layers already; load the adapter into a fresh base")
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
     for name, (A, B, _) in pairs.items():
-        shape, needed = (B.shape[0], A.shape[1]), None
-        if name in linears:
-            needed = tuple(linears[name].weight.shape)
-        if shape != needed:
-            there = f"{needed} there" if needed else "not there"
-            raise ValueError(f"{folder}: {name} is for a linear of {shape}, which is {there}")
+        shape = (B.shape[0], A.shape[1])
+        there = tuple(linears[name].weight.shape) if name in linears else "missing"
+        if there != shape:
+            raise ValueError(f"{folder}: {name} is for a linear of {shape}, which is {there} here")
     model.requires_grad_(False)
     for name, (A, B, scale) in pairs.items():
         layer = LoRALinear(linears[name], A, B, scale, dropout, anchored=False)

@@ -74,6 +74,8 @@ class ModelConfig:
         if raw.get("quantization_config"):
             refuse("quantization_config", "...", "unquantised weights")
         window = raw.get("sliding_window")
+        if model_type == "mistral" and "sliding_window" not in raw:
+            window = 4096  # what an absent field means
         if model_type in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False):
             window = None  # Qwen files carry a window that is switched off
         if window is not None or "sliding_attention" in (raw.get("layer_types") or ()):
@@ -84,6 +86,15 @@ class ModelConfig:
         rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
         if rope["rope_type"] not in ("default", "linear", "llama3"):
             refuse("rope_type", rope["rope_type"], "default, linear, llama3")
+        llama3 = (
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        )
+        for needed in {"linear": ("factor",), "llama3": llama3}.get(rope["rope_type"], ()):
+            if needed not in rope:
+                raise ValueError(f"{source}: rope_scaling has no {needed}")
         if raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
             refuse("partial_rotary_factor", "...", "1.0")
         try:
@@ -247,27 +258,29 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
         self.layers = nn.ModuleList(Block(c, i) for i in range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.register_buffer("inv_freq", rope_frequencies(c), persistent=False)
+        self.inv_freq = rope_frequencies(c)  # no buffer: .to(bfloat16) must not round it
         self.checkpointing = False  # True: recompute each layer in the backward, for long rows
 
     def forward(self, tokens, cache=None, owner=None, positions=None):
         """tokens (B, T) -> hidden states (B, T, hidden_size).
 
-        Attention is causal, so right padding never reaches a real token. With a cache the rows are
-        prompts and are kept for the answers that `owner` (rows,) gives to them; with positions (B,)
-        too, tokens (B, 1) are one more token of each of the cache's rows.
+        Attention is causal, so right padding never reaches a real token. With a cache, tokens are
+        prompts, and row r of the cache keeps prompt owner[r]. With positions (B,) too, tokens
+        (B, 1) are the next token of each of its rows, at that position.
         """
         x = self.embed_tokens(tokens)  # (B, T, hidden)
-        steps, mask = torch.arange(tokens.shape[1], device=tokens.device)[None], None  # (1, T)
+        steps = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
+        mask = None
         if positions is not None:
             steps = positions[:, None]  # (B, 1)
             slots = torch.arange(cache.keys[0].shape[2], device=tokens.device)
             mask = torch.where(slots <= steps, 0.0, -torch.inf).to(x.dtype)[:, None, None]
-        angles = steps[:, None, :, None] * self.inv_freq  # (B or 1, 1, T, head_dim / 2)
+        inv_freq = self.inv_freq.to(tokens.device)
+        angles = steps[:, None, :, None] * inv_freq  # (B or 1, 1, T, head_dim / 2)
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
-            if self.checkpointing and torch.is_grad_enabled():
+            if self.checkpointing and torch.is_grad_enabled() and cache is None:
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, cache, owner, positions, mask)
@@ -285,7 +298,11 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self):  # (V, hidden)
-        return (self.lm_head or self.model.embed_tokens).weight
+        if self.lm_head is None:
+            return self.model.embed_tokens.weight
+        if type(self.lm_head) is not nn.Linear:
+            raise ValueError("adapters on lm_head are not supported: only its weight is read")
+        return self.lm_head.weight
 
     def forward(self, tokens):
         """tokens (B, T) int64 -> logits (B, T, V). Right padding; padded positions mean nothing."""
@@ -313,11 +330,11 @@ class HeadLogprobs(torch.autograd.Function):
         rows = max(1, HeadLogprobs.LOGITS // len(weight))
         logps, jacobians = [], []
         for h, t in zip(hidden.split(rows), targets[:, None].split(rows)):
-            everything = (F.linear(h, weight).float() / temperature).log_softmax(-1)  # (rows, V)
-            logp = everything.gather(-1, t)
+            all_logp = (F.linear(h, weight).float() / temperature).log_softmax(-1)  # (rows, V)
+            logp = all_logp.gather(-1, t)
             logps.append(logp[:, 0])
             if ctx.needs_input_grad[0]:
-                error = everything.exp_().neg_().scatter_(-1, t, -torch.expm1(logp))  # onehot - p
+                error = all_logp.exp_().neg_().scatter_(-1, t, -torch.expm1(logp))  # onehot - p
                 jacobians.append(error.to(weight.dtype) @ weight / temperature)
         if jacobians:
             ctx.save_for_backward(torch.cat(jacobians))  # (M, H)
@@ -333,7 +350,7 @@ def check_length(model, tokens: int):
     """One warning where positions go beyond what the checkpoint was made for."""
     limit = model.config.max_position_embeddings
     if tokens > limit:
-        warnings.warn(f"{tokens} tokens exceed max_position_embeddings {limit}", stacklevel=3)
+        warnings.warn(f"positions beyond max_position_embeddings {limit}", stacklevel=3)
 
 
 def token_logprobs(model, tokens, labels, temperature=1.0):
@@ -342,7 +359,7 @@ def token_logprobs(model, tokens, labels, temperature=1.0):
 
     The head runs only at the answer positions, in chunks.
     """
-    check_length(model, tokens.shape[1])
+    check_length(model, tokens.shape[1] - 1)
     hidden = model.model(tokens[:, :-1])  # (B, T-1, H): nothing follows the last token
     targets, weight = labels[:, 1:], model.head_weight
     answer = targets != -100
@@ -400,7 +417,7 @@ def sample(logits, temperature, top_p, uniform):
     return token[:, 0], logp.gather(-1, token)[:, 0]
 
 
-LOOK_EVERY = 4  # steps: looking at which rows have ended waits for the device
+LOOK_EVERY = 4  # steps between looks at which rows have ended: a look waits for the device
 
 
 def generate_rows(model, prompts, owner, uniforms, temperature, top_p, eos):
@@ -410,7 +427,7 @@ def generate_rows(model, prompts, owner, uniforms, temperature, top_p, eos):
     slots = max(map(len, prompts)) + max_new_tokens
     cache = KVCache(model.config, R, slots, model.head_weight)
     logits = prefill(model, prompts, cache, owner)[owner]  # (R, V)
-    positions = torch.tensor([len(p) for p in prompts], device=logits.device)[owner]  # (R,)
+    lengths = torch.tensor([len(p) for p in prompts], device=logits.device)[owner]  # (R,)
     tokens = torch.zeros(R, max_new_tokens, dtype=torch.long, device=logits.device)
     logps = torch.zeros(R, max_new_tokens, device=logits.device)
     alive = torch.arange(R, device=logits.device)  # the rows that the cache still holds
@@ -425,12 +442,10 @@ def generate_rows(model, prompts, owner, uniforms, temperature, top_p, eos):
             going = (~ended).nonzero()[:, 0]
             if len(going) == 0:
                 break
-            if len(going) <= len(ended) // 2:
+            if len(going) <= len(ended) // 2:  # then copying the cache pays
                 cache.keep(going)
-                alive, ended, token, positions = (
-                    x[going] for x in (alive, ended, token, positions)
-                )
-        logits = decode_one_token(model, token, positions + step, cache)
+                alive, ended, token, lengths = (x[going] for x in (alive, ended, token, lengths))
+        logits = decode_one_token(model, token, lengths + step, cache)
     return tokens, logps
 
 
@@ -451,8 +466,8 @@ def generate(
     """Continues each prompt `samples_per_prompt` times: list[list[int]] -> [P][G][new tokens].
 
     The sampled EOS is part of the answer. At most batch_rows answers are decoded together, each
-    prompt of them prefilled once. The random numbers of all answers are drawn before the first, so
-    what is sampled depends neither on batch_rows nor on when others end. With return_logprobs also
+    prompt of them prefilled once. All random numbers are drawn before decoding starts, so what is
+    sampled depends neither on batch_rows nor on when others end. With return_logprobs also
     gives [P][G][log-prob of each new token] under softmax(logits / temperature). Runs in eval mode
     and restores the mode. `generator` lives on the CPU. Raises ValueError on an empty prompt, or on
     settings out of range.
@@ -468,7 +483,7 @@ def generate(
             f"generate: max_new_tokens {max_new_tokens}, samples_per_prompt {samples_per_prompt}, "
             f"batch_rows {batch_rows}, temperature {temperature} or top_p {top_p} is out of range"
         )
-    check_length(model, max(map(len, prompts)) + max_new_tokens)
+    check_length(model, max(map(len, prompts)) + max_new_tokens - 1)  # the last is not fed back
     device, R = model.head_weight.device, len(prompts) * samples_per_prompt
     owner = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)  # row -> prompt
     uniforms = torch.rand(R, max_new_tokens, dtype=torch.float64, generator=generator)
@@ -482,9 +497,9 @@ def generate(
             layer.hold(True)
         for rows in torch.arange(R).split(batch_rows):
             first, last = int(owner[rows[0]]), int(owner[rows[-1]])
-            mine, numbers = (owner[rows] - first).to(device), uniforms[rows].to(device)
+            owners, numbers = (owner[rows] - first).to(device), uniforms[rows].to(device)
             new_tokens, new_logps = generate_rows(
-                model, prompts[first : last + 1], mine, numbers, temperature, top_p, eos
+                model, prompts[first : last + 1], owners, numbers, temperature, top_p, eos
             )
             is_eos = torch.isin(new_tokens, eos)
             count = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, max_new_tokens).tolist()
@@ -617,10 +632,13 @@ def save_model(model: Transformer, folder, **extra):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = asdict(model.config) | {"architectures": [ARCHITECTURES[model.config.model_type]]}
-    config |= {"torch_dtype": str(model.head_weight.dtype).removeprefix("torch.")} | extra
+    config |= {"torch_dtype": str(model.head_weight.dtype).removeprefix("torch.")}
+    config |= {"sliding_window": None} | extra
     (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
     os.replace(folder / "config.json.tmp", folder / "config.json")
     state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    if any(".lora_" in name for name in state):
+        raise ValueError("save_model writes plain weights: merge the adapters first")
     temporary = folder / "model.safetensors.tmp"
     save_file(state, temporary, metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", temporary)  # save_file's own mode is 0600

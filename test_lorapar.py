@@ -349,12 +349,12 @@ def test_generate_refuses_what_it_cannot_do_and_warns_once_of_long_rows():
     for prompts, length in (([], 4), ([[1], []], 4), ([[1]], 0)):
         with pytest.raises(ValueError, match="generate"):
             decoder.generate(qwen(), prompts, length)
-    with pytest.warns(UserWarning, match="exceed max_position_embeddings 128") as caught:
-        decoder.generate(qwen(), [[1] * 126], 3, samples_per_prompt=2)
+    with pytest.warns(UserWarning, match="beyond max_position_embeddings 128") as caught:
+        decoder.generate(qwen(), [[1] * 127], 3, samples_per_prompt=2)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        decoder.generate(qwen(), [[1] * 125], 3)
+        decoder.generate(qwen(), [[1] * 126], 3)
 
 
 def test_sharded_and_single_files_load_alike_and_round_trip(tmp_path):
@@ -399,6 +399,11 @@ BROKEN = {
     "architecture": (lambda s, c: c.update(model_type="gpt2"), "model_type"),
     "window": (lambda s, c: c.update(model_type="mistral", sliding_window=8), "sliding_window"),
     "rope": (lambda s, c: c.update(rope_scaling={"rope_type": "yarn"}), "yarn"),
+    "rope factor": (lambda s, c: c.update(rope_scaling={"rope_type": "linear"}), "no factor"),
+    "absent window": (
+        lambda s, c: c.update(model_type="mistral") or c.pop("sliding_window"),
+        "sliding_window",
+    ),
     "field": (lambda s, c: c.pop("hidden_size"), "hidden_size"),
     "activation": (lambda s, c: c.update(hidden_act="gelu"), "hidden_act"),
 }
@@ -644,12 +649,17 @@ def test_peft_reads_our_adapter_on_the_untouched_base(init, tmp_path):
 def test_an_adapter_we_cannot_run_is_refused_by_name(tmp_path):
     lorapar.save_adapter(lora_model(), tmp_path)
     good = json.loads((tmp_path / "adapter_config.json").read_text())
-    for change, named in (({"use_dora": True}, "use_dora"), ({"peft_type": "IA3"}, "IA3")):
+    for change, named in (
+        ({"use_dora": True}, "use_dora"),
+        ({"peft_type": "IA3"}, "not LORA"),
+        ({"init_lora_weights": "pissa_niter_16"}, "PEFT changes the base"),
+        ({"lora_alpha": None}, "no lora_alpha"),
+    ):
         (tmp_path / "adapter_config.json").write_text(json.dumps(good | change))
         with pytest.raises(ValueError, match=named):
             lorapar.load_adapter(qwen(), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps(good))
-    with pytest.raises(ValueError, match="which is .*there"):
+    with pytest.raises(ValueError, match="which is .* here"):
         lorapar.load_adapter(formula_model(STORED["mistral"][0]), tmp_path)
     with pytest.raises(ValueError, match="already"):
         lorapar.load_adapter(lora_model(), tmp_path)
@@ -710,14 +720,24 @@ class Foreign(nn.Module):
         return self.wrap(self.head(self.q_proj(self.embed(tokens)).relu()))
 
 
+class Doubled(nn.Linear):
+    """A linear that computes its own way: no layer of ours may stand in for it."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.q_proj = type("Doubled", (nn.Linear,), {"forward": lambda s, x: 2 * x})(4, 4)
+
+
 BAD_CALLS = {
     "unknown targets": (qwen, {"targets": "qz"}),
     "unknown targets ''": (qwen, {"targets": ""}),
     "nothing has that name; the model's linears are head, q_proj": (Foreign, {"targets": ["nope"]}),
-    "modules of that name are Conv1d": (Foreign, {"targets": ["conv"]}),
+    "it is a Conv1d": (Foreign, {"targets": ["conv"]}),
     "unknown init": (qwen, {"init": "x"}),
     "r = 99": (qwen, {"r": 99}),
     "lora_alpha = 0": (qwen, {"alpha": 0}),
+    "no nn.Linear is named kproj": (qwen, {"targets": ["q_proj", "kproj"]}),
+    "it is a Doubled": (Doubled, {"targets": ["q_proj"]}),
     "already": (lora_model, {}),
 }
 
@@ -725,8 +745,38 @@ BAD_CALLS = {
 @pytest.mark.parametrize("expected", BAD_CALLS)
 def test_add_lora_refuses_bad_calls(expected):
     make, arguments = BAD_CALLS[expected]
+    model = make()
+    layers = [type(m) for m in model.modules()]
     with pytest.raises(ValueError, match=re.escape(expected)):
-        lorapar.add_lora(make(), **arguments)
+        lorapar.add_lora(model, **arguments)
+    assert [type(m) for m in model.modules()] == layers  # nothing was half done
+
+
+def test_what_would_be_wrong_in_silence_is_refused():
+    tokens, labels = answer_batch()
+    model = lorapar.add_lora(formula_model(STORED["llama2"][0]), ["lm_head"], r=2)
+    with pytest.raises(ValueError, match="adapters on lm_head"):
+        decoder.token_logprobs(model, tokens, labels)
+    model = lora_model().to(torch.bfloat16)
+    with pytest.raises(ValueError, match="small steps need float32"):
+        lorapar.MaskedAdamW(model)
+    with pytest.raises(ValueError, match="merge the adapters first"):
+        decoder.save_model(model, Path(os.devnull).parent / "shm")
+    heads = Foreign()
+    heads.embed.forward = lambda t: F.one_hot(t % 8, 8).float()[:, None].expand(-1, 2, -1, -1)
+    heads.wrap = lambda logits: logits[:, 0]
+    lorapar.add_lora(heads, ["q_proj"], r=2)
+    with pytest.raises(ValueError, match=r"importance needs inputs \(B, T, in\)"):
+        lorapar.importance(heads, [answer_batch(2)])
+    with pytest.raises(ValueError, match="unknown rank_by"):
+        lorapar.importance(lora_model(), [answer_batch()], rank_by="typo")
+
+
+def test_a_model_cast_to_bf16_keeps_its_angles():
+    """RoPE's frequencies in bf16 are off by radians at position 2,000."""
+    model = qwen()
+    exact = model.model.inv_freq.clone()
+    assert torch.equal(model.to(torch.bfloat16).model.inv_freq, exact)
 
 
 class Output(dict):
@@ -1050,9 +1100,18 @@ def test_an_update_that_is_not_finite_leaves_the_model_as_it_was():
         random_gradients(model, 0)
         for factor in lorapar.lora_factors(model).values():
             factor.grad[0] = bad
-        with pytest.raises(FloatingPointError, match="not finite"):
+        with pytest.raises(FloatingPointError, match="norm of the gradient"):
             optimizer.step()
         assert torch.equal(lorapar.get_flat(model), start)
+    random_gradients(model, 0)
+    optimizer.step()  # Adam's state took no harm
+    assert lorapar.get_flat(model).isfinite().all()
+    optimizer.packed.data.fill_(0)
+    optimizer.state[optimizer.packed]["exp_avg"].fill_(float("inf"))
+    start = lorapar.get_flat(model)
+    with pytest.raises(FloatingPointError, match="updated element is not finite"):
+        optimizer.step()
+    assert torch.equal(lorapar.get_flat(model), start)
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -2088,6 +2147,16 @@ def test_kl_is_measured_to_the_reference_vector_not_to_the_base():
     assert stats["kl"] == pytest.approx(expected.mean().item(), rel=1e-4) and stats["kl"] > 1e-4
 
 
+def test_a_reference_pass_that_fails_gives_the_policy_back(monkeypatch):
+    model = lora_model()
+    s, rows = sampled_rows(model)
+    policy = lorapar.get_flat(model)
+    monkeypatch.setattr(grpo, "token_logprobs", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        update(model, s, rows, policy + 1)
+    assert torch.equal(lorapar.get_flat(model), policy)
+
+
 def test_no_reference_pass_without_kl(monkeypatch):
     model = lora_model()
     s, rows = sampled_rows(model, beta=0.0)
@@ -2184,7 +2253,7 @@ def test_cosine_schedule_with_warm_up(first):
 
 def test_without_a_model_the_toys_settings_hold_and_with_one_the_papers():
     toy, real = train.read_config([]), train.read_config(["--model", "x", "--data", "gsm8k"])
-    for c, expected in ((toy, (32.0, 32, 3e-3, 80)), (real, (64.0, 512, 2e-4, None))):
+    for c, expected in ((toy, (32.0, 32, 3e-3, 40)), (real, (64.0, 512, 2e-4, None))):
         assert (c.lora_alpha, c.max_length, c.sft_lr, c.rl_steps) == expected
     assert train.read_config(["--sft-lr", "1"]).sft_lr == 1.0
 
@@ -2772,4 +2841,4 @@ def test_readme_names_what_the_code_holds():
     for file in ("train.py", "data.py", "model.py"):
         known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', (HERE / file).read_text()))
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
-    assert used <= known | {"--shuffle"}, used - known
+    assert used <= known | {"--shuffle", "--help", "--seeds"}, used - known

@@ -1413,7 +1413,9 @@ def run_bench(arguments):
     add_flags(parser, ["device", "targets", "r"])
     parser.add_argument("--dtype", default=None, help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--batch", type=int, default=8, help="rows of SFT and importance")
-    parser.add_argument("--length", type=int, default=256, help="tokens a row, half of them answer")
+    parser.add_argument(
+        "--length", type=int, default=256, help="tokens per row, half of them answer"
+    )
     parser.add_argument("--prompts", type=int, default=4, help="prompts of a GRPO step")
     parser.add_argument("--group", type=int, default=8, help="answers a prompt")
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens an answer")
