@@ -550,6 +550,13 @@ def roleplay_prompt(example: Example, target_model: str, roleplay: bool = True) 
     return re.sub(r"{(target|question|answer)}", lambda m: fields[m[1]], template)
 
 
+def batch_request(custom_id: str, teacher: str, prompt: str) -> dict:
+    """A line of the batch format that services and vLLM take."""
+    body = {"model": teacher, "messages": [{"role": "user", "content": prompt}]}
+    request = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions"}
+    return request | {"body": body}
+
+
 def vote(labels: list[str]) -> str:
     """The majority of "S1" and "S2" verdicts; a tie is "S2": a hard question asked fast does more
     harm than an easy one thought over. ValueError without verdicts or on another word."""
@@ -574,7 +581,7 @@ def verdict(text: str) -> str | None:
 
 
 def read_answers(paths) -> dict[str, dict[str, str | None]]:
-    """Teachers' batch answers, one file a teacher -> {custom_id: {teacher: verdict}}: "S1", "S2",
+    """Teachers' batch answers, one file per teacher -> {custom_id: {teacher: verdict}}: "S1", "S2",
     None for a text without a clear one (a refusal), "error" where the service gave no text.
 
     Joined by custom_id, never by order. A body may be wrapped (response.body) or bare.
@@ -1330,7 +1337,7 @@ def main():
         return {"judge": judge_main, "candidate": candidate_main}[sys.argv[1]]()
     parser = argparse.ArgumentParser(description="The sample splitter: teacher prompts and votes.")
     commands = parser.add_subparsers(dest="command", required=True)
-    prompts = commands.add_parser("prompts", help="write one batch request file a teacher")
+    prompts = commands.add_parser("prompts", help="write one batch request file per teacher")
     prompts.add_argument("--data", required=True, help="a data set, or a jsonl of your own")
     prompts.add_argument("--data-path", help="the data set's folder or file")
     prompts.add_argument("--target", required=True, help='the model to act as, "LLaMA2 7B"')
@@ -1338,7 +1345,7 @@ def main():
     prompts.add_argument("--no-roleplay", action="store_true", help="ask without role play")
     prompts.add_argument("--out", required=True, help="folder for TEACHER.jsonl")
     votes = commands.add_parser("vote", help="join teachers' answers into labels.jsonl")
-    votes.add_argument("answers", nargs="+", help="one batch output file a teacher")
+    votes.add_argument("answers", nargs="+", help="one batch output file per teacher")
     votes.add_argument("--out", required=True, help="labels file to write")
     votes.add_argument(
         "--shuffle", type=int, metavar="SEED", help="the random split of the same sizes (table 1)"
@@ -1356,24 +1363,8 @@ def main():
         examples = load_dataset(args.data, args.data_path, split)
         for teacher in args.teachers.split(","):
             file = Path(args.out) / f"{teacher.strip().replace('/', '_')}.jsonl"
-            requests = (
-                {
-                    "custom_id": e.id,
-                    "method": "POST",
-                    "url": "/v1/chat/completions",
-                    "body": {
-                        "model": teacher.strip(),
-                        "messages": [
-                            {
-                                "role": "user",
-                                "content": roleplay_prompt(e, args.target, not args.no_roleplay),
-                            }
-                        ],
-                    },
-                }
-                for e in examples
-            )
-            write_jsonl(file, requests)
+            asked = [(e, roleplay_prompt(e, args.target, not args.no_roleplay)) for e in examples]
+            write_jsonl(file, (batch_request(e.id, teacher.strip(), text) for e, text in asked))
             print(f"{file}: {len(examples)} requests")
     except (ValueError, OSError) as error:
         print(f"data.py: {error}", file=sys.stderr)

@@ -2695,8 +2695,8 @@ def test_a_sweep_of_two_tiny_cells(toy_run, tmp_path, monkeypatch, capsys):
     chosen = {}
     for rate in (3e-3, 9e-3):  # the rates of the first row, chosen again by hand, on validation
         flags = "" if rate == 3e-3 else f",sft_lr={rate}"
-        cell = cells[f"eval_split=validation,order=sft,seed=2{flags}"]
-        chosen[rate] = [cell["evaluation"]["sft"]["all"][k] for k in ("accuracy", "probability")]
+        cell = cells[f"eval_split=validation,seed=2{flags}"]
+        chosen[rate] = [cell["evaluation"]["rl"]["all"][k] for k in ("accuracy", "probability")]
     assert float(table[0]["sft_lr"]) == max(chosen, key=chosen.get)
     assert not any("seed=2" in name and "validation" not in name for name in cells)
     flags = f",sft_lr={table[0]['sft_lr']}" * (table[0]["sft_lr"] != "0.003")
@@ -2707,7 +2707,7 @@ def test_a_sweep_of_two_tiny_cells(toy_run, tmp_path, monkeypatch, capsys):
     assert "| SFT then RL | 81.65 |" in text and "all 40)" in text and "+13.2" in text
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.parent.parent.name == "cells"}
     train.main(command)  # finished cells are reused
-    assert before == {p: p.stat().st_mtime_ns for p in before} and len(before) > 20
+    assert before == {p: p.stat().st_mtime_ns for p in before} and len(before) > 10
 
 
 def test_verdicts_follow_two_standard_errors():

@@ -255,7 +255,6 @@ def run_stage(c, stage, model, mask, rows, one_step, betas):
         print(f"{stage}: " + (f"reused from {folder}" if first == total else f"after step {first}"))
     scheduler = cosine(optimizer, total, getattr(c, f"{stage}_warmup"), first)
     metrics, started = Metrics(Path(c.out), stage, first), time.perf_counter()
-    model.model.checkpointing = c.checkpointing
     for step in range(first, total):
         seed = c.seed * 1_000_003 + step
         torch.manual_seed(seed)  # dropout, on every device
@@ -276,7 +275,6 @@ def run_stage(c, stage, model, mask, rows, one_step, betas):
         print(f"{stage} {step + 1}/{total}  {words}  left {clock(left)}")
         if saves:
             save_state(folder, model, optimizer, step + 1)
-    model.model.checkpointing = False
     lorapar.save_adapter(model, folder, c.model or "toy")  # derived: anew, whatever was there
 
 
@@ -681,6 +679,7 @@ def prepare(c: RunConfig, report: dict):
                 f"no {system} training example among {len(labelled)} labelled ones: check --labels"
             )
     model = load(c, model_path)
+    model.model.checkpointing = c.checkpointing
     data.write_jsonl(labels, records)
     lorapar.write_json(Path(c.out) / "config.json", settings(c))
     return model, tokenizer, systems, test
@@ -991,7 +990,12 @@ def draw_figures(out: Path):
         here = some[region[some]]
         share = f"{name} {region.double().mean():.1%}"
         axes.scatter(s1[here], s2[here], s=2, c=colour, label=share, rasterized=True)
-    axes.set(xscale="log", yscale="log", xlabel="importance for System 1", ylabel="for System 2")
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="importance for System 1",
+        ylabel="importance for System 2",
+    )
     axes.legend(title=f"Jaccard index {facts['jaccard']:.3f}", markerscale=4)
     figure.savefig(out / "importance.png", dpi=120, bbox_inches="tight")
     plt.close(figure)
@@ -1160,23 +1164,21 @@ def share_toy(base: RunConfig, c: RunConfig):
 
 
 def tuned_rates(base: RunConfig, changes: dict, seed: int):
-    """-> the cell's learning rates and their text. Each is the best of three on the validation
-    split of a seed that is not compared: by accuracy on the stage's system, on all in the last."""
-    rates, words, order = {}, [], changes.get("order", base.order).split(",")
-    for i, stage in enumerate(order):
+    """-> the cell's learning rates and their text. One stage after the other takes the best of
+    three, by the accuracy of whole runs at the end, on the validation split of a seed that is not
+    compared."""
+    rates, words = {}, []
+    for stage in changes.get("order", base.order).split(","):
         tried = {}
         for factor in RATES:
             rate = float(f"{getattr(base, f'{stage}_lr') * factor:.3g}")
-            trial = changes | rates | {f"{stage}_lr": rate, "order": ",".join(order[: i + 1])}
+            trial = changes | rates | {f"{stage}_lr": rate, "seed": seed}
             try:
-                report = run_cell(base, trial | {"seed": seed, "eval_split": "validation"})
+                report = run_cell(base, trial | {"eval_split": "validation"})
+                row = list(report["evaluation"].values())[-1]["all"]
+                tried[rate] = row["accuracy"], row["probability"]
             except ValueError:  # it diverged
                 tried[rate] = -1.0, 0.0
-                continue
-            table = report["evaluation"][stage]
-            own = "all" if stage == order[-1] else {"sft": "S1", "rl": "S2"}[stage]
-            row = table.get(own, table["all"])
-            tried[rate] = row["accuracy"], row["probability"]
         best = max(tried, key=tried.get)
         rates[f"{stage}_lr"] = best
         words.append(f"{best:.2g}" + "*" * (best in (min(tried), max(tried))))
