@@ -927,16 +927,17 @@ def passes_tests(example: Example, completion: str, unconfined=False) -> bool:
     said = out.decode().split("\n")
     if said[0] != "ready":
         raise SandboxError(f"the sandbox cannot start: {said[0] or 'the judge ended at once'}")
-    if said[1:2] and said[1] not in ("passed", "failed"):
+    if said[1:2] not in ([], [""], ["passed"], ["failed"]):  # nothing: the tests themselves hang
         raise SandboxError(said[1])
     return said[1:2] == ["passed"]
 
 
 def program(prompt: str, completion: str, entry: str) -> str:
     """The candidate's source, from whatever form a model answers in: a body that continues the
-    prompt (and then runs on), a whole function, or Markdown with fenced blocks around either."""
+    prompt, a whole function, or Markdown with fenced blocks around either. Of the ways to read it
+    the one counts that keeps most of the text up to the first syntax error."""
     text, blocks, inside = [], [], False
-    for line in completion.splitlines():
+    for line in completion.lstrip("\ufeff").splitlines():
         if line.strip().startswith(("```", "~~~")):
             inside = not inside
             blocks += [[]] * inside
@@ -944,36 +945,32 @@ def program(prompt: str, completion: str, entry: str) -> str:
             blocks[-1].append(line)
         elif not blocks:
             text.append(line)
-    defines = re.compile(rf"^(?:async )?def {re.escape(entry)}\b", re.M)
+    name = re.escape(entry)
+    defines = re.compile(rf"^(?:(?:async )?def {name}\b|{name} *(?::[^=\n]+)?=(?!=))", re.M)
     fenced = [textwrap.dedent("\n".join(block)) for block in blocks]
     whole = [i for i, block in enumerate(fenced) if defines.search(block)]
-    code = "\n".join(text)
+    codes = ["\n".join(text), *fenced[:1]]
     if whole:  # with the blocks before it that are code: helpers, imports
-        code = "\n".join(block for block in fenced[: whole[-1] + 1] if parses(block))
-    elif blocks and not code.strip():
-        code = "\n".join(blocks[0])
-    code = re.split(r"<\||</s>|\[/PYTHON\]", code, maxsplit=1)[0]
-    start = code.lstrip("\n")
-    if start[:1].isspace():  # a body
-        return first_definitions(longest_that_parses(prompt + code), entry)
-    if defines.search(code):  # a whole function, behind prose or imports
-        first = r"^from __future__ .*\n"  # must be the first statement of a file
-        future = "".join(re.findall(first, code, flags=re.M))
-        if not parses(code[: defines.search(code).start()]):  # prose stands before it
-            begins = re.search(r"^(?:import |from |def |async def |class |@|\w+ *=)", code, re.M)
-            code = code[begins.start() :]
-        code = re.sub(first, "", code, flags=re.M)
-        return future + longest_that_parses(prompt + "\n    pass\n\n" + code)
-    tries = [prompt + textwrap.indent(code, "    "), prompt + "    " + code]  # it lost its indent
-    return first_definitions(max(map(longest_that_parses, tries), key=len), entry)
-
-
-def parses(source: str) -> bool:
-    try:
-        compile(source, "candidate", "exec")
-    except (SyntaxError, ValueError):
-        return False
-    return True
+        codes = ["\n".join(b for b in fenced[: whole[-1] + 1] if longest_that_parses(b) == b)]
+    readings = []  # (characters kept, source, which definition of the entry counts)
+    for code in codes:
+        code = re.split(r"<\||</s>|\[/PYTHON\]", code, maxsplit=1)[0]
+        first = re.compile(r"^from __future__ .*\n", re.M)  # must be the first statement of a file
+        head, code = "".join(first.findall(code)) + prompt, first.sub("", code)
+        code = re.sub(r"\A(?:[ \t]*\n)+", "", code)
+        stub = head + "\n    pass\n\n"
+        indented = textwrap.indent(textwrap.dedent(code), "    ")
+        bodies = [(head, way, 0) for way in (code, indented, "    " + code.lstrip())]
+        begins = re.finditer(r"^(?:import |from |def |async def |class |@|\w+ *=)", code, re.M)
+        starts = [code[m.start() :] for m in list(begins)[:20]]  # prose stands before it
+        functions = [(stub, way, 1) for way in (textwrap.dedent(code), code.lstrip(), *starts)]
+        is_body = code[:1].isspace() and not defines.match(code.lstrip())
+        for front, way, which in bodies + functions if is_body else functions + bodies:
+            kept = longest_that_parses(front + way)[len(front) :]
+            if which == 0 or defines.search(kept):
+                readings.append((len("".join(kept.split())), front + kept, which))
+    _, source, which = max(readings, key=lambda reading: reading[0])
+    return without_run_on(source, entry, which)
 
 
 def longest_that_parses(source: str) -> str:
@@ -982,21 +979,25 @@ def longest_that_parses(source: str) -> str:
     while lines:
         try:
             compile("\n".join(lines), "candidate", "exec")
-            return "\n".join(lines)
+            break
         except SyntaxError as error:
             del lines[max(0, min(error.lineno or 1, len(lines)) - 1) :]
-    return source
+    return "\n".join(lines)
 
 
-def first_definitions(source: str, entry: str) -> str:
-    """A base model runs on: helpers stay; prints, tests and second tries go."""
-    kept, defined = [], set()
+def without_run_on(source: str, entry: str, which: int) -> str:
+    """A base model runs on: behind the definition that counts only helpers, imports and constants
+    stay; prints, tests and second tries go."""
+    kept, seen = [], 0
     for node in ast.parse(source).body:
-        name = getattr(node, "name", None)
-        if not isinstance(node, (ast.Expr, ast.Assert, ast.If, ast.For, ast.While)):
-            if name != entry or name not in defined:
-                kept.append(node)
-            defined.add(name)
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        names = {getattr(node, "name", None), *(getattr(t, "id", None) for t in targets)}
+        helper = isinstance(node, ast.Import | ast.ImportFrom) or names - {None}
+        seen += entry in names
+        if seen <= which or (entry in names and seen == which + 1):
+            kept.append(node)
+        elif helper and not isinstance(node, ast.For) and not names & {entry, *dir(builtins)}:
+            kept.append(node)
     return ast.unparse(ast.Module(kept, []))
 
 
@@ -1019,6 +1020,8 @@ def literal(x) -> str:
             items = "".join(literal(item) + "," for item in kind.__iter__(x))
             empty = "set()" if brackets == "{}" else brackets
             return brackets[0] + items + brackets[1] if items else empty
+    if type(x).__module__ == "numpy":  # a scalar, or an array of one element
+        return literal(x.item())
     raise TypeError(f"{type(x).__name__} is not plain data")
 
 
@@ -1027,6 +1030,8 @@ def judge_main():
     candidate could not be confined."""
     job = json.loads(sys.stdin.buffer.read())
     set_limit("RLIMIT_AS", 2 * MEMORY)
+    verdicts = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the tests print is no verdict
     candidate = subprocess.Popen(
         [sys.executable, "-I", os.path.abspath(__file__), "candidate"],
         stdin=subprocess.PIPE,
@@ -1060,7 +1065,7 @@ def judge_main():
     verdict, deadline = "failed", time.monotonic() + SECONDS
     threading.Timer(SECONDS, candidate.kill).start()
     try:
-        print(answer(), flush=True)  # "ready"
+        print(answer(), file=verdicts, flush=True)  # "ready"
         confined = ask((job["prompt"], job["completion"], job["entry"], job["unconfined"]))
         if confined != "confined":  # said before any code of the candidate has run
             verdict = confined
@@ -1076,15 +1081,19 @@ def judge_main():
         pass
     candidate.kill()
     candidate.wait()
-    print(verdict, flush=True)
+    print(verdict, file=verdicts, flush=True)
     os._exit(0)
 
 
-# What a candidate may import: modules whose import does nothing but define.
-HARMLESS = """__future__ abc array ast base64 binascii bisect calendar cmath collections contextlib
-copy csv dataclasses datetime decimal difflib enum fractions functools gc hashlib heapq html io
-itertools json keyword math numbers numpy operator pprint queue random re secrets statistics string
-struct sys textwrap time timeit traceback types typing unicodedata weakref zlib""".split()
+# What a candidate may import: modules whose import does nothing but define; and what these load
+# late, when the filter stands.
+HARMLESS = """__future__ abc array ast base64 binascii bisect calendar cmath collections
+collections.abc contextlib copy csv dataclasses datetime decimal difflib enum fractions functools
+gc graphlib hashlib heapq html io itertools json keyword math numbers numpy operator pprint queue
+random re secrets statistics string struct sys textwrap time timeit traceback types typing
+unicodedata weakref zlib""".split()
+LATE = ["_strptime", "typing", *(f"encodings.{c}" for c in ("rot_13", "cp1252", "utf_8_sig"))]
+NUMPY = [f"numpy.{m}" for m in "linalg random ma fft polynomial char strings".split()]
 
 
 def candidate_main():
@@ -1105,7 +1114,7 @@ def candidate_main():
     reply("ready")
     prompt, completion, entry, unconfined = ast.literal_eval(requests.readline().decode("ascii"))
     source = program(prompt, completion, entry)
-    for name in ["_strptime", *named_modules(source)]:
+    for name in LATE + named_modules(source):
         try:
             importlib.import_module(name)
         except ImportError:
@@ -1115,12 +1124,16 @@ def candidate_main():
     reply("confined")
     module = types.ModuleType("candidate")
     sys.modules["candidate"] = module  # dataclasses look their module up
-    try:
-        exec(compile(source, "candidate", "exec"), module.__dict__)
-        function = module.__dict__[entry]
-        reply("loaded")
-    except BaseException as error:
-        return reply(type(error).__name__)
+    statements = ast.parse(source).body
+    future = [s for s in statements if getattr(s, "module", None) == "__future__"]
+    for statement in statements:  # one that fails leaves the others standing
+        try:
+            part = ast.Module([*future, statement], [])
+            exec(compile(part, "candidate", "exec", dont_inherit=True), module.__dict__)
+        except BaseException:
+            pass
+    function = module.__dict__.get(entry)
+    reply("loaded")
     for line in requests:
         args, kwargs = ast.literal_eval(line.decode("ascii"))
         try:
@@ -1132,16 +1145,15 @@ def candidate_main():
 
 
 def named_modules(source: str) -> list[str]:
-    """The harmless modules that a source imports, submodules too."""
+    """The harmless modules that a source imports."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    if "numpy" in names:
-        names |= {"numpy.linalg", "numpy.random"}  # numpy loads them late
-    return sorted(name for name in names if name.partition(".")[0] in HARMLESS)
+    named = sorted(names & set(HARMLESS))
+    return named + NUMPY if "numpy" in named else named
 
 
 def set_limit(name, value):

@@ -1756,6 +1756,7 @@ ATTACKS = {  # what stands before the function, what stands in it
     "endless loop": ("", "while True: pass"),
     "endless start": ("x = 1\nwhile x: pass", ""),
     "a long sleep": ("import time", "time.sleep(60); return a + b"),
+    "modules that act": ("import numpy.distutils.system_info, numpy.f2py.tests.util", "return 0"),
     "NUL": ("x = '\0'", "return 0"),
     "surrogate": ("x = '\ud800'", "return 0"),
     "deep nesting": ("x = " + "(" * 100_000, "return 0"),
@@ -1905,6 +1906,33 @@ RIGHT = {
     "decorated": "import functools\n\n@functools.lru_cache\n" + WHOLE,
     "late imports": "from datetime import datetime as d\ndef add(a, b):\n    import re, fractions\n"
     "    return a + b + d.strptime('1', '%d').day - 1\n",
+    "leading space": " " + WHOLE,
+    "blank line with a space": " \n" + WHOLE,
+    "indented whole": "    def add(a, b):\n        return a + b\n",
+    "byte order mark": "\ufeff" + WHOLE,
+    "spaced prose first": " Sure! Here is the code:\n\n" + WHOLE,
+    "one space": " return a + b\n",
+    "two spaces": "  return a + b\n",
+    "tab": "\treturn a + b\n",
+    "prose and fenced body": "Here is the body:\n\n```python\n    return a + b\n```",
+    "lambda": "add = lambda a, b: a + b\n",
+    "operator": "import operator\nadd = operator.add\n",
+    "method": "class S:\n    def add(s, a, b):\n        return a + b\n\nadd = S().add\n",
+    "absent imports": "import pandas, unittest\nimport pytest\n" + WHOLE,
+    "body and unittest": BODY + "\nimport unittest\n\nclass T(unittest.TestCase): pass\n",
+    "body and input": BODY + "\nx = int(input())\nprint(add(x, 1))\n",
+    "body and annotation": BODY + "\nComplexity: O(n)\n",
+    "language name": "python\n" + WHOLE,
+    "assert first": "assert add(1, 2) == 3\n\n" + WHOLE,
+    "exit behind": WHOLE + "\nimport sys\nsys.exit(0)\n",
+    "loop behind": WHOLE + "\nwhile True:\n    pass\n",
+    "builtin shadowed behind": "    return sum([a, b])\n\nsum = add(1, 2)\nprint(sum)\n",
+    "second try behind": WHOLE + "\ndef add(a, b):\n    return a * b\n",
+    "prose that looks like code": "Let's see\na = 2, b = 3 gives 5\n\n" + WHOLE,
+    "prose with import": "Thinking:\nimport nothing here\n\n" + WHOLE,
+    "thinking": "<think>\nMaybe\ndef add(a, b):\n    ...\nno wait.\n</think>\n\n" + WHOLE,
+    "numpy scalar": "import numpy as np\ndef add(a, b):\n    return np.sum(np.unique([a, b]))\n",
+    "codec": "import codecs\ndef add(a, b):\n    codecs.encode('a', 'rot13')\n    return a + b\n",
     "random": "import random, hashlib\ndef add(a, b):\n    random.random()\n"
     "    return a + b + len(hashlib.md5(b'x').digest()) - 16\n",
     "numpy": "import numpy as np\ndef add(a, b):\n"
@@ -1936,6 +1964,25 @@ def test_values_and_exceptions_cross_as_plain_data():
     source = "def same(x, fail=False):\n    if fail:\n        raise KeyError(x)\n    return x\n"
     example = data.Example("x", "def same(x, fail=False):\n", "", "code", tests, entry="same")
     assert data.is_correct(example, source) is True
+
+
+@needs_seccomp
+@pytest.mark.parametrize(
+    "body, right", [("return 'passed'", False), ("return a + b", True), ("return 10**12", False)]
+)
+def test_what_the_tests_print_is_no_verdict_and_tests_that_hang_are_no_pass(body, right):
+    tests = (
+        "def check(c):\n    print(c(2, 3))\n    assert c(2, 3) == 5 or sum(range(c(2, 3))) < 0\n"
+    )
+    example = data.Example("add", "def add(a, b):\n", "", "code", tests, entry="add")
+    assert data.is_correct(example, code("", body)) is right
+
+
+def test_only_modules_that_do_nothing_at_import_are_loaded_for_a_candidate():
+    source = "import numpy.distutils.system_info, os, json.tool\nfrom numpy.f2py import tests\n"
+    assert data.named_modules(source + "import antigravity, __main__, ctypes") == []
+    named = data.named_modules("from collections import abc\nimport numpy as np, math")
+    assert named[:3] == ["collections", "collections.abc", "math"] and "numpy.linalg" in named
 
 
 @needs_seccomp

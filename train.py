@@ -1095,7 +1095,7 @@ def run_sweep(arguments):
     if args.name == "resample":
         return resample(base, args.seeds)
     if base.score_only:
-        return active_shares(base, args.seeds)
+        return active_shares(replace(base, score_only=False), args.seeds)
     records, rates, rows = [], {}, SWEEPS[args.name]
     for row, changes in rows.items():
         chosen, rates[row] = tuned_rates(base, changes, args.seeds)
@@ -1241,8 +1241,9 @@ def active_shares(base: RunConfig, seeds: int):
     lines += ["|---|---|---|---|---|---|"]
     kept = []
     for seed in range(seeds):
-        factors = run_cell(base, {"seed": seed})["partition"]["factors"]
-        scores = read_tensors(Path(base.out) / "cells" / f"seed={seed}" / "importance.safetensors")
+        factors = run_cell(base, {"seed": seed, "score_only": True})["partition"]["factors"]
+        folder = Path(base.out) / "cells" / f"score_only=True,seed={seed}"
+        scores = read_tensors(folder / "importance.safetensors")
         kept.append((factors, scores["s1"], scores["s2"]))
     for targets, theta in itertools.product(TARGETS, (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)):
         names = [lorapar.PROJECTIONS[letter] for letter in targets]
@@ -1253,12 +1254,10 @@ def active_shares(base: RunConfig, seeds: int):
             for name, region in (("S1", part.s1_only), ("S2", part.s2_only)):
                 record[name] = 100 * float((region | part.shared).double().mean())
             records.append(record)
-        cells = [
-            statistics.mean(r[name] for r in records[-seeds:]) for name in ("S1", "S2", "jaccard")
-        ]
-        known = PAPER_ACTIVE.get((targets, theta), "")
-        cells = f"{cells[0]:.2f} | {cells[1]:.2f} | {cells[2]:.3f}"
-        lines.append(f"| {targets.upper()} | {theta} | {known} | {cells} |")
+        mine, known = records[-seeds:], PAPER_ACTIVE.get((targets, theta), "")
+        one, two, index = (statistics.mean(r[k] for r in mine) for k in ("S1", "S2", "jaccard"))
+        cells = f"{known} | {one:.2f} | {two:.2f} | {index:.3f}"
+        lines.append(f"| {targets.upper()} | {theta} | {cells} |")
     write_sweep(base, "theta-scores", records, lines)
 
 
