@@ -1062,7 +1062,11 @@ CLAIMS = {  # sweep -> (the row that should end higher, the other, points in the
     "splits": [("vote of 5", "one teacher", None), ("vote of 5", "random split", None)],
     "shared": [("alpha 1.0 beta 1.0", "alpha 0.0 beta 0.0", None)],
     "theta": [
-        *((f"QKVGUD {t} importance", f"QKVGUD {t} {r}", None) for t in (0.5, 0.9) for r in RANDOM),
+        *(
+            (f"QKVGUD {t} importance", f"QKVGUD {t} {r}", None)
+            for t in (0.3, 0.5, 0.9)
+            for r in RANDOM
+        ),
         ("QKVGUD 0.9 importance", "QKVGUD 1.0 importance", None),
     ],
     "methods": [
