@@ -252,7 +252,7 @@ def prompt_and_answer(example: Example, tokenizer, style: str = "plain", stage: 
     if example.kind in ("code", "letter"):
         return question, answer
     if style == "authors" and stage == "sft":
-        if example.kind == "number":
+        if "<reasoning>\n" in answer:
             reasoning = answer.partition("<reasoning>\n")[2].partition("\n</reasoning>")[0]
             answer = f"{reasoning}\n#### {example.gold}"
         return question, answer
@@ -356,8 +356,8 @@ def _instructions(name, question, more, answer):
             try:
                 parts = [r[question], r.get(more) or ""]
                 text = "\n\n".join(part.strip() for part in parts if part.strip())
-                yield Example(f"{name}/{number - 1}", text, r[answer], "text")
-            except (KeyError, AttributeError) as error:
+                yield Example(f"{name}/{number - 1}", text, r[answer] + "", "text")
+            except (KeyError, AttributeError, TypeError) as error:
                 raise ValueError(f"{path}:{number}: no text in the field {error}") from None
 
     return read
@@ -473,7 +473,8 @@ def find_dataset(name: str, path) -> Path:
 
 def in_one_file(name: str, path) -> bool:
     """Is this one file that holds no splits: one's own, or one file of a set that has several?"""
-    return is_own(name) or (path and Path(path).is_file() and "train test" in DATASETS[name].splits)
+    has_splits = name in DATASETS and DATASETS[name].splits == "train test"  # GSM8K
+    return is_own(name) or bool(has_splits and path and Path(path).is_file())
 
 
 def load_dataset(name: str, path, split: str) -> list[Example]:
@@ -591,16 +592,15 @@ def read_answers(paths) -> dict[str, dict[str, str | None]]:
         for number, record in read_jsonl(path):
             if not isinstance(record.get("custom_id"), str):
                 raise ValueError(f"{path}:{number}: no custom_id")
-            response = record.get("response")
-            body = (response or {}).get("body") if "response" in record else record
             try:
+                body = record["response"]["body"] if "response" in record else record
                 text = body["choices"][0]["message"]["content"]
             except (TypeError, KeyError, IndexError):
                 text = None  # an error of the service
             votes = answers.setdefault(record["custom_id"], {})
             if path.stem in votes:
                 raise ValueError(f"{path}:{number}: second answer for {record['custom_id']}")
-            votes[path.stem] = "error" if text is None else verdict(text)
+            votes[path.stem] = verdict(text) if isinstance(text, str) else "error"
     return answers
 
 
@@ -831,12 +831,12 @@ def is_correct(example: Example, completion: str, unconfined=False) -> bool:
 def reward_parts(example: Example, completion: str, unconfined=False) -> dict[str, float]:
     """The parts of the GRPO reward; the reward is their sum.
 
-    For numbers the authors' five, repaired where they punish good answers: 2.0 a correct
-    <answer> (compared as numbers), 0.5 an integer in it, 0.5 the strict format, 0.5 the loose one,
-    0.125 each tag that occurs once, less 0.001 a character after </answer>. For other kinds 1.0 if
-    the reply is correct.
+    Where the reference answer has tags the authors' five, repaired where they punish good answers:
+    2.0 a correct <answer> (compared as numbers), 0.5 an integer in it, 0.5 the strict format, 0.5
+    the loose one, 0.125 each tag that occurs once, less 0.001 a character after </answer>. For
+    other answers 1.0 if the reply is correct.
     """
-    if example.kind != "number":
+    if example.kind != "number" or "<answer>" not in example.answer:
         return {"correct": float(is_correct(example, completion, unconfined))}
     text = completion
     end = text.rfind("</answer>")

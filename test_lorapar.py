@@ -1399,7 +1399,8 @@ HOSTILE = [
 @pytest.mark.parametrize("kind", ["number", "letter", "toy", "exact"])
 def test_no_text_of_a_model_stops_the_run(kind):
     """Trap 24: each of these took from seconds to forever; the limit is against hanging only."""
-    example = data.Example("x", "q", "a", kind, {"number": "18", "letter": "A"}.get(kind, "a b"))
+    gold = {"number": "18", "letter": "A"}.get(kind, "a b")
+    example = data.Example("x", "q", f"<answer>{gold}</answer>", kind, gold)
     started = time.perf_counter()
     for text in HOSTILE:
         assert data.is_correct(example, text) in (False, text.strip().endswith("18"))
@@ -1409,7 +1410,9 @@ def test_no_text_of_a_model_stops_the_run(kind):
 
 
 def test_rewards_of_the_five_parts():
-    e = data.Example("x", "q", "a", "number", "18")
+    e = data.Example("x", "q", "<answer>\n18\n</answer>", "number", "18")
+    plain = data.Example("x", "q", "It is 18.", "number", "18")  # one's own, without tags
+    assert data.reward_parts(plain, "so 18") == {"correct": 1.0}
     perfect = "<reasoning>\n9 * 2\n</reasoning>\n<answer>\n18\n</answer>"
     table = {
         perfect: [2.0, 0.5, 0.5, 0.5, 0.5],
@@ -2684,6 +2687,9 @@ def bad_inputs(toy_run, tmp_path):
         "not a readable PEFT adapter": [*merge, str(tmp_path / "m"), "--adapter", "nowhere"],
         "no run there": ["figure", str(tmp_path / "nowhere")],
         "eval needs": ["eval", "--data", "gsm8k"],
+        "gsm8K": ["eval", "--model", "x", "--data", "gsm8K", "--data-path", str(tmp_path / "file")],
+        "sweep needs": ["sweep", "order", "--score-only"],
+        "sees no such device ": ["bench", "--device", "cuda:7"],
     }
 
 

@@ -570,10 +570,14 @@ def check_ranges(c: RunConfig):
     for name in ("temperature", "lora_alpha"):
         if getattr(c, name) == 0:
             raise ValueError(f"--{name.replace('_', '-')} 0: must be positive")
+    check_device(c.device)
+
+
+def check_device(device):
     try:
-        torch.empty(0, device=c.device)
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {c.device}: this PyTorch sees no such device") from None
+        raise ValueError(f"--device {device}: this PyTorch sees no such device") from None
 
 
 # ----------------------------------------------------------------------------------------- inputs
@@ -634,8 +638,10 @@ def load_labels(c: RunConfig, data_path, examples, report: dict) -> list[dict]:
 
 
 def prepare(c: RunConfig, report: dict):
-    """Reads and checks every input before anything is written -> model, tokenizer, training
-    examples by system, evaluation examples. Counts go into the report."""
+    """Reads and checks every input before it is worked on -> model, tokenizer, training examples
+    by system, evaluation examples. Counts go into the report."""
+    if c.reward:
+        load_reward(c.reward)  # an error here comes before stage 1, not after it
     model_path, data_path = (decoder.find_model(c.model) if c.model else None), c.data_path
     if not c.model:
         model_path, data_path = toy_inputs(c)
@@ -665,7 +671,8 @@ def prepare(c: RunConfig, report: dict):
         raise ValueError(f"--labels {c.labels}: other labels than this run began with ({labels})")
     known = {r["id"]: r["label"] for r in records}
     random.Random(c.seed).shuffle(test)
-    test = [replace(e, label=known.get(e.id, e.label)) for e in test][: c.eval_examples]
+    test = [replace(e, label=known.get(e.id, e.label)) for e in test if e.kind != "text"]
+    test = test[: c.eval_examples]
     report["test"] = f"{c.eval_split} examples of {sources['eval'][0]}"
     tokenizer = data.Tokenizer(model_path)
     systems = {}
@@ -1096,6 +1103,8 @@ def run_sweep(arguments):
     parser.add_argument("--seeds", type=int, default=5, help="0 .. N-1; seed N chooses the rates")
     args, rest = parser.parse_known_args(arguments)
     base = read_config(["--out", "runs/sweep", *rest])
+    if args.seeds < 1 or (base.score_only and args.name != "theta"):
+        raise ValueError("sweep needs --seeds of at least 1, and --score-only goes with theta")
     if args.name == "resample":
         return resample(base, args.seeds)
     if base.score_only:
@@ -1275,8 +1284,8 @@ def resample(base: RunConfig, seeds: int):
     for seed in range(seeds):
         c = replace(base, seed=seed, score_only=True, out=str(Path(base.out) / f"resample-{seed}"))
         kept = Path(c.out) / "resample.json"
+        open_run(c)  # refuses a folder of other settings
         if not kept.exists():
-            kept.parent.mkdir(parents=True, exist_ok=True)
             share_toy(base, c)
             lorapar.write_json(kept, resample_once(c))
         records += decoder.read_json(kept)
@@ -1416,7 +1425,8 @@ def run_bench(arguments):
     parser = argparse.ArgumentParser("train.py bench", description=run_bench.__doc__)
     parser.add_argument("--shape", default="58m", help=f"{', '.join(SHAPES)}, or a model folder")
     add_flags(parser, ["device", "targets", "r"])
-    parser.add_argument("--dtype", default=None, help="default: bfloat16 on CUDA, else float32")
+    dtypes = ("float32", "bfloat16")
+    parser.add_argument("--dtype", choices=dtypes, help="default: bfloat16 on CUDA, else float32")
     parser.add_argument("--batch", type=int, default=8, help="rows of SFT and importance")
     parser.add_argument(
         "--length", type=int, default=256, help="tokens per row, half of them answer"
@@ -1426,6 +1436,7 @@ def run_bench(arguments):
     parser.add_argument("--new-tokens", type=int, default=64, help="tokens an answer")
     parser.set_defaults(device=RunConfig.device, targets=RunConfig.targets, r=RunConfig.r)
     b = parser.parse_args(arguments)
+    check_device(b.device)
     cuda = torch.device(b.device).type == "cuda"
     dtype = getattr(torch, b.dtype or ("bfloat16" if cuda else "float32"))
     torch.manual_seed(0)
@@ -1507,6 +1518,9 @@ def main(arguments=None):
             run(c)
             draw_figures(Path(c.out))
             print(f"everything is in {c.out}")
+    except torch.OutOfMemoryError as error:
+        reason = str(error).partition(". ")[0]
+        sys.exit(f"train.py: {reason}: lower --micro-batch and --batch-rows, or --checkpointing")
     except (ValueError, OSError, SafetensorError, data.SandboxError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
