@@ -2689,7 +2689,7 @@ def bad_inputs(toy_run, tmp_path):
         "eval needs": ["eval", "--data", "gsm8k"],
         "gsm8K": ["eval", "--model", "x", "--data", "gsm8K", "--data-path", str(tmp_path / "file")],
         "sweep needs": ["sweep", "order", "--score-only"],
-        "sees no such device ": ["bench", "--device", "cuda:7"],
+        "--device cuda:7: this PyTorch": ["bench", "--device", "cuda:7"],
     }
 
 
