@@ -1,8 +1,7 @@
 """All tests: each names the property it proves and holds it against an independent reference.
 
-Fixtures of other libraries and real data are used where a folder `shared` with them stands beside
-this one; what they prove is proved by a smaller test as well, so a bare clone needs nothing but
-this file:
+Some tests need fixtures of other libraries or real data and skip without them; what they prove is
+proved by a smaller test as well, so a bare clone needs nothing but this file:
 
     python -m pytest -q
 """
