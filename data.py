@@ -225,7 +225,6 @@ class Example:
     context: str = ""  # solved examples that stand before the question (MMLU: five)
 
 
-PROMPTS = ("plain", "chat", "authors")
 FORMAT = """\
 Respond in the following format:
 <reasoning>
@@ -927,9 +926,10 @@ def passes_tests(example: Example, completion: str, unconfined=False) -> bool:
     said = out.decode().split("\n")
     if said[0] != "ready":
         raise SandboxError(f"the sandbox cannot start: {said[0] or 'the judge ended at once'}")
-    if said[1:2] not in ([], [""], ["passed"], ["failed"]):  # nothing: the tests themselves hang
-        raise SandboxError(said[1])
-    return said[1:2] == ["passed"]
+    verdict = said[1] if len(said) > 1 else ""
+    if verdict not in ("", "passed", "failed"):  # "": the tests themselves hang
+        raise SandboxError(verdict)
+    return verdict == "passed"
 
 
 def program(prompt: str, completion: str, entry: str) -> str:
@@ -940,7 +940,8 @@ def program(prompt: str, completion: str, entry: str) -> str:
     for line in completion.lstrip("\ufeff").splitlines():
         if line.strip().startswith(("```", "~~~")):
             inside = not inside
-            blocks += [[]] * inside
+            if inside:
+                blocks.append([])
         elif inside:
             blocks[-1].append(line)
         elif not blocks:
@@ -1179,10 +1180,8 @@ ALLOWED = {
     "rt_sigreturn": (15, 139), "sigaltstack": (131, 132), "restart_syscall": (219, 128),
     "exit": (60, 93), "exit_group": (231, 94),
 }  # fmt: skip
-MACHINES = {
-    "x86_64": (0, 0xC000003E, 317),
-    "aarch64": (1, 0xC00000B7, 277),
-}  # column, audit, seccomp
+# architecture: its column above, its audit number, the number of the call seccomp
+MACHINES = {"x86_64": (0, 0xC000003E, 317), "aarch64": (1, 0xC00000B7, 277)}
 
 
 def can_confine() -> bool:

@@ -75,12 +75,13 @@ def run(c: "RunConfig") -> dict:
     done(c, report, "score")
     masks, report["partition"] = make_partition(c, model, s1, s2)  # Algorithm 1, step 1
     done(c, report, "partition")
+    if c.stage_data == "all":  # an ablation: both stages train on both systems
+        rows["S1"], examples["S2"] = rows["S1"] + rows["S2"], examples["S2"] + examples["S1"]
     for stage in () if c.score_only else c.order.split(","):
         if stage == "sft":  # step 2: moves S1-only and the top alpha of shared
-            sft(c, model, rows["S1"] + (rows["S2"] if c.stage_data == "all" else []), masks[stage])
+            sft(c, model, rows["S1"], masks[stage])
         else:  # step 3: moves S2-only and the top beta of shared
-            asked = examples["S2"] + (examples["S1"] if c.stage_data == "all" else [])
-            rl(c, model, tokenizer, asked, masks[stage])
+            rl(c, model, tokenizer, examples["S2"], masks[stage])
         done(c, report, stage)
         evaluated(stage)
     print("\n" + write_report(c, report))
@@ -108,10 +109,10 @@ def score(c, model, rows):
         print(f"score: reused from {path}")
         return kept["s1"], kept["s2"]
     scores = {"start": lorapar.get_flat(model)}
-    ranked = c.theta < 1 or not {c.alpha, c.beta} <= {0, 1}
+    needs_ranking = c.theta < 1 or c.alpha not in (0, 1) or c.beta not in (0, 1)
     for name in ("s1", "s2"):
         scores[name] = torch.ones_like(scores["start"])  # where everything is taken
-        if ranked:
+        if needs_ranking:
             system = rows[name.upper()]
             chosen = random.Random(c.seed).sample(system, min(c.score_examples, len(system)))
             scores[name] = lorapar.importance(
@@ -220,8 +221,8 @@ def rl(c, model, tokenizer, examples, mask):
             parts = data.in_parallel(reward, asked)
             return [parts[i : i + c.rl_group] for i in range(0, len(parts), c.rl_group)]
 
-        prompts = [prompt for _, prompt in batch]
-        values = grpo.grpo_step(model, optimizer, prompts, rewards, reference, settings, generator)
+        asked = [prompt for _, prompt in batch]
+        values = grpo.grpo_step(model, optimizer, asked, rewards, reference, settings, generator)
         parts = " ".join(f"{k} {v:.2f}" for k, v in values["parts"].items())
         return values, (
             f"reward {values['reward']:.3f} ({parts})  kl {values['kl']:.4f}  gap "
@@ -965,13 +966,13 @@ def pyplot():
     """matplotlib's pyplot, None (and a line that says so) where it is not installed."""
     try:
         import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
     except ImportError:
         print("figures: none, matplotlib is not installed")
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return plt
 
 
 def draw_figures(out: Path):
@@ -981,10 +982,8 @@ def draw_figures(out: Path):
     if plt is None:
         return
     scores = read_tensors(out / "importance.safetensors")
-    regions, facts = (
-        read_tensors(out / "partition.safetensors"),
-        decoder.read_json(out / "partition.json"),
-    )
+    regions = read_tensors(out / "partition.safetensors")
+    facts = decoder.read_json(out / "partition.json")
     s1, s2 = scores["s1"], scores["s2"]
     some = torch.randperm(len(s1), generator=torch.Generator().manual_seed(0))[:20_000]
     drawn = {
