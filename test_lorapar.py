@@ -2768,17 +2768,15 @@ def test_verdicts_follow_two_standard_errors():
             {"row": "a", "seed": i, "all at the end": 50.0 + g, "all after sft": 50.0}
             for i, g in enumerate(gaps)
         ]
-        lines = (
-            train.verdict("a", "b", paper, records),
-            train.verdict("a", train.SAME, paper, records),
-        )
-        assert lines[0].replace("| b |", "") == lines[1].replace(f"| {train.SAME} |", "")
-        return lines[0]
+        end, after = (train.verdict("a", other, paper, records) for other in ("b", train.SAME))
+        assert end[2:] == after[2:]
+        return end[2:]
 
-    assert "| +2.0 | 0.6 |  | seen |" in said([1, 2, 3], None)
-    assert "| +0.0 | 0.6 | +5.0 | not seen |" in said([-1, 0, 1], 5.0)
-    assert "| +0.0 | 0.6 | +1.0 | too noisy to tell |" in said([-1, 0, 1], 1.0)
-    assert "| -2.0 | 0.6 |  | not seen |" in said([-1, -2, -3], None)
+    assert said([1, 2, 3], None) == ["+2.0", "0.6", "", "seen"]
+    assert said([-1, 0, 1], 5.0) == ["+0.0", "0.6", "+5.0", "not seen"]
+    assert said([-1, 0, 1], 1.0) == ["+0.0", "0.6", "+1.0", "too noisy to tell"]
+    assert said([-1, -2, -3], None) == ["-2.0", "0.6", "", "not seen"]
+    assert said([5], 1.0)[1:] == ["inf", "+1.0", "too noisy to tell"]
 
 
 def test_shares_and_resampling_are_partitions_of_ordinary_scores(toy_run, tmp_path, capsys):
@@ -2827,8 +2825,8 @@ def test_shares_and_resampling_are_partitions_of_ordinary_scores(toy_run, tmp_pa
 
 def test_bench_prints_each_figure(capsys, tmp_path):
     decoder.save_model(qwen(), tmp_path)
-    flags = ["--batch", "2", "--length", "16", "--new-tokens", "4", "--prompts", "1"]
-    train.main(["bench", "--shape", str(tmp_path), "--device", "cpu", "--group", "2", *flags])
+    flags = ["--micro-batch", "2", "--length", "16", "--max-response", "4", "--rl-batch", "1"]
+    train.main(["bench", "--shape", str(tmp_path), "--device", "cpu", "--rl-group", "2", *flags])
     said = capsys.readouterr().out
     for what in (
         "SFT step",

@@ -39,6 +39,7 @@ import statistics
 import sys
 import time
 import types
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -139,26 +140,11 @@ def make_partition(c, model, s1, s2):
     }
     if c.select == "swapped":  # the control: each stage moves the other system's elements
         masks = {"sft": masks["rl"], "rl": masks["sft"]}
-    regions = part._asdict()
-    N = len(s1)
-    facts = {"elements": N, "regions": {k: int(r.sum()) for k, r in regions.items()}}
-    facts["jaccard"] = jaccard(part)
-    facts["active"] = {k: int(m.sum()) for k, m in masks.items()}
-    facts["active_percent"] = {k: 100 * n / N for k, n in facts["active"].items()}
-    facts["per_projection"] = {}
-    factors = lorapar.lora_factors(model)
-    sizes = [p.numel() for p in factors.values()]
-    pieces = {region: chosen.split(sizes) for region, chosen in regions.items()}
-    facts["factors"] = dict(zip(factors, sizes))  # in flat order
-    for i, (name, size) in enumerate(zip(factors, sizes)):
-        row = facts["per_projection"].setdefault(name.split(".")[-2], {"elements": 0})
-        row["elements"] += size
-        for region in regions:
-            row[region] = row.get(region, 0) + int(pieces[region][i].sum())
+    facts = partition_facts(model, part, masks)
     lorapar.write_json(Path(c.out) / "partition.json", facts)
-    lorapar.write_tensors(Path(c.out) / "partition.safetensors", regions)  # bool (N,), flat order
-    active = "  ".join(f"{k} {n} ({100 * n / N:.1f}%)" for k, n in facts["active"].items())
-    print(f"partition: {N} elements, active {active}, Jaccard {facts['jaccard']:.3f}")
+    lorapar.write_tensors(Path(c.out) / "partition.safetensors", part._asdict())  # flat order
+    shares = "  ".join(f"{stage} {share:.1f}%" for stage, share in facts["active_percent"].items())
+    print(f"partition: {len(s1)} elements, active {shares}, Jaccard {facts['jaccard']:.3f}")
     return masks, facts
 
 
@@ -255,7 +241,8 @@ def run_stage(c, stage, model, mask, rows, one_step, betas):
     if first:
         print(f"{stage}: " + (f"reused from {folder}" if first == total else f"after step {first}"))
     scheduler = cosine(optimizer, total, getattr(c, f"{stage}_warmup"), first)
-    metrics, started = Metrics(Path(c.out), stage, first), time.perf_counter()
+    metrics, started = Path(c.out) / "metrics.jsonl", time.perf_counter()  # a line a step
+    forget_metrics(metrics, stage, first)
     for step in range(first, total):
         seed = c.seed * 1_000_003 + step
         torch.manual_seed(seed)  # dropout, on every device
@@ -271,7 +258,8 @@ def run_stage(c, stage, model, mask, rows, one_step, betas):
             ) from None
         values["lr"] = scheduler.get_last_lr()[0]
         scheduler.step()
-        metrics.log(step, values)
+        with open(metrics, "a") as out:
+            out.write(json.dumps({"stage": stage, "step": step} | values) + "\n")
         left = (time.perf_counter() - started) / (step + 1 - first) * (total - step - 1)
         print(f"{stage} {step + 1}/{total}  {words}  left {clock(left)}")
         if saves:
@@ -841,19 +829,12 @@ def load_state(folder, model, optimizer) -> int:
     return int(tensors["metadata"]["step"])
 
 
-class Metrics:
-    """metrics.jsonl, a line a step; a resumed stage first drops the lines it will write again."""
-
-    def __init__(self, out: Path, stage: str, first_step: int):
-        self.path, self.stage = out / "metrics.jsonl", stage
-        if self.path.exists():
-            kept = [r for _, r in data.read_jsonl(self.path)]
-            kept = [r for r in kept if r["stage"] != stage or r["step"] < first_step]
-            data.write_jsonl(self.path, kept)
-
-    def log(self, step: int, values: dict):
-        with open(self.path, "a") as out:
-            out.write(json.dumps({"stage": self.stage, "step": step} | values) + "\n")
+def forget_metrics(path: Path, stage: str, first_step: int):
+    """Drops the lines of metrics.jsonl that a resumed stage will write again."""
+    if path.exists():
+        lines = [r for _, r in data.read_jsonl(path)]
+        kept = [r for r in lines if r["stage"] != stage or r["step"] < first_step]
+        data.write_jsonl(path, kept)
 
 
 def clock(seconds: float) -> str:
@@ -865,33 +846,64 @@ def bar(items, what):
     return tqdm(items, desc=what, leave=False, mininterval=0.2 if sys.stderr.isatty() else 30)
 
 
+def jaccard(part: lorapar.Partition) -> float:
+    return int(part.shared.sum()) / sum(int(region.sum()) for region in part)
+
+
+def partition_facts(model, part: lorapar.Partition, masks: dict) -> dict:
+    """The counts of partition.json: regions, active elements, each projection's share of them."""
+    N, regions = len(part.shared), part._asdict()
+    active = {stage: int(mask.sum()) for stage, mask in masks.items()}
+    sizes = {name: p.numel() for name, p in lorapar.lora_factors(model).items()}  # in flat order
+    projections = {}
+    pieces = (region.split(list(sizes.values())) for region in part)
+    for (name, size), *inside in zip(sizes.items(), *pieces):
+        row = projections.setdefault(name.split(".")[-2], Counter())
+        row["elements"] += size
+        row.update({region: int(piece.sum()) for region, piece in zip(regions, inside)})
+    return {
+        "elements": N,
+        "regions": {name: int(region.sum()) for name, region in regions.items()},
+        "jaccard": jaccard(part),
+        "active": active,
+        "active_percent": {stage: 100 * n / N for stage, n in active.items()},
+        "per_projection": projections,
+        "factors": sizes,
+    }
+
+
+def table(head: list, rows) -> list[str]:
+    """The lines of a Markdown table."""
+    return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
+
+
 def write_report(c: RunConfig, report: dict) -> str:
-    """report.md: the table a person reads. Returns its text."""
-    rows, p = report["evaluation"], report["partition"]
-    systems = [s for s in ("S1", "S2", "all") if any(s in row for row in rows.values())]
+    """report.md: the tables a person reads. Returns its text."""
+    stages, p = report["evaluation"], report["partition"]
     lines = [f"# LoRA-PAR: {c.data}, seed {c.seed}", ""]
-    if rows:
-        head = " | ".join(f"{s} accuracy | {s} p(answer) | {s} loss" for s in systems)
-        lines += [f"| | {head} |", "|---|" + "---|---|---|" * len(systems)]
-        for stage, row in rows.items():
-            cells = [
-                f"{row[s]['accuracy']:.1%} | {row[s]['probability']:.3f} | {row[s]['loss']:.3f}"
-                for s in systems
-            ]
-            lines.append(f"| {stage} | {' | '.join(cells)} |")
-        counts = ", ".join(f"{s} {n['examples']}" for s, n in next(iter(rows.values())).items())
-        lines += ["", f"{report['test']}: {counts}; greedy answers.", ""]
-    lines += ["| elements | S1-only | S2-only | shared | Jaccard | active in SFT | active in RL |"]
-    lines += ["|---|---|---|---|---|---|---|"]
-    regions = " | ".join(f"{p['regions'][k]}" for k in ("s1_only", "s2_only", "shared"))
-    active = " | ".join(f"{p['active'][k]} ({p['active_percent'][k]:.1f}%)" for k in ("sft", "rl"))
-    lines += [f"| {p['elements']} | {regions} | {p['jaccard']:.3f} | {active} |", ""]
+    if stages:
+        systems = {system: row["examples"] for system, row in stages["base"].items()}
+        shown = {"accuracy": "{:.1%}", "probability": "{:.3f}", "loss": "{:.3f}"}
+        head = ["", *(f"{s} {k}" for s in systems for k in ("accuracy", "p(answer)", "loss"))]
+        rows = (
+            [stage, *(form.format(row[s][k]) for s in systems for k, form in shown.items())]
+            for stage, row in stages.items()
+        )
+        counts = ", ".join(f"{system} {n}" for system, n in systems.items())
+        lines += [*table(head, rows), "", f"{report['test']}: {counts}; greedy answers.", ""]
+    head = ["elements", "S1-only", "S2-only", "shared", "Jaccard", "active in SFT", "active in RL"]
+    active = (f"{p['active'][k]} ({p['active_percent'][k]:.1f}%)" for k in ("sft", "rl"))
+    row = [p["elements"], *p["regions"].values(), f"{p['jaccard']:.3f}", *active]
+    lines += [*table(head, [row]), ""]
     lines += [f"- {name}: {value}" for name, value in report["data"].items() if value]
-    seconds = "  ".join(f"{k} {v:.1f}" for k, v in report["seconds"].items())
-    peaks = "  ".join(f"{k} {v:.2f}" for k, v in report["peak_gb"].items())
-    lines += ["", f"Seconds: {seconds}", "", f"Peak memory up to the end of each, GB: {peaks}", ""]
-    lorapar.write_file(Path(c.out) / "report.md", "\n".join(lines).encode())
-    return "\n".join(lines)
+    for what, values in (
+        ("Seconds", "seconds"),
+        ("Peak memory up to the end of each, GB", "peak_gb"),
+    ):
+        lines += ["", f"{what}: " + "  ".join(f"{k} {v:.2f}" for k, v in report[values].items())]
+    text = "\n".join([*lines, ""])
+    lorapar.write_file(Path(c.out) / "report.md", text.encode())
+    return text
 
 
 # ------------------------------------------------------------------------------- other commands
@@ -1119,34 +1131,32 @@ def run_sweep(arguments):
     columns += ["S1 at the end", "S2 at the end", "all at the end"]
     columns = [name for name in columns if any(name in r for r in records)]
     counts = ", ".join(f"{k} {v['examples']}" for k, v in report["evaluation"]["base"].items())
-    lines = [f"## {args.name}: {args.seeds} seeds, {report['test']} ({counts})", ""]
-    lines += [
-        f"| | paper | rates | {' | '.join(columns)} |",
-        "|---|---|---|" + "---|" * len(columns),
-    ]
-    for row in rows:
-        cells = [spread(r.get(name) for r in records if r["row"] == row) for name in columns]
-        lines.append(f"| {row} | {PAPER.get(row, '')} | {rates[row]} | {' | '.join(cells)} |")
-    lines += [
+    cells = {row: [r for r in records if r["row"] == row] for row in rows}
+    shown = (
+        [row, PAPER.get(row, ""), rates[row], *(spread(r.get(k) for r in mine) for k in columns)]
+        for row, mine in cells.items()
+    )
+    claims = ["ends higher", "than", "by", "standard error", "paper", "verdict"]
+    lines = [
+        f"## {args.name}: {args.seeds} seeds, {report['test']} ({counts})",
+        "",
+        *table(["", "paper", "rates", *columns], shown),
         "",
         "Mean ± standard deviation, in %. Rates of the stages in their order, each the best of "
         f"{len(RATES)} on the validation split of seed {args.seeds} (* at the grid's edge). "
         "Paper: Qwen2.5-7B on GSM8K. Differences at the end are paired by seed.",
         "",
-        "| ends higher | than | by | standard error | paper | verdict |",
-        "|---|---|---|---|---|---|",
-        *(verdict(*claim, records) for claim in CLAIMS[args.name]),
+        *table(claims, (verdict(*claim, records) for claim in CLAIMS[args.name])),
         "",
         f"{len(records)} cells, {sum(r['seconds'] for r in records):.0f} s; choosing rates not in.",
     ]
     write_sweep(base, args.name, records, lines)
     if args.name == "theta":  # figure 5
         curves = {}
-        for row, r in itertools.product(rows, records):
-            if r["row"] == row:
-                targets, theta, select = row.split()
-                points = curves.setdefault(f"{targets} {select}", {})
-                points.setdefault(float(theta), []).append(r["all at the end"])
+        for row, mine in cells.items():
+            targets, theta, select = row.split()
+            ends = [r["all at the end"] for r in mine]
+            curves.setdefault(f"{targets} {select}", {})[float(theta)] = ends
         draw_curves(base, "theta", curves, "theta", "accuracy at the end, %")
 
 
@@ -1207,26 +1217,30 @@ def cell_facts(report: dict) -> dict:
     return facts | {"seconds": round(sum(report["seconds"].values()), 1)}
 
 
-def spread(values) -> str:
+def spread(values, digits=1) -> str:
+    """Mean ± standard deviation."""
     values = [v for v in values if v is not None]
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.1f} ± {deviation:.1f}" if values else ""
+    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}" if values else ""
 
 
-def verdict(better: str, worse: str, paper: float | None, records: list[dict]) -> str:
-    """A table line. Seen: the mean difference is beyond two standard errors. Not seen: it is not,
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    """The mean and its standard error, which one value does not tell."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.inf
+    return statistics.mean(values), error
+
+
+def verdict(better: str, worse: str, paper: float | None, records: list[dict]) -> list[str]:
+    """A table's row. Seen: the mean difference is beyond two standard errors. Not seen: it is not,
     and two standard errors more do not reach the paper's (0 where that is not known)."""
-    end, after = "all at the end", "all after sft"
-    first = {r["seed"]: r[end] for r in records if r["row"] == better}
-    row, column = (better, after) if worse == SAME else (worse, end)
+    row, column = (better, "all after sft") if worse == SAME else (worse, "all at the end")
+    first = {r["seed"]: r["all at the end"] for r in records if r["row"] == better}
     second = {r["seed"]: r[column] for r in records if r["row"] == row}
-    gaps = [first[seed] - second[seed] for seed in first]
-    mean = statistics.mean(gaps)
-    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else math.inf
+    mean, error = mean_and_error([first[seed] - second[seed] for seed in first])
     word = "not seen" if mean + 2 * error < (paper or 0.0) else "too noisy to tell"
     word = "seen" if mean > 2 * error else word
     known = "" if paper is None else f"{paper:+.1f}"
-    return f"| {better} | {worse} | {mean:+.1f} | {error:.1f} | {known} | {word} |"
+    return [better, worse, f"{mean:+.1f}", f"{error:.1f}", known, word]
 
 
 def write_sweep(base: RunConfig, name: str, records: list[dict], lines: list[str]):
@@ -1240,18 +1254,11 @@ def write_sweep(base: RunConfig, name: str, records: list[dict], lines: list[str
     print("\n".join(["", *lines, "", f"written: {base.out}/{name}.md and .csv"]))
 
 
-def jaccard(part: lorapar.Partition) -> float:
-    return int(part.shared.sum()) / sum(int(region.sum()) for region in part)
-
-
 def active_shares(base: RunConfig, seeds: int):
     """How many elements reach cumulative importance theta, for three target sets (table 3). At an
     anchored start an adapter's gradient is its own whatever the others are, so the scores of QKV
     and GUD are those of all six, ranked alone."""
-    records, lines = [], [f"## theta: {seeds} seeds, {base.score_examples} examples a system", ""]
-    lines += ["| targets | theta | paper, % active | S1 region, % | S2 region, % | Jaccard |"]
-    lines += ["|---|---|---|---|---|---|"]
-    kept = []
+    records, rows, kept = [], [], []
     for seed in range(seeds):
         factors = run_cell(base, {"seed": seed, "score_only": True})["partition"]["factors"]
         folder = Path(base.out) / "cells" / f"score_only=True,seed={seed}"
@@ -1260,17 +1267,19 @@ def active_shares(base: RunConfig, seeds: int):
     for targets, theta in itertools.product(TARGETS, (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)):
         names = [lorapar.PROJECTIONS[letter] for letter in targets]
         for seed, (factors, s1, s2) in enumerate(kept):
-            chosen = [torch.full((n,), f.split(".")[-2] in names) for f, n in factors.items()]
-            part = lorapar.partition(s1[torch.cat(chosen)], s2[torch.cat(chosen)], theta)
+            inside = [torch.full((n,), f.split(".")[-2] in names) for f, n in factors.items()]
+            part = lorapar.partition(s1[torch.cat(inside)], s2[torch.cat(inside)], theta)
             record = {"targets": targets, "theta": theta, "seed": seed, "jaccard": jaccard(part)}
             for name, region in (("S1", part.s1_only), ("S2", part.s2_only)):
                 record[name] = 100 * float((region | part.shared).double().mean())
             records.append(record)
-        mine, known = records[-seeds:], PAPER_ACTIVE.get((targets, theta), "")
-        one, two, index = (statistics.mean(r[k] for r in mine) for k in ("S1", "S2", "jaccard"))
-        cells = f"{known} | {one:.2f} | {two:.2f} | {index:.3f}"
-        lines.append(f"| {targets.upper()} | {theta} | {cells} |")
-    write_sweep(base, "theta-scores", records, lines)
+        shares = [spread([r[k] for r in records[-seeds:]], 2) for k in ("S1", "S2")]
+        index = spread([r["jaccard"] for r in records[-seeds:]], 3)
+        known = PAPER_ACTIVE.get((targets, theta), "")
+        rows.append([targets.upper(), theta, known, *shares, index])
+    head = ["targets", "theta", "paper, % active", "S1 region, %", "S2 region, %", "Jaccard"]
+    lines = [f"## theta: {seeds} seeds, {base.score_examples} examples a system", ""]
+    write_sweep(base, "theta-scores", records, [*lines, *table(head, rows)])
 
 
 BLOCK = 25  # examples whose gradients are summed once, to be put together in several draws
@@ -1279,7 +1288,7 @@ BLOCK = 25  # examples whose gradients are summed once, to be put together in se
 def resample(base: RunConfig, seeds: int):
     """How much of what looks like two regions is sampling: the Jaccard index of the regions of the
     two systems, of one system scored on other examples, and of two halves with shuffled labels."""
-    records, kinds = [], ("S1 / S2", "S1 / S1", "S2 / S2", "shuffled")
+    records, rows, kinds = [], [], ("S1 / S2", "S1 / S1", "S2 / S2", "shuffled")
     for seed in range(seeds):
         c = replace(base, seed=seed, score_only=True, out=str(Path(base.out) / f"resample-{seed}"))
         kept = Path(c.out) / "resample.json"
@@ -1288,21 +1297,19 @@ def resample(base: RunConfig, seeds: int):
             share_toy(base, c)
             lorapar.write_json(kept, resample_once(c))
         records += decoder.read_json(kept)
-    lines = [f"## resample: Jaccard indices, {seeds} seeds", ""]
-    lines += [f"| examples a draw | theta | {' | '.join(kinds)} | beyond sampling |"]
-    lines += ["|---|---|---|---|---|---|---|"]
     curves = {kind: {} for kind in kinds}
     for n, theta in dict.fromkeys((r["examples"], r["theta"]) for r in records):
         mine = [r for r in records if (r["examples"], r["theta"]) == (n, theta)]
         gaps = [(r["S1 / S1"] + r["S2 / S2"]) / 2 - r["S1 / S2"] for r in mine]
-        error = f" ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.3f}" if len(gaps) > 1 else ""
-        means = [[r[kind] for r in mine if r[kind] is not None] for kind in kinds]
-        cells = " | ".join(f"{statistics.mean(m):.3f}" if m else "" for m in means)
-        lines.append(f"| {n} | {theta} | {cells} | {statistics.mean(gaps):+.3f}{error} |")
-        for kind, values in zip(kinds, means):
-            if theta == 0.9 and values:
-                curves[kind][n] = values
-    lines += [
+        beyond = "{:+.3f} ± {:.3f}".format(*mean_and_error(gaps))
+        rows.append([n, theta, *(spread((r[kind] for r in mine), 3) for kind in kinds), beyond])
+        for kind in kinds if theta == 0.9 else ():
+            if mine[0][kind] is not None:
+                curves[kind][n] = [r[kind] for r in mine]
+    lines = [
+        f"## resample: Jaccard indices, {seeds} seeds",
+        "",
+        *table(["examples a draw", "theta", *kinds, "beyond sampling"], rows),
         "",
         "S1 / S2: the mean of four pairs of draws. S1 / S1, S2 / S2: disjoint draws of one system. "
         "Shuffled: two disjoint halves, each half S1 and half S2. Beyond sampling: the mean of the "
@@ -1401,8 +1408,8 @@ def random_model(name, device, dtype):
     return model.eval()
 
 
-def seconds(work, device, repeats=3) -> float:
-    """The median time of work(), after one call to warm up."""
+def median_time(work, device, repeats=3) -> float:
+    """The median seconds of work(), after one call to warm up."""
     times = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -1423,40 +1430,33 @@ def run_bench(arguments):
     """
     parser = argparse.ArgumentParser("train.py bench", description=run_bench.__doc__)
     parser.add_argument("--shape", default="58m", help=f"{', '.join(SHAPES)}, or a model folder")
-    add_flags(parser, ["device", "targets", "r"])
-    dtypes = ("float32", "bfloat16")
-    parser.add_argument("--dtype", choices=dtypes, help="default: bfloat16 on CUDA, else float32")
-    parser.add_argument("--batch", type=int, default=8, help="rows of SFT and importance")
-    parser.add_argument(
-        "--length", type=int, default=256, help="tokens per row, half of them answer"
-    )
-    parser.add_argument("--prompts", type=int, default=4, help="prompts of a GRPO step")
-    parser.add_argument("--group", type=int, default=8, help="answers a prompt")
-    parser.add_argument("--new-tokens", type=int, default=64, help="tokens an answer")
-    parser.set_defaults(device=RunConfig.device, targets=RunConfig.targets, r=RunConfig.r)
-    b = parser.parse_args(arguments)
-    check_device(b.device)
-    cuda = torch.device(b.device).type == "cuda"
-    dtype = getattr(torch, b.dtype or ("bfloat16" if cuda else "float32"))
+    parser.add_argument("--length", type=int, default=256, help="tokens per row, half are answer")
+    names = ["device", "dtype", "targets", "r", "micro_batch", "rl_batch", "rl_group"]
+    add_flags(parser, [*names, "max_response"])
+    parser.set_defaults(**{name: getattr(RunConfig, name) for name in names}, max_response=64)
+    c = parser.parse_args(arguments)
+    check_device(c.device)
+    cuda = torch.device(c.device).type == "cuda"
+    dtype = "bfloat16" if c.dtype == "bfloat16" or (cuda and c.dtype == "auto") else "float32"
+    dtype, half = getattr(torch, dtype), c.length // 2
     torch.manual_seed(0)
 
-    def figure(what, value, unit, floor=None):
+    def show(what, value, unit, floor=None):
         share = f"  {floor / value:6.1%} of the floor's speed" if floor else ""
         print(f"{what:44s} {value:12.4g} {unit}{share}")
 
     n = 8192 if cuda else 2048
-    square = torch.randn(n, n, device=b.device, dtype=dtype)
-    flops = 2 * n**3 / seconds(lambda: square @ square, b.device, 5)
-    block = torch.zeros(2**27, dtype=torch.uint8, device=b.device)
-    other = torch.zeros_like(block)
-    bandwidth = 2 * len(block) / seconds(lambda: other.copy_(block), b.device, 5)
-    figure("matrix product", flops / 1e9, "GFLOP/s")
-    figure("memory copy, bytes read and written", bandwidth / 1e9, "GB/s")
-    model = lorapar.add_lora(random_model(b.shape, b.device, dtype), b.targets, b.r)
+    square = torch.randn(n, n, device=c.device, dtype=dtype)
+    flops = 2 * n**3 / median_time(lambda: square @ square, c.device, 5)
+    block, copied = torch.zeros(2, 2**27, dtype=torch.uint8, device=c.device)
+    bandwidth = 2 * len(block) / median_time(lambda: copied.copy_(block), c.device, 5)
+    show("matrix product", flops / 1e9, "GFLOP/s")
+    show("memory copy, bytes read and written", bandwidth / 1e9, "GB/s")
+    model = lorapar.add_lora(random_model(c.shape, c.device, dtype), c.targets, c.r)
     m, head = model.config, model.head_weight.numel()
     body = sum(p.numel() for layer in model.model.layers for p in layer.parameters())
-    rows = [(torch.randint(m.vocab_size, (b.length,)).tolist(), b.length // 2)] * b.batch
-    tokens, labels = data.collate(rows, b.device)
+    rows = [(torch.randint(m.vocab_size, (c.length,)).tolist(), half)] * c.micro_batch
+    tokens, labels = data.collate(rows, c.device)
     optimizer = lorapar.MaskedAdamW(model, lr=1e-5, max_grad_norm=1.0)
 
     def sft_step():
@@ -1464,37 +1464,38 @@ def run_bench(arguments):
         optimizer.step()
         optimizer.zero_grad()
 
-    floor = 4 * (body * tokens.numel() + head * int((labels != -100).sum())) / flops
-    time_sft = seconds(sft_step, b.device)
-    figure("SFT step", time_sft, "s", floor)
-    batch = [(tokens, labels)]
-    score = seconds(lambda: lorapar.importance(model, batch, decoder.token_logprobs), b.device)
-    figure("importance", score, "s", floor)
-    scores = torch.rand(2, len(lorapar.get_flat(model))) ** 4
-    cut = seconds(lambda: lorapar.partition(*scores, 0.9), b.device, 1)
-    figure(f"partition of {scores.shape[1]} elements", cut, "s")
+    def score_batch():
+        lorapar.importance(model, [(tokens, labels)], decoder.token_logprobs)
 
-    R, prompts = b.prompts * b.group, [rows[0][0][: b.length // 2]] * b.prompts
-    s = grpo.Settings(group=b.group, max_new_tokens=b.new_tokens, batch_rows=R, micro_batch=b.batch)
-    slots = b.length // 2 + b.new_tokens
+    floor = 4 * (body * tokens.numel() + head * int((labels != -100).sum())) / flops
+    time_sft = median_time(sft_step, c.device)
+    show("SFT step", time_sft, "s", floor)
+    show("importance", median_time(score_batch, c.device), "s", floor)
+    scores = torch.rand(2, len(lorapar.get_flat(model))) ** 4
+    time_partition = median_time(lambda: lorapar.partition(*scores, 0.9), c.device, 1)
+    show(f"partition of {scores.shape[1]} elements", time_partition, "s")
+
+    R, prompts = c.rl_batch * c.rl_group, [rows[0][0][:half]] * c.rl_batch
+    sizes = {"group": c.rl_group, "max_new_tokens": c.max_response, "batch_rows": R}
+    s, slots = grpo.Settings(**sizes, micro_batch=c.micro_batch), half + c.max_response
     cache = 2 * m.num_hidden_layers * m.num_key_value_heads * m.head_dim * R * slots
     read = (body + head + cache) * dtype.itemsize / bandwidth
-    floor = 2 * body * b.prompts * (b.length // 2) / flops  # the prompts
-    floor += (b.new_tokens - 1) * max(read, 2 * (body + head) * R / flops)
-    time_rollout = seconds(lambda: grpo.rollouts(model, prompts, s), b.device, 2)
-    figure("rollouts", time_rollout, "s", floor)
-    sampled, advantages = grpo.rollouts(model, prompts, s), torch.randn(b.prompts, b.group)
+    floor = 2 * body * c.rl_batch * half / flops  # the prompts
+    floor += (c.max_response - 1) * max(read, 2 * (body + head) * R / flops)
+    time_rollout = median_time(lambda: grpo.rollouts(model, prompts, s), c.device, 2)
+    show("rollouts", time_rollout, "s", floor)
+    sampled, advantages = grpo.rollouts(model, prompts, s), torch.randn(c.rl_batch, c.rl_group)
     reference = lorapar.get_flat(model)
-    time_update = seconds(
-        lambda: grpo.grpo_update(model, optimizer, sampled, advantages, reference, s), b.device, 2
+    time_update = median_time(
+        lambda: grpo.grpo_update(model, optimizer, sampled, advantages, reference, s), c.device, 2
     )
-    floor = 6 * R * (body * slots + head * b.new_tokens) / flops  # the reference: a forward more
-    figure("GRPO update with KL", time_update, "s", floor)
-    figure("peak memory", peak_memory(b.device) / 1e9, "GB")
+    floor = 6 * R * (body * slots + head * c.max_response) / flops  # the reference: a forward more
+    show("GRPO update with KL", time_update, "s", floor)
+    show("peak memory", peak_memory(c.device) / 1e9, "GB")
     # GSM8K's 7,473 training problems: about 200 tokens each; RL: 8 answers of up to 256 tokens
-    figure("SFT epoch on GSM8K, projected", 7473 * 200 * time_sft / tokens.numel() / 3600, "h")
-    per_token = (time_rollout + time_update) / (R * b.new_tokens)
-    figure("RL epoch on GSM8K, projected", 7473 * 8 * 256 * per_token / 3600, "h")
+    show("SFT epoch on GSM8K, projected", 7473 * 200 * time_sft / tokens.numel() / 3600, "h")
+    per_token = (time_rollout + time_update) / (R * c.max_response)
+    show("RL epoch on GSM8K, projected", 7473 * 8 * 256 * per_token / 3600, "h")
 
 
 COMMANDS = {
