@@ -340,28 +340,6 @@ def _humaneval(path, split):
             raise ValueError(f"{file}:{number}: no field {missing}") from None
 
 
-def _instructions(name, question, more, answer):
-    """A reader of instruction sets (json or jsonl); their answers cannot be checked."""
-
-    def read(path, split):
-        if path.is_dir():
-            files = [
-                f for pattern in ("*.jsonl", "*.json", "*.jsonl.gz") for f in path.glob(pattern)
-            ]
-            if len(files) != 1:
-                raise ValueError(f"{path}: {len(files)} json or jsonl files there; name one")
-            path = files[0]
-        for number, r in read_records(path):
-            try:
-                parts = [r[question], r.get(more) or ""]
-                text = "\n\n".join(part.strip() for part in parts if part.strip())
-                yield Example(f"{name}/{number - 1}", text, r[answer] + "", "text")
-            except (KeyError, AttributeError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: no text in the field {error}") from None
-
-    return read
-
-
 def _own(path, split):
     """One's own jsonl: "question", "answer", "check" (number, letter, exact, or none: answers that
     cannot be checked) and, where it is known, "label" (S1 or S2). A letter's question holds the
@@ -409,34 +387,43 @@ class Source:
     hub: tuple = ()  # (dataset repository, file) where the publisher keeps plain json on the Hub
 
 
-HUGGING_FACE = "huggingface.co/datasets/"
+def _instructions(name: str, fields: str, repository: str, file: str | None = None) -> Source:
+    """An instruction set of the Hub, json or jsonl; its answers cannot be checked. fields: those of
+    the question, of what may follow it, and of the answer."""
+    question, more, answer = fields.split()
+
+    def read(path, split):
+        if path.is_dir():
+            files = [f for f in path.iterdir() if f.name.endswith((".json", ".jsonl", ".jsonl.gz"))]
+            if len(files) != 1:
+                raise ValueError(f"{path}: {len(files)} json or jsonl files there; name one")
+            path = files[0]
+        for number, r in read_records(path):
+            try:
+                parts = [r[question], r.get(more) or ""]
+                text = "\n\n".join(part.strip() for part in parts if part.strip())
+                yield Example(f"{name}/{number - 1}", text, r[answer] + "", "text")
+            except (KeyError, AttributeError, TypeError) as error:
+                raise ValueError(f"{path}:{number}: no text in the field {error}") from None
+
+    home = f"huggingface.co/datasets/{repository}" + ("" if file else " (save it as jsonl)")
+    return Source(read, "train", home, (repository, file) if file else ())
+
+
+_DOLLY = "databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl"
+_FEEDBACK = "CodeFeedback-Filtered-Instruction"
 DATASETS = {
     "toy": Source(_toy, "train validation test", "made by make_toy"),
     "gsm8k": Source(_gsm8k, "train test", "github.com/openai/grade-school-math"),
     "mmlu": Source(_mmlu, "train validation test", "github.com/hendrycks/test"),
     "humaneval": Source(_humaneval, "test", "github.com/openai/human-eval"),
-    "dolly": Source(
-        _instructions("dolly", "instruction", "context", "response"),
-        "train",
-        HUGGING_FACE + "databricks/databricks-dolly-15k",
-        ("databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl"),
+    "dolly": _instructions("dolly", "instruction context response", *_DOLLY),
+    "platypus": _instructions("platypus", "instruction input output", "garage-bAInd/Open-Platypus"),
+    "codealpaca": _instructions(
+        "codealpaca", "instruction input output", "sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json"
     ),
-    "platypus": Source(
-        _instructions("platypus", "instruction", "input", "output"),
-        "train",
-        HUGGING_FACE + "garage-bAInd/Open-Platypus (parquet: save it as jsonl)",
-    ),
-    "codealpaca": Source(
-        _instructions("codealpaca", "instruction", "input", "output"),
-        "train",
-        HUGGING_FACE + "sahil2801/CodeAlpaca-20k",
-        ("sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json"),
-    ),
-    "codefeedback": Source(
-        _instructions("codefeedback", "query", "", "answer"),
-        "train",
-        HUGGING_FACE + "m-a-p/CodeFeedback-Filtered-Instruction",
-        ("m-a-p/CodeFeedback-Filtered-Instruction", "CodeFeedback-Filtered-Instruction.jsonl"),
+    "codefeedback": _instructions(
+        "codefeedback", "query - answer", f"m-a-p/{_FEEDBACK}", f"{_FEEDBACK}.jsonl"
     ),
 }
 SPLIT_SEED = 0  # of the splits that we make ourselves
@@ -447,24 +434,25 @@ def is_own(name: str) -> bool:
     return name.endswith((".jsonl", ".jsonl.gz"))
 
 
-def find_dataset(name: str, path) -> Path:
-    """The data set's files: `path` as it is, or, without one, the publisher's file from the Hub."""
+def find_dataset(name: str, path) -> tuple[Source, Path]:
+    """The data set's source and files: `path` as it is, or the publisher's file from the Hub."""
     if is_own(name):
-        path = name
-    elif name not in DATASETS:
+        source, path = Source(_own, "", "your own file"), name
+    elif name in DATASETS:
+        source = DATASETS[name]
+    else:
         known = ", ".join(DATASETS)
         raise ValueError(f"unknown data set {name!r}: a jsonl file of your own, or one of {known}")
-    home = "your own file" if is_own(name) else DATASETS[name].home
     if path is not None:
         if not Path(path).exists():
-            raise ValueError(f"{name}: nothing at {path}; its home is {home}")
-        return Path(path)
-    if not DATASETS[name].hub:
-        raise ValueError(f"{name}: --data-path is missing; its home is {home}")
+            raise ValueError(f"{name}: nothing at {path}; its home is {source.home}")
+        return source, Path(path)
+    if not source.hub:
+        raise ValueError(f"{name}: --data-path is missing; its home is {source.home}")
     from huggingface_hub import hf_hub_download
 
     try:
-        return Path(hf_hub_download(*DATASETS[name].hub, repo_type="dataset"))
+        return source, Path(hf_hub_download(*source.hub, repo_type="dataset"))
     except Exception as error:  # network, access and name errors of several libraries
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"{name}: not to be had from the Hub ({reason}); --data-path") from None
@@ -484,8 +472,7 @@ def load_dataset(name: str, path, split: str) -> list[Example]:
     fixed seed, so the three never overlap. ValueError names an unknown set, a missing file or a bad
     line.
     """
-    path = find_dataset(name, path)
-    source = Source(_own, "", "") if is_own(name) else DATASETS[name]
+    source, path = find_dataset(name, path)
     splits = source.splits.split()
     if in_one_file(name, path):
         examples = list(source.read(path, "train"))

@@ -128,8 +128,9 @@ def start_factors(weight, init: str, r: int, scale: float, std: float, generator
     raise ValueError(f"unknown init {init!r}; one of anchored, gaussian, lora, pissa, olora")
 
 
-def target_linears(model, targets) -> dict[str, nn.Linear]:
-    """The model's plain linears that `targets` names: letters of q k v o g u d, or module names."""
+def target_linears(model, targets, r: int) -> dict[str, nn.Linear]:
+    """The model's plain linears that `targets` names: letters of q k v o g u d, or module names.
+    ValueError where a name finds none, or rank r does not fit one."""
     unknown = [t for t in targets if t not in PROJECTIONS] if isinstance(targets, str) else []
     if unknown or not targets:
         raise ValueError(f"unknown targets {targets!r}; letters of q k v o g u d, or module names")
@@ -142,7 +143,11 @@ def target_linears(model, targets) -> dict[str, nn.Linear]:
             found = f"it is a {', '.join(kinds)}" if kinds else "nothing has that name"
             found += f"; the model's linears are {', '.join(sorted(there)) or 'none'}"
             raise ValueError(f"no nn.Linear is named {name}: {found}")
-    return {n: m for n, leaf, m in modules if type(m) is nn.Linear and leaf in names}
+    linears = {n: m for n, leaf, m in modules if type(m) is nn.Linear and leaf in names}
+    for name, linear in linears.items():
+        if not 1 <= r <= min(linear.weight.shape):
+            raise ValueError(f"r = {r} does not fit {name} of shape {tuple(linear.weight.shape)}")
+    return linears
 
 
 def add_lora(
@@ -161,10 +166,7 @@ def add_lora(
         raise ValueError("the model has LoRA layers already")
     if alpha <= 0:
         raise ValueError(f"lora_alpha = {alpha} must be positive: the adapter is scaled by it")
-    linears = target_linears(model, targets)
-    for name, linear in linears.items():
-        if not 1 <= r <= min(linear.weight.shape):
-            raise ValueError(f"r = {r} does not fit {name} of shape {tuple(linear.weight.shape)}")
+    linears = target_linears(model, targets, r)
     model.requires_grad_(False)
     for name, linear in linears.items():
         A, B = start_factors(linear.weight.detach(), init, r, alpha / r, std, generator)

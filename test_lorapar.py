@@ -2476,7 +2476,8 @@ def test_a_stopped_run_says_one_line_and_how_to_go_on(number, code, after, tmp_p
     _, error = run.communicate(timeout=60)
     assert run.returncode == code
     assert (
-        error.strip() == "train.py: stopped; the same command goes on where its run folder stands"
+        error.strip()
+        == "train.py: stopped; the same command again: a run goes on where its folder is"
     )
 
 
@@ -2652,7 +2653,7 @@ def test_eval_command_gives_the_number_and_every_answer(toy_run, tmp_path, capsy
 
 
 def bad_inputs(toy_run, tmp_path):
-    run = real_run(toy_run, tmp_path)
+    run, toy = real_run(toy_run, tmp_path), ["--out", str(borrow(toy_run, tmp_path / "toy"))]
     (tmp_path / "bad.jsonl").write_text('{"id": "gsm8k/train/1", "label": "S1"}\n{oops\n')
     data.write_jsonl(tmp_path / "none.jsonl", [{"id": "elsewhere", "label": "S1"}])
     broken_data = gsm8k_folder(tmp_path / "broken")
@@ -2680,6 +2681,9 @@ def bad_inputs(toy_run, tmp_path):
         "holds training examples": [*run, "--eval-data", "gsm8k", "--eval-data-path"]
         + [str(tmp_path / "data" / "train.jsonl")],
         "--rl-group 1": ["--rl-group", "1"],
+        "at most --max-prompt 2 tokens": [*toy, "--max-prompt", "2"],
+        "unknown targets 'x'": [*toy, "--targets", "x"],
+        "r = 999 does not fit": [*toy, "--r", "999"],
         "sees no such device": ["--device", "cuda:7"],
         "Not a directory": ["--out", str(tmp_path / "file" / "run")],
         "is the model itself": [*merge, str(toy_run / "base")],

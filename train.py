@@ -16,7 +16,7 @@ import signal
 
 def stop(number, frame):
     """Ctrl-C or SIGTERM at any moment: one line, no traceback. Every file is written whole."""
-    os.write(2, b"\ntrain.py: stopped; the same command goes on where its run folder stands\n")
+    os.write(2, b"\ntrain.py: stopped; the same command again: a run goes on where its folder is\n")
     os._exit(128 + number)
 
 
@@ -171,17 +171,23 @@ def sft(c, model, rows, mask):
     model.eval()
 
 
+def rl_prompts(c, tokenizer, examples) -> list:
+    """[(example, its prompt's ids)] of what a reward can check and --max-prompt lets in."""
+    checked = [e for e in examples if c.reward or e.kind != "text"]
+    asked = [(e, data.example_ids(e, tokenizer, c.prompt)[0]) for e in checked]
+    kept = [(e, prompt) for e, prompt in asked if len(prompt) <= c.max_prompt]
+    if not kept:
+        raise ValueError(f"rl: no prompt has at most --max-prompt {c.max_prompt} tokens")
+    return kept
+
+
 def rl(c, model, tokenizer, examples, mask):
     """Stage 2: GRPO on the masked elements; KL to the model as it comes in."""
     reward = load_reward(c.reward) if c.reward else data.reward_parts
-    examples = [e for e in examples if c.reward or e.kind != "text"]  # what a reward can check
-    prompts = [data.example_ids(e, tokenizer, c.prompt)[0] for e in examples]
-    kept = [(e, p) for e, p in zip(examples, prompts) if len(p) <= c.max_prompt]
-    if len(kept) < len(examples):
-        over = f"over --max-prompt {c.max_prompt}"
-        print(f"rl: {len(examples) - len(kept)} of {len(examples)} prompts {over}: skipped")
-    if not kept:
-        raise ValueError(f"rl: no prompt has at most --max-prompt {c.max_prompt} tokens")
+    prompts = rl_prompts(c, tokenizer, examples)
+    print(
+        f"rl: {len(prompts)} of {len(examples)} prompts, at most --max-prompt {c.max_prompt} long"
+    )
     reference = lorapar.get_flat(model)
     settings = grpo.Settings(
         group=c.rl_group,
@@ -196,15 +202,15 @@ def rl(c, model, tokenizer, examples, mask):
     )
 
     def step(optimizer, chosen, generator):
-        batch = [kept[i] for i in chosen]
+        batch = [prompts[i] for i in chosen]
 
         def rewards(answers):
-            asked = [
+            judged = [
                 (e, tokenizer.decode(answer), c.allow_unconfined_code)
                 for (e, _), group in zip(batch, answers)
                 for answer in group
             ]
-            parts = data.in_parallel(reward, asked)
+            parts = data.in_parallel(reward, judged)
             return [parts[i : i + c.rl_group] for i in range(0, len(parts), c.rl_group)]
 
         asked = [prompt for _, prompt in batch]
@@ -216,8 +222,8 @@ def rl(c, model, tokenizer, examples, mask):
             f"length {values['length']:.0f}  {values['rollout_s'] + values['update_s']:.2f} s"
         )
 
-    prompt_rows = [(prompt, 1) for _, prompt in kept]
-    run_stage(c, "rl", model, mask, prompt_rows, step, betas=(0.9, 0.99))
+    rows = [(prompt, 1) for _, prompt in prompts]
+    run_stage(c, "rl", model, mask, rows, step, betas=(0.9, 0.99))
 
 
 def run_stage(c, stage, model, mask, rows, one_step, betas):
@@ -626,44 +632,58 @@ def load_labels(c: RunConfig, data_path, examples, report: dict) -> list[dict]:
     return records
 
 
+def read_sets(c: RunConfig, data_path) -> dict:
+    """{"S1", "S2", "eval"}: the examples of both stages and of the evaluation. A file that trains
+    or evaluates alone is taken whole. Raises ValueError where answers could not be checked, or
+    where the evaluation holds training examples."""
+    first = (c.data, data_path)
+    sources = {
+        "S1": first,
+        "S2": (c.rl_data, c.rl_data_path) if c.rl_data else first,
+        "eval": (c.eval_data, c.eval_data_path) if c.eval_data else first,
+    }
+    sets = {}
+    for name, source in sources.items():
+        others = ["S1", "S2"] if name == "eval" else ["eval"]
+        split = c.eval_split if name == "eval" else "train"
+        if data.in_one_file(*source) and source not in [sources[other] for other in others]:
+            split = "all"
+        sets[name] = data.load_dataset(*source, split)
+    for name, needed, cure in (
+        ("S2", "rl" in c.order and not c.reward, "--rl-data, or a --reward"),
+        ("eval", True, "--eval-data"),
+    ):
+        if needed and not c.score_only and all(e.kind == "text" for e in sets[name]):
+            raise ValueError(f"answers of {sources[name][0]} cannot be checked: name a {cure}")
+    if {e.id for e in sets["eval"]} & {e.id for name in ("S1", "S2") for e in sets[name]}:
+        raise ValueError(
+            f"{c.eval_data}: the evaluation holds training examples (by their ids: the file's name "
+            "and the line)"
+        )
+    return sets
+
+
 def prepare(c: RunConfig, report: dict):
     """Reads and checks every input before it is worked on -> model, tokenizer, training examples
     by system, evaluation examples. Counts go into the report."""
     if c.reward:
-        load_reward(c.reward)  # an error here comes before stage 1, not after it
+        load_reward(c.reward)
     model_path, data_path = (decoder.find_model(c.model) if c.model else None), c.data_path
     if not c.model:
         model_path, data_path = toy_inputs(c)
         done(c, report, "toy base")
-    sources = {"S1": (c.data, data_path), "S2": (c.data, data_path), "eval": (c.data, data_path)}
-    if c.rl_data:
-        sources["S2"] = (c.rl_data, c.rl_data_path)
-    if c.eval_data:
-        sources["eval"] = (c.eval_data, c.eval_data_path)
-    shares = {"S1": "train", "S2": "train", "eval": c.eval_split}
-    for name, source in sources.items():  # one file that trains or evaluates alone is taken whole
-        others = [s for n, s in sources.items() if (n == "eval") != (name == "eval")]
-        if source not in others and data.in_one_file(*source):
-            shares[name] = "all"
-    sets = {name: data.load_dataset(*sources[name], shares[name]) for name in sources}
-    for name, needed in (("S2", "rl" in c.order and not c.reward), ("eval", True)):
-        if needed and not c.score_only and all(e.kind == "text" for e in sets[name]):
-            flag_ = "--eval-data" if name == "eval" else "--rl-data, or a --reward"
-            raise ValueError(f"answers of {sources[name][0]} cannot be checked: name a {flag_}")
-    everything = {e.id: e for name in ("S1", "S2", "eval") for e in sets[name]}
-    test = sets.pop("eval")
-    if not {e.id for e in test}.isdisjoint(e.id for examples in sets.values() for e in examples):
-        raise ValueError(f"{c.eval_data}: the evaluation holds training examples (by their ids)")
+    sets = read_sets(c, data_path)
+    everything = {e.id: e for examples in sets.values() for e in examples}
     records = load_labels(c, data_path, list(everything.values()), report)
     labels = Path(c.out) / "labels.jsonl"
     if labels.exists() and [r for _, r in data.read_jsonl(labels)] != records:
         raise ValueError(f"--labels {c.labels}: other labels than this run began with ({labels})")
     known = {r["id"]: r["label"] for r in records}
+    test = sets.pop("eval")
     random.Random(c.seed).shuffle(test)
     test = [replace(e, label=known.get(e.id, e.label)) for e in test if e.kind != "text"]
     test = test[: c.eval_examples]
-    report["test"] = f"{c.eval_split} examples of {sources['eval'][0]}"
-    tokenizer = data.Tokenizer(model_path)
+    report["test"] = f"{c.eval_split} examples of {c.eval_data or c.data}"
     systems = {}
     for system, examples in sets.items():
         labelled = [replace(e, label=known[e.id]) for e in examples if e.id in known]
@@ -674,7 +694,11 @@ def prepare(c: RunConfig, report: dict):
             raise ValueError(
                 f"no {system} training example among {len(labelled)} labelled ones: check --labels"
             )
+    tokenizer = data.Tokenizer(model_path)
+    if "rl" in c.order and not c.score_only:
+        rl_prompts(c, tokenizer, systems["S2"])
     model = load(c, model_path)
+    lorapar.target_linears(model, c.targets, c.r)
     model.model.checkpointing = c.checkpointing
     data.write_jsonl(labels, records)
     lorapar.write_json(Path(c.out) / "config.json", settings(c))
