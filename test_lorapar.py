@@ -1374,24 +1374,17 @@ def test_numbers_are_compared_as_numbers(gold, reply, right):
 
 
 MANY = 100_000
+HOSTILE_PARTS = ["<answer>", "</answer>", "<reasoning>", "####", "- ", "\\boxed{", "\\frac{", "1,"]
+HOSTILE_PARTS += ["1/", "1e", "1 ", " -$ ", "Q:\n", "= 1", "\t \n", "</reasoning>\n<answer>\n"]
+HOSTILE_PARTS += [*" \n\t1.-{\\_*$,#", "system "]
 HOSTILE = [
-    *[c * MANY for c in " \n\t1.-{\\_*$,#"],
-    *[
-        part * (MANY // len(part))
-        for part in ("<answer>", "</answer>", "<reasoning>", "####", "- ")
-    ],
-    *[
-        part * (MANY // len(part))
-        for part in ("\\boxed{", "\\frac{", "1,", "1/", "1e", "1 ", " -$ ")
-    ],
-    *[part * (MANY // len(part)) for part in ("Q:\n", "= 1", "\t \n", "</reasoning>\n<answer>\n")],
+    *(part * (MANY // len(part)) for part in HOSTILE_PARTS),
     "<answer>" + " " * MANY + "</answer>",
     "#### " + " " * MANY + "18",
     "<answer>" + "1" * MANY + "</answer>",
     "<reasoning>\n" + "\n</reasoning>\n<answer>\n" * (MANY // 25) + "x",
     "a" + "1" * MANY,
     "#### 1e" + "9" * MANY,
-    "system " * (MANY // 7),
 ]
 
 
@@ -2642,7 +2635,7 @@ def test_eval_command_gives_the_number_and_every_answer(toy_run, tmp_path, capsy
         table = json.loads(said[said.index("{") : said.rindex("}") + 1])
         records = [r for _, r in data.read_jsonl(tmp_path / "a.jsonl")]
         assert len(records) == table["all"]["examples"] == count
-        mean = sum(r["correct"] for r in records) / len(records)
+        mean = sum(r["accuracy"] for r in records) / len(records)
         assert table["all"]["accuracy"] == pytest.approx(mean)
         if extra[:1] == ["--samples"]:
             assert "pass@3" in table["all"] and all(len(r["answers"]) == 3 for r in records)

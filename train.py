@@ -343,29 +343,32 @@ def evaluate(c, model, tokenizer, examples, what, samples=1):
     mean cross-entropy of its tokens. "all" is every example, labelled or not. Raises ValueError
     where the model no longer gives numbers.
     """
-    if samples > 1 and any(e.kind == "letter" for e in examples):
+    is_letter = [e.kind == "letter" for e in examples]
+    if samples > 1 and any(is_letter):
         raise ValueError("--samples: a letter is answered once, by the most likely of the four")
     model.eval()
     generator = torch.Generator().manual_seed(c.seed)
     rows, _ = data.tokenize(examples, tokenizer, 10**9, c.prompt, "rl")
-    order = sorted(range(len(rows)), key=lambda i: (examples[i].kind == "letter", rows[i][1]))
-    kinds = [[i for i in order if (examples[i].kind == "letter") == k] for k in (False, True)]
+    order = sorted(range(len(rows)), key=lambda i: (is_letter[i], rows[i][1]))  # by prompt length
     size = max(1, c.batch_rows // samples)  # prompts whose answers are decoded together
-    parts = [k[start : start + size] for k in kinds for start in range(0, len(k), size)]
-    results, records = {}, {}
-    for chosen in bar(parts, f"evaluate {what}"):
+    batches = [
+        chosen[start : start + size]
+        for chosen in (list(kind) for _, kind in itertools.groupby(order, is_letter.__getitem__))
+        for start in range(0, len(chosen), size)
+    ]
+    ks = [k for k in (10, 100, samples) if 1 < k <= samples]
+    records = [{"id": e.id, "label": e.label, "question": e.question} for e in examples]
+    for chosen in bar(batches, f"evaluate {what}"):
         prompts = [rows[i][0][: rows[i][1]] for i in chosen]
         asked = [examples[i] for i in chosen]
         answers = answer(c, model, tokenizer, asked, prompts, samples, generator)
-        for i, e, given in zip(chosen, asked, answers):
+        for i, given in zip(chosen, answers):
             right = sum(correct for _, correct in given)
-            ks = [k for k in (10, 100, samples) if 1 < k <= samples]
-            results[i] = {"accuracy": right / len(given)}
-            results[i] |= {f"pass@{k}": data.pass_at_k(samples, right, k) for k in ks}
-            records[i] = {"id": e.id, "label": e.label, "correct": right / len(given)}
-            records[i] |= {"gold": e.gold, "question": e.question}
-            records[i]["answers"] = [text for text, _ in given]
-        for part in [chosen[i : i + c.micro_batch] for i in range(0, len(chosen), c.micro_batch)]:
+            records[i] |= {"gold": examples[i].gold, "answers": [text for text, _ in given]}
+            records[i] |= {"accuracy": right / len(given)}
+            records[i] |= {f"pass@{k}": data.pass_at_k(samples, right, k) for k in ks}
+        for start in range(0, len(chosen), c.micro_batch):
+            part = chosen[start : start + c.micro_batch]
             tokens, labels = data.collate([rows[i] for i in part], c.device)
             with torch.no_grad():
                 logp = decoder.token_logprobs(model, tokens, labels).sum(1)
@@ -373,16 +376,17 @@ def evaluate(c, model, tokenizer, examples, what, samples=1):
                 raise ValueError(f"evaluate {what}: the model's log-probs are not finite")
             counts = (labels[:, 1:] != -100).sum(1)
             for i, p, n in zip(part, logp.tolist(), counts.tolist()):
-                results[i] |= {"probability": math.exp(p), "loss": -p / n}
+                records[i] |= {"probability": math.exp(p), "loss": -p / n}
     table = {}
     for system in ("S1", "S2", "all"):
-        members = [results[i] for i, e in enumerate(examples) if system in ("all", e.label)]
+        members = [r for r in records if system in ("all", r["label"])]
+        names = ["accuracy", *(f"pass@{k}" for k in ks), "probability", "loss"]
         if members:
-            table[system] = {k: sum(m[k] for m in members) / len(members) for k in members[0]}
+            table[system] = {k: sum(r[k] for r in members) / len(members) for k in names}
             table[system]["examples"] = len(members)
     shown = "  ".join(f"{system} {row['accuracy']:.1%}" for system, row in table.items())
     print(f"evaluate {what}: {shown}")
-    return table, [records[i] for i in range(len(examples))]
+    return table, records
 
 
 def evaluate_once(c, model, tokenizer, examples, row, report) -> dict:
@@ -417,16 +421,10 @@ class RunConfig:
     eval_data: str | None = flag(None, "another set for the evaluation")
     eval_data_path: str | None = flag(None, "its folder or file")
     labels: str | None = flag(
-        None,
-        'S1/S2 labels: a labels.jsonl, the authors\' csv, "steps:K" (GSM8K stand-in); in the toy '
-        '"teachers:K", the votes of the first K of five, or "teachers:K:shuffled"',
+        None, "a labels.jsonl, the authors' csv, or steps:K (GSM8K); toy: teachers:K[:shuffled]"
     )
-    reward: str | None = flag(
-        None, "FILE.py:FUNCTION(question, answer, completion) -> a float or a dict of parts"
-    )
-    prompt: Literal["plain", "chat", "authors"] = flag(
-        "plain", "the question alone, the checkpoint's chat template, or the authors' templates"
-    )
+    reward: str | None = flag(None, "FILE.py:FUNCTION(question, answer, completion) -> float, dict")
+    prompt: Literal["plain", "chat", "authors"] = flag("plain", "whose template asks the question")
     out: str = flag("runs/toy", "the run folder")
     seed: int = flag(0, "seeds everything")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
@@ -447,9 +445,7 @@ class RunConfig:
     alpha: float = flag(1.0, "share of the shared region that SFT trains")
     beta: float = flag(1.0, "share of the shared region that RL trains")
     select: Literal[(*lorapar.SCORES, "random", "random-in-tensor", "swapped")] = flag(
-        "importance",
-        "what ranks the elements: eq. 3, a part of it, the same scores permuted (all regions keep "
-        "their sizes), or each stage with the other system's mask",
+        "importance", "what ranks the elements; random permutes the scores, swapped the stages"
     )
     order: Literal["sft,rl", "rl,sft", "sft", "rl"] = flag("sft,rl", "the stages and their order")
     stage_data: Literal["split", "all"] = flag("split", "a stage trains on its system, or on all")
@@ -486,9 +482,7 @@ class RunConfig:
     micro_batch: int = flag(8, "rows a forward and backward")
     checkpointing: bool = flag(False, "recompute layers in the backward: less memory, slower")
     save_every: int = flag(50, "steps between saves of the resume state")
-    allow_unconfined_code: bool = flag(
-        False, "run code answers with this program's rights where no sandbox is to be had"
-    )
+    allow_unconfined_code: bool = flag(False, "where no sandbox is to be had, run code answers")
 
 
 TOY = {
