@@ -17,7 +17,7 @@ import os
 import shutil
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -35,6 +35,9 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+
+LLAMA3 = "factor low_freq_factor high_freq_factor original_max_position_embeddings"
+ROPE_FIELDS = {"default": [], "linear": ["factor"], "llama3": LLAMA3.split()}  # of rope_scaling
 
 
 @dataclass
@@ -62,63 +65,41 @@ class ModelConfig:
         """Reads config.json in the old style (`rope_theta`, `rope_scaling` at top level) and the
         new one (`rope_parameters`). Raises ValueError, naming the field, on what we do not support.
         """
-
-        def refuse(field, value, supported):
-            raise ValueError(f"{source}: {field} = {value!r} is not supported (only {supported})")
-
         model_type = raw.get("model_type")
-        if model_type not in ARCHITECTURES:
-            refuse("model_type", model_type, ", ".join(ARCHITECTURES))
-        if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-            refuse("hidden_act", raw["hidden_act"], "silu")
-        if raw.get("quantization_config"):
-            refuse("quantization_config", "...", "unquantised weights")
         window = raw.get("sliding_window")
         if model_type == "mistral" and "sliding_window" not in raw:
             window = 4096  # what an absent field means
         if model_type in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False):
             window = None  # Qwen files carry a window that is switched off
-        if window is not None or "sliding_attention" in (raw.get("layer_types") or ()):
-            refuse("sliding_window", window, "full attention")
-
+        if "sliding_attention" in (raw.get("layer_types") or ()):
+            window = window or "sliding_attention"
         rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
         theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
         rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-        if rope["rope_type"] not in ("default", "linear", "llama3"):
-            refuse("rope_type", rope["rope_type"], "default, linear, llama3")
-        llama3 = (
-            "factor",
-            "low_freq_factor",
-            "high_freq_factor",
-            "original_max_position_embeddings",
-        )
-        for needed in {"linear": ("factor",), "llama3": llama3}.get(rope["rope_type"], ()):
+        partial = raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
+        for field, value, supported in (
+            ("model_type", model_type, tuple(ARCHITECTURES)),
+            ("hidden_act", raw.get("hidden_act", "silu"), ("silu", "swish")),
+            ("quantization_config", raw.get("quantization_config") or None, (None,)),
+            ("sliding_window", window, (None,)),
+            ("rope_type", rope["rope_type"], tuple(ROPE_FIELDS)),
+            ("partial_rotary_factor", partial, (1.0,)),
+        ):
+            if value not in supported:
+                only = ", ".join(map(str, supported))
+                raise ValueError(f"{source}: {field} = {value!r} is not supported (only {only})")
+        for needed in ROPE_FIELDS[rope["rope_type"]]:
             if needed not in rope:
                 raise ValueError(f"{source}: rope_scaling has no {needed}")
-        if raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) != 1.0:
-            refuse("partial_rotary_factor", "...", "1.0")
-        try:
-            heads, hidden = raw["num_attention_heads"], raw["hidden_size"]
-            head_dim = 128 if model_type == "qwen3" else hidden // heads  # where the file says none
-            return cls(
-                vocab_size=raw["vocab_size"],
-                hidden_size=hidden,
-                intermediate_size=raw["intermediate_size"],
-                num_hidden_layers=raw["num_hidden_layers"],
-                num_attention_heads=heads,
-                num_key_value_heads=raw.get("num_key_value_heads") or heads,
-                head_dim=raw.get("head_dim") or head_dim,
-                rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
-                rope_theta=theta,
-                rope_scaling=None if rope["rope_type"] == "default" else rope,
-                max_position_embeddings=raw.get("max_position_embeddings", 2048),
-                tie_word_embeddings=raw.get("tie_word_embeddings", False),
-                model_type=model_type,
-                attention_bias=raw.get("attention_bias", False),
-                mlp_bias=raw.get("mlp_bias", False),
-            )
-        except KeyError as missing:
-            raise ValueError(f"{source}: the field {missing} is missing") from None
+        config = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
+        for f in fields(cls)[:5]:  # those of every checkpoint
+            if f.name not in config:
+                raise ValueError(f"{source}: the field {f.name} is missing")
+        heads = config["num_attention_heads"]
+        head_dim = 128 if model_type == "qwen3" else config["hidden_size"] // heads
+        config = {"num_key_value_heads": heads, "head_dim": head_dim} | config
+        scaling = None if rope["rope_type"] == "default" else rope
+        return cls(**config | {"rope_theta": theta, "rope_scaling": scaling})
 
 
 def rope_frequencies(config: ModelConfig) -> torch.Tensor:
