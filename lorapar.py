@@ -264,7 +264,7 @@ def per_example_gradients(model, tokens, labels, logprobs) -> list[torch.Tensor]
             layer.held = None
 
 
-def gradient_moments(model, batches, logprobs=logits_logprobs, chunk_tokens=512, progress=iter):
+def gradient_moments(model, batches, logprobs=logits_logprobs, chunk_tokens=512):
     """-> (N,), (N,): the sums over the examples of the per-example gradient and of its square
     (float64), and how many examples there were. Arguments and errors: see `importance`."""
     sizes = [p.numel() for p in lora_factors(model).values()]
@@ -272,7 +272,7 @@ def gradient_moments(model, batches, logprobs=logits_logprobs, chunk_tokens=512,
     f_sum, count, was_training = g_sum.clone(), 0, model.training
     model.eval()
     try:
-        for tokens, labels in progress(batches):
+        for tokens, labels in batches:
             answers = (labels[:, 1:] != -100).sum(1)
             if not answers.all():
                 raise ValueError(f"example {count + int(answers.argmin())} has no answer token")

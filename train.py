@@ -26,7 +26,6 @@ if __name__ == "__main__":  # before the imports, which take seconds
 
 import argparse
 import csv
-import importlib.util
 import io
 import itertools
 import json
@@ -34,19 +33,20 @@ import math
 import random
 import re
 import resource
+import runpy
 import shutil
 import statistics
 import sys
 import time
-import types
 from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal, get_args, get_origin
+from typing import Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 import data
@@ -58,44 +58,55 @@ import model as decoder
 def run(c: "RunConfig") -> dict:
     """The whole method on one run folder. Returns the report, also report.json."""
     report = open_run(c)
-    model, tokenizer, examples, test = prepare(c, report)  # the votes are in the examples
-    rows = tokenized(c, tokenizer, examples, report)
+    model, tokenizer, examples, rows, test = prepare(c, report)  # the votes are in the examples
     done(c, report, "load")
 
-    def evaluated(row):
-        if not c.score_only:
-            report["evaluation"][row] = evaluate_once(c, model, tokenizer, test, row, report)
-            done(c, report, f"evaluate {row}")
+    def evaluate_row(row):
+        if c.score_only:
+            return
+        file = Path(c.out) / "answers" / f"{row}.jsonl"
+        if row in report["evaluation"] and file.exists():
+            print(f"evaluate {row}: reused from {c.out}")
+        else:
+            report["evaluation"][row], records = evaluate(c, model, tokenizer, test, row)
+            data.write_jsonl(file, records)
+        done(c, report, f"evaluate {row}")
 
-    evaluated("base")
+    evaluate_row("base")
     start = torch.Generator().manual_seed(c.seed)
     lorapar.add_lora(model, c.targets, c.r, c.lora_alpha, c.dropout, c.init, generator=start)
     if c.init == "gaussian":  # the other starts leave the model as it is
-        evaluated("init")
+        evaluate_row("init")
     s1, s2 = score(c, model, rows)  # importance on S1, importance on S2: eq. 1-3
     done(c, report, "score")
     masks, report["partition"] = make_partition(c, model, s1, s2)  # Algorithm 1, step 1
     done(c, report, "partition")
+    sft_rows, rl_examples = rows["S1"], examples["S2"]
     if c.stage_data == "all":  # an ablation: both stages train on both systems
-        rows["S1"], examples["S2"] = rows["S1"] + rows["S2"], examples["S2"] + examples["S1"]
+        sft_rows, rl_examples = rows["S1"] + rows["S2"], examples["S2"] + examples["S1"]
     for stage in () if c.score_only else c.order.split(","):
         if stage == "sft":  # step 2: moves S1-only and the top alpha of shared
-            sft(c, model, rows["S1"], masks[stage])
+            sft(c, model, sft_rows, masks[stage])
         else:  # step 3: moves S2-only and the top beta of shared
-            rl(c, model, tokenizer, examples["S2"], masks[stage])
+            rl(c, model, tokenizer, rl_examples, masks[stage])
         done(c, report, stage)
-        evaluated(stage)
+        evaluate_row(stage)
     print("\n" + write_report(c, report))
     return report
 
 
-# ----------------------------------------------------------------------------------- the five calls
+# ----------------------------------------------------------------------------------- what run calls
 
 
-def answer_losses(model, tokens, labels):
-    """(B,): the mean cross-entropy over each example's answer tokens."""
-    logp = decoder.token_logprobs(model, tokens, labels)
-    return -logp.sum(1) / (labels[:, 1:] != -100).sum(1)
+def backward(model, rows, micro_batch: int, device) -> float:
+    """The mean over `rows` of the mean cross-entropy of each answer's tokens; adds its gradient."""
+    total = 0.0
+    for tokens, labels in data.batches(rows, micro_batch, device):
+        logp = decoder.token_logprobs(model, tokens, labels)
+        loss = -(logp.sum(1) / (labels[:, 1:] != -100).sum(1)).sum() / len(rows)
+        loss.backward()
+        total += loss.detach()
+    return float(total)
 
 
 def score(c, model, rows):
@@ -110,18 +121,16 @@ def score(c, model, rows):
         print(f"score: reused from {path}")
         return kept["s1"], kept["s2"]
     scores = {"start": lorapar.get_flat(model)}
+    rank_by = c.select if c.select in lorapar.SCORES else "importance"
     needs_ranking = c.theta < 1 or c.alpha not in (0, 1) or c.beta not in (0, 1)
     for name in ("s1", "s2"):
         scores[name] = torch.ones_like(scores["start"])  # where everything is taken
         if needs_ranking:
             system = rows[name.upper()]
             chosen = random.Random(c.seed).sample(system, min(c.score_examples, len(system)))
+            batches = bar(data.batches(chosen, c.micro_batch, c.device), f"score {name}")
             scores[name] = lorapar.importance(
-                model,
-                data.batches(chosen, c.micro_batch, c.device),
-                decoder.token_logprobs,
-                rank_by=c.select if c.select in lorapar.SCORES else "importance",
-                progress=lambda batches, name=name: bar(batches, f"score {name}"),
+                model, batches, decoder.token_logprobs, rank_by=rank_by
             )
             print(f"score: {name} on {len(chosen)} examples")
     lorapar.write_tensors(path, scores)
@@ -152,23 +161,27 @@ def sft(c, model, rows, mask):
     """Stage 1: supervised fine-tuning of the masked elements. rows: (tokens, prompt length)."""
 
     def step(optimizer, chosen, generator):
-        batch, total, started = [rows[i] for i in chosen], 0.0, time.perf_counter()
-        for tokens, labels in data.batches(batch, c.micro_batch, c.device):
-            loss = answer_losses(model, tokens, labels).sum() / len(batch)
-            loss.backward()
-            total += loss.detach()
-        total = float(total)
-        if not math.isfinite(total):
-            raise FloatingPointError(f"the loss is {total}")
+        batch, started = [rows[i] for i in chosen], time.perf_counter()
+        loss = backward(model, batch, c.micro_batch, c.device)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss is {loss}")
         optimizer.step()
         optimizer.zero_grad()
         rate = round(sum(len(t) for t, _ in batch) / (time.perf_counter() - started))
-        values = {"loss": total, "grad_norm": optimizer.grad_norm.item(), "tokens_per_s": rate}
-        return values, f"loss {total:.4f}  grad {values['grad_norm']:.3f}  {rate} tok/s"
+        values = {"loss": loss, "grad_norm": optimizer.grad_norm.item(), "tokens_per_s": rate}
+        return values, f"loss {loss:.4f}  grad {values['grad_norm']:.3f}  {rate} tok/s"
 
     model.train()  # dropout acts here alone
     run_stage(c, "sft", model, mask, rows, step, betas=(0.9, 0.999))
     model.eval()
+
+
+def judged(c, tokenizer, judge, examples, answers):
+    """Answers [P][G] -> their texts [P][G], judge(example, text, ..) of each, on all cores."""
+    texts = [[tokenizer.decode(ids) for ids in group] for group in answers]
+    pairs = [(e, text) for e, group in zip(examples, texts) for text in group]
+    found = iter(data.in_parallel(judge, [(*pair, c.allow_unconfined_code) for pair in pairs]))
+    return texts, [[next(found) for _ in group] for group in texts]
 
 
 def rl_prompts(c, tokenizer, examples) -> list:
@@ -189,7 +202,7 @@ def rl(c, model, tokenizer, examples, mask):
         f"rl: {len(prompts)} of {len(examples)} prompts, at most --max-prompt {c.max_prompt} long"
     )
     reference = lorapar.get_flat(model)
-    settings = grpo.Settings(
+    sampling = grpo.Settings(
         group=c.rl_group,
         max_new_tokens=c.max_response,
         eos_ids=tokenizer.eos_ids,
@@ -205,16 +218,10 @@ def rl(c, model, tokenizer, examples, mask):
         batch = [prompts[i] for i in chosen]
 
         def rewards(answers):
-            judged = [
-                (e, tokenizer.decode(answer), c.allow_unconfined_code)
-                for (e, _), group in zip(batch, answers)
-                for answer in group
-            ]
-            parts = data.in_parallel(reward, judged)
-            return [parts[i : i + c.rl_group] for i in range(0, len(parts), c.rl_group)]
+            return judged(c, tokenizer, reward, [e for e, _ in batch], answers)[1]
 
         asked = [prompt for _, prompt in batch]
-        values = grpo.grpo_step(model, optimizer, asked, rewards, reference, settings, generator)
+        values = grpo.grpo_step(model, optimizer, asked, rewards, reference, sampling, generator)
         parts = " ".join(f"{k} {v:.2f}" for k, v in values["parts"].items())
         return values, (
             f"reward {values['reward']:.3f} ({parts})  kl {values['kl']:.4f}  gap "
@@ -222,7 +229,7 @@ def rl(c, model, tokenizer, examples, mask):
             f"length {values['length']:.0f}  {values['rollout_s'] + values['update_s']:.2f} s"
         )
 
-    rows = [(prompt, 1) for _, prompt in prompts]
+    rows = [(prompt, 1) for _, prompt in prompts]  # is_finite looks at one
     run_stage(c, "rl", model, mask, rows, step, betas=(0.9, 0.99))
 
 
@@ -232,26 +239,20 @@ def run_stage(c, stage, model, mask, rows, one_step, betas):
     A step's seed is its own, so a resumed run needs no state of a random generator. Raises
     ValueError, one line, where training diverges; what was saved before stays.
     """
-    lr, folder = getattr(c, f"{stage}_lr"), Path(c.out) / stage
+    names = ("lr", "batch", "epochs", "steps", "warmup", "weight_decay", "grad_norm")
+    lr, batch, epochs, limit, warmup, decay, norm = (getattr(c, f"{stage}_{n}") for n in names)
     lorapar.set_mask(model, mask)
-    optimizer = lorapar.MaskedAdamW(
-        model,
-        lr=lr,
-        betas=betas,
-        weight_decay=getattr(c, f"{stage}_weight_decay"),
-        max_grad_norm=getattr(c, f"{stage}_grad_norm"),
-    )
-    batch, epochs = getattr(c, f"{stage}_batch"), getattr(c, f"{stage}_epochs")
-    steps = step_indices(len(rows), batch, epochs, getattr(c, f"{stage}_steps"), c.seed)
+    optimizer = lorapar.MaskedAdamW(model, lr, betas, weight_decay=decay, max_grad_norm=norm)
+    steps, folder = step_indices(len(rows), batch, epochs, limit, c.seed), Path(c.out) / stage
     first, total = load_state(folder, model, optimizer), len(steps)
     if first:
         print(f"{stage}: " + (f"reused from {folder}" if first == total else f"after step {first}"))
-    scheduler = cosine(optimizer, total, getattr(c, f"{stage}_warmup"), first)
     metrics, started = Path(c.out) / "metrics.jsonl", time.perf_counter()  # a line a step
     forget_metrics(metrics, stage, first)
     for step in range(first, total):
         seed = c.seed * 1_000_003 + step
         torch.manual_seed(seed)  # dropout, on every device
+        optimizer.param_groups[0]["lr"] = rate = lr * cosine(step, total, warmup)
         try:
             values, words = one_step(optimizer, steps[step], torch.Generator().manual_seed(seed))
             saves = (step + 1) % c.save_every == 0 or step + 1 == total
@@ -262,10 +263,8 @@ def run_stage(c, stage, model, mask, rows, one_step, betas):
                 f"{stage} step {step + 1}: {error}: lower --{stage}-lr {lr} and name another --out "
                 f"({c.out} keeps what was good)"
             ) from None
-        values["lr"] = scheduler.get_last_lr()[0]
-        scheduler.step()
         with open(metrics, "a") as out:
-            out.write(json.dumps({"stage": stage, "step": step} | values) + "\n")
+            out.write(json.dumps({"stage": stage, "step": step} | values | {"lr": rate}) + "\n")
         left = (time.perf_counter() - started) / (step + 1 - first) * (total - step - 1)
         print(f"{stage} {step + 1}/{total}  {words}  left {clock(left)}")
         if saves:
@@ -283,18 +282,13 @@ def step_indices(n: int, batch: int, epochs: int, limit: int | None, seed: int) 
     return steps[:limit]
 
 
-def cosine(optimizer, steps: int, warmup: float, first_step: int):
-    """Linear warm-up over the first share of the steps, then cosine to 0."""
+def cosine(step: int, steps: int, warmup: float) -> float:
+    """The learning rate's factor: linear warm-up over the first share of the steps, then cosine
+    to 0."""
     warm = math.ceil(warmup * steps)
-
-    def factor(step):
-        if step < warm:
-            return (step + 1) / (warm + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
-
-    if first_step:  # a resumed schedule: LambdaLR wants to know where it began
-        optimizer.param_groups[0]["initial_lr"] = optimizer.defaults["lr"]
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=first_step - 1)
+    if step < warm:
+        return (step + 1) / (warm + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
 
 @torch.no_grad()
@@ -327,12 +321,8 @@ def answer(c, model, tokenizer, examples, prompts, samples: int, generator):
         generator=generator,
         batch_rows=c.batch_rows,
     )
-    texts = [[tokenizer.decode(tokens) for tokens in group] for group in answers]
-    asked = [
-        (e, text, c.allow_unconfined_code) for e, group in zip(examples, texts) for text in group
-    ]
-    verdicts = iter(data.in_parallel(data.is_correct, asked))
-    return [list(zip(group, verdicts)) for group in texts]
+    texts, verdicts = judged(c, tokenizer, data.is_correct, examples, answers)
+    return [list(zip(*pair)) for pair in zip(texts, verdicts)]
 
 
 def evaluate(c, model, tokenizer, examples, what, samples=1):
@@ -389,22 +379,12 @@ def evaluate(c, model, tokenizer, examples, what, samples=1):
     return table, records
 
 
-def evaluate_once(c, model, tokenizer, examples, row, report) -> dict:
-    """The row of the report, evaluated unless it and its answers are there."""
-    file = Path(c.out) / "answers" / f"{row}.jsonl"
-    if row in report["evaluation"] and file.exists():
-        print(f"evaluate {row}: reused from {c.out}")
-        return report["evaluation"][row]
-    table, records = evaluate(c, model, tokenizer, examples, row)
-    data.write_jsonl(file, records)
-    return table
-
-
 # ----------------------------------------------------------------------------------------- settings
 
 
-def flag(default, text):
-    return field(default=default, metadata={"help": text})
+def flag(default, text, toy=None):
+    """A field that is a command line flag; `toy` takes its default's place in the toy world."""
+    return field(default=default, metadata={"help": text, "toy": toy})
 
 
 @dataclass
@@ -434,8 +414,8 @@ class RunConfig:
     # LoRA
     targets: str = flag("qkvgud", "projections that get an adapter: letters of q k v o g u d")
     r: int = flag(8, "LoRA rank")
-    lora_alpha: float = flag(64.0, "LoRA scale is lora_alpha / r")
-    dropout: float = flag(0.05, "LoRA dropout, in SFT only")
+    lora_alpha: float = flag(64.0, "LoRA scale is lora_alpha / r", toy=32.0)
+    dropout: float = flag(0.05, "LoRA dropout, in SFT only", toy=0.0)
     init: Literal["anchored", "gaussian", "lora", "pissa", "olora"] = flag(
         "anchored", "the adapter's start; all but gaussian leave the model as it is at step 0"
     )
@@ -451,94 +431,83 @@ class RunConfig:
     stage_data: Literal["split", "all"] = flag("split", "a stage trains on its system, or on all")
     score_only: bool = flag(False, "stop after the partition: no evaluation, no training")
     # stage 1: SFT
-    sft_lr: float = flag(2e-4, "learning rate")
-    sft_epochs: int = flag(1, "epochs over the S1 examples")
+    sft_lr: float = flag(2e-4, "learning rate", toy=3e-3)
+    sft_epochs: int = flag(1, "epochs over the S1 examples", toy=8)
     sft_steps: int | None = flag(None, "at most this many optimizer steps")
     sft_batch: int = flag(32, "examples an optimizer step (the paper accumulates 32)")
     sft_warmup: float = flag(0.03, "share of the steps that warm up, then cosine")
     sft_weight_decay: float = flag(0.0, "AdamW's decoupled weight decay")
     sft_grad_norm: float = flag(1.0, "clip the norm of the active gradient at this")
-    max_length: int = flag(512, "tokens of question and answer in SFT and scoring")
+    max_length: int = flag(512, "tokens of question and answer in SFT and scoring", toy=32)
     # stage 2: GRPO
-    rl_lr: float = flag(5e-6, "learning rate")
+    rl_lr: float = flag(5e-6, "learning rate", toy=4e-3)
     rl_epochs: int = flag(1, "epochs over the S2 prompts")
-    rl_steps: int | None = flag(None, "at most this many batches of prompts")
-    rl_batch: int = flag(4, "prompts a batch")
+    rl_steps: int | None = flag(None, "at most this many batches of prompts", toy=40)
+    rl_batch: int = flag(4, "prompts a batch", toy=16)
     rl_group: int = flag(8, "answers a prompt (the group)")
     rl_iterations: int = flag(1, "optimizer steps a batch; the ratio clip acts from the second on")
     rl_warmup: float = flag(0.1, "share of the batches that warm up, then cosine")
-    rl_weight_decay: float = flag(0.1, "AdamW's decoupled weight decay")
-    rl_grad_norm: float = flag(0.1, "clip the norm of the active gradient at this")
-    max_prompt: int = flag(128, "longer prompts are left out of RL, and counted")
-    max_response: int = flag(256, "tokens an answer may have, in RL and evaluation")
-    temperature: float = flag(0.9, "softmax temperature of rollouts and of their log-probs")
-    kl: float = flag(0.04, "weight of the KL to the policy as it was when RL began; 0: none")
+    rl_weight_decay: float = flag(0.1, "AdamW's decoupled weight decay", toy=0.0)
+    rl_grad_norm: float = flag(0.1, "clip the norm of the active gradient at this", toy=1.0)
+    max_prompt: int = flag(128, "longer prompts are left out of RL, and counted", toy=16)
+    max_response: int = flag(256, "tokens an answer may have, in RL and evaluation", toy=12)
+    temperature: float = flag(0.9, "softmax temperature of rollouts and their log-probs", toy=1.0)
+    kl: float = flag(0.04, "weight of the KL to the policy as RL begins; 0: none", toy=0.005)
     clip: float = flag(0.2, "PPO's ratio clip")
     # size and speed
     train_examples: int | None = flag(None, "use at most this many training examples")
     eval_examples: int | None = flag(None, "evaluate on at most this many examples")
     eval_split: Literal["test", "validation"] = flag("test", "choose settings on validation only")
-    batch_rows: int = flag(64, "answers decoded together, in rollouts and evaluation")
-    micro_batch: int = flag(8, "rows a forward and backward")
+    batch_rows: int = flag(64, "answers decoded together, in rollouts and evaluation", toy=1024)
+    micro_batch: int = flag(8, "rows a forward and backward", toy=128)
     checkpointing: bool = flag(False, "recompute layers in the backward: less memory, slower")
     save_every: int = flag(50, "steps between saves of the resume state")
-    allow_unconfined_code: bool = flag(False, "where no sandbox is to be had, run code answers")
+    allow_unconfined_code: bool = flag(False, "run code answers where no sandbox is to be had")
 
 
-TOY = {
-    "lora_alpha": 32.0,
-    "dropout": 0.0,
-    "sft_lr": 3e-3,
-    "sft_epochs": 8,
-    "rl_lr": 4e-3,
-    "rl_steps": 40,
-    "rl_batch": 16,
-    "rl_weight_decay": 0.0,
-    "rl_grad_norm": 1.0,
-    "max_length": 32,
-    "max_prompt": 16,
-    "max_response": 12,
-    "temperature": 1.0,
-    "kl": 0.005,
-    "batch_rows": 1024,
-    "micro_batch": 128,
-}
-TOY_BASE = {"layers": 2, "hidden": 128, "heads": 4, "ffn": 256, "steps": 1000, "batch": 96}
+TOY = {f.name: f.metadata["toy"] for f in fields(RunConfig) if f.metadata["toy"] is not None}
+TOY_BASE = {"steps": 1000, "batch": 96}
 
 
-def add_flags(parser, names):
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def read_flags(parser, names: list[str], arguments):
+    """The command line -> a checked RunConfig of the flags `names` (defaults, then without --model
+    the toy preset, then what the user said), and the parser's own arguments."""
     for f in fields(RunConfig):
-        if f.name not in names:
-            continue
-        kind, choices = f.type, None
-        if get_origin(kind) is Literal:
-            kind, choices = str, get_args(kind)
-        elif isinstance(kind, types.UnionType):
-            kind = get_args(kind)[0]
-        default = f"{TOY[f.name]} in the toy, else {f.default}" if f.name in TOY else f.default
-        text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
-        option = "--" + f.name.replace("_", "-")
-        if kind is bool:
-            parser.add_argument(option, action="store_true", help=text)
-        else:
-            parser.add_argument(option, type=kind, choices=choices, help=text)
+        if f.name in names:
+            default = f"{TOY[f.name]} in the toy, else {f.default}" if f.name in TOY else f.default
+            text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
+            how = {"default": argparse.SUPPRESS, "help": text}
+            kinds = get_args(f.type) or (f.type,)  # a Literal's words; of X | None, X first
+            if f.type is bool:
+                how["action"] = "store_true"
+            elif isinstance(kinds[0], str):
+                how["choices"] = kinds
+            else:
+                how["type"] = kinds[0]
+            parser.add_argument(option(f.name), **how)
+    said = vars(parser.parse_args(arguments))
+    own = argparse.Namespace(**{name: said.pop(name) for name in list(said) if name not in names})
+    if "model" in names and not said.get("model"):
+        said = TOY | said
+    c = RunConfig(**said)
+    check_ranges(c)
+    return c, own
 
 
 def read_config(arguments) -> RunConfig:
-    """The command line -> RunConfig: defaults, then the toy preset, then what the user said."""
+    """The command line of a run."""
     parser = argparse.ArgumentParser(
         description=__doc__.partition("\n")[0],
         epilog=f"Also: python train.py {'|'.join(COMMANDS)} --help",
-        argument_default=argparse.SUPPRESS,
     )
-    add_flags(parser, [f.name for f in fields(RunConfig)])
-    said = vars(parser.parse_args(arguments))
-    preset = {} if said.get("model") else TOY
-    config = RunConfig(**(preset | said))
-    if (config.data == "toy") != (config.model is None):
+    c, _ = read_flags(parser, [f.name for f in fields(RunConfig)], arguments)
+    if (c.data == "toy") != (c.model is None):
         raise ValueError("--model and --data go together: give both, or neither for the toy world")
-    check_ranges(config)
-    return config
+    return c
 
 
 def check_ranges(c: RunConfig):
@@ -547,26 +516,21 @@ def check_ranges(c: RunConfig):
         raise ValueError(f"--theta {c.theta} is outside (0, 1]")
     for name in ("alpha", "beta", "dropout", "sft_warmup", "rl_warmup"):
         if not 0 <= getattr(c, name) <= 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(c, name)} is outside [0, 1]")
-    for f in fields(RunConfig):
-        value = getattr(c, f.name)
-        if type(value) is int and f.name != "seed" and value < 1:
-            raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be at least 1")
+            raise ValueError(f"{option(name)} {getattr(c, name)} is outside [0, 1]")
+    for name, value in asdict(c).items():
+        if type(value) is int and name != "seed" and value < 1:
+            raise ValueError(f"{option(name)} {value}: must be at least 1")
         if isinstance(value, float) and not 0 <= value < 1e37:  # float32 ends there
-            raise ValueError(f"--{f.name.replace('_', '-')} {value} is outside [0, 1e37)")
+            raise ValueError(f"{option(name)} {value} is outside [0, 1e37)")
     if c.rl_group < 2:
         raise ValueError("--rl-group 1: an answer needs others of its group to compare with")
     for name in ("temperature", "lora_alpha"):
         if getattr(c, name) == 0:
-            raise ValueError(f"--{name.replace('_', '-')} 0: must be positive")
-    check_device(c.device)
-
-
-def check_device(device):
+            raise ValueError(f"{option(name)} 0: must be positive")
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, device=c.device)
     except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {device}: this PyTorch sees no such device") from None
+        raise ValueError(f"--device {c.device}: this PyTorch sees no such device") from None
 
 
 # ----------------------------------------------------------------------------------------- inputs
@@ -583,10 +547,7 @@ def load_reward(spec: str):
     anything that the file or the function raises or gives that is not a number."""
     file, _, name = spec.rpartition(":")
     try:
-        module_spec = importlib.util.spec_from_file_location("reward", file)
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-        function = getattr(module, name)
+        function = runpy.run_path(file)[name]
     except Exception as error:  # the user's own code
         why = f"{type(error).__name__}: {error}"
         raise ValueError(f"--reward {spec}: not FILE.py:FUNCTION ({why})") from None
@@ -631,24 +592,19 @@ def read_sets(c: RunConfig, data_path) -> dict:
     or evaluates alone is taken whole. Raises ValueError where answers could not be checked, or
     where the evaluation holds training examples."""
     first = (c.data, data_path)
-    sources = {
-        "S1": first,
-        "S2": (c.rl_data, c.rl_data_path) if c.rl_data else first,
-        "eval": (c.eval_data, c.eval_data_path) if c.eval_data else first,
-    }
+    second = (c.rl_data, c.rl_data_path) if c.rl_data else first
+    test = (c.eval_data, c.eval_data_path) if c.eval_data else first
+    graded = "rl" in c.order and not c.reward
     sets = {}
-    for name, source in sources.items():
-        others = ["S1", "S2"] if name == "eval" else ["eval"]
-        split = c.eval_split if name == "eval" else "train"
-        if data.in_one_file(*source) and source not in [sources[other] for other in others]:
-            split = "all"
-        sets[name] = data.load_dataset(*source, split)
-    for name, needed, cure in (
-        ("S2", "rl" in c.order and not c.reward, "--rl-data, or a --reward"),
-        ("eval", True, "--eval-data"),
+    for name, source, split, others, cure in (
+        ("S1", first, "train", [test], None),
+        ("S2", second, "train", [test], "--rl-data, or a --reward" if graded else None),
+        ("eval", test, c.eval_split, [first, second], "--eval-data"),
     ):
-        if needed and not c.score_only and all(e.kind == "text" for e in sets[name]):
-            raise ValueError(f"answers of {sources[name][0]} cannot be checked: name a {cure}")
+        alone = data.in_one_file(*source) and source not in others
+        sets[name] = data.load_dataset(*source, "all" if alone else split)
+        if cure and not c.score_only and all(e.kind == "text" for e in sets[name]):
+            raise ValueError(f"answers of {source[0]} cannot be checked: name a {cure}")
     if {e.id for e in sets["eval"]} & {e.id for name in ("S1", "S2") for e in sets[name]}:
         raise ValueError(
             f"{c.eval_data}: the evaluation holds training examples (by their ids: the file's name "
@@ -658,10 +614,10 @@ def read_sets(c: RunConfig, data_path) -> dict:
 
 
 def prepare(c: RunConfig, report: dict):
-    """Reads and checks every input before it is worked on -> model, tokenizer, training examples
-    by system, evaluation examples. Counts go into the report."""
+    """Reads and checks every input before it is worked on -> model, tokenizer, by system training
+    examples and their rows of (tokens, prompt length), evaluation examples. Counts: the report."""
     if c.reward:
-        load_reward(c.reward)
+        load_reward(c.reward)  # to refuse it early
     model_path, data_path = (decoder.find_model(c.model) if c.model else None), c.data_path
     if not c.model:
         model_path, data_path = toy_inputs(c)
@@ -678,55 +634,40 @@ def prepare(c: RunConfig, report: dict):
     test = [replace(e, label=known.get(e.id, e.label)) for e in test if e.kind != "text"]
     test = test[: c.eval_examples]
     report["test"] = f"{c.eval_split} examples of {c.eval_data or c.data}"
-    systems = {}
+    tokenizer, systems, rows = data.Tokenizer(model_path), {}, {}
     for system, examples in sets.items():
         labelled = [replace(e, label=known[e.id]) for e in examples if e.id in known]
-        report["data"][f"{system} source: without a label"] = len(examples) - len(labelled)
         random.Random(c.seed).shuffle(labelled)
-        systems[system] = [e for e in labelled[: c.train_examples] if e.label == system]
-        if not systems[system]:
+        chosen = [e for e in labelled[: c.train_examples] if e.label == system]
+        if not chosen:
             raise ValueError(
                 f"no {system} training example among {len(labelled)} labelled ones: check --labels"
             )
-    tokenizer = data.Tokenizer(model_path)
+        rows[system], counts = data.tokenize(chosen, tokenizer, c.max_length, c.prompt, "sft")
+        if not rows[system]:
+            raise ValueError(f"no {system} prompt is shorter than --max-length {c.max_length}")
+        counts["source: without a label"] = len(examples) - len(labelled)
+        counts = {"examples": len(rows[system])} | counts
+        report["data"] |= {f"{system} {k}": v for k, v in counts.items()}
+        systems[system] = chosen
     if "rl" in c.order and not c.score_only:
-        rl_prompts(c, tokenizer, systems["S2"])
+        rl_prompts(c, tokenizer, systems["S2"])  # to refuse them early
     model = load(c, model_path)
-    lorapar.target_linears(model, c.targets, c.r)
+    lorapar.target_linears(model, c.targets, c.r)  # to refuse these early
     model.model.checkpointing = c.checkpointing
     data.write_jsonl(labels, records)
     lorapar.write_json(Path(c.out) / "config.json", settings(c))
-    return model, tokenizer, systems, test
-
-
-def tokenized(c: RunConfig, tokenizer, examples, report) -> dict:
-    """{system: rows of (tokens, prompt length)}; what was left out or cut goes into the report."""
-    rows = {}
-    for system, members in examples.items():
-        rows[system], counts = data.tokenize(members, tokenizer, c.max_length, c.prompt, "sft")
-        if not rows[system]:
-            raise ValueError(f"no {system} prompt is shorter than --max-length {c.max_length}")
-        counts = {"examples": len(rows[system])} | counts
-        report["data"] |= {f"{system} {k}": v for k, v in counts.items()}
-    return rows
+    return model, tokenizer, systems, rows, test
 
 
 def make_toy_base(c: RunConfig, folder: Path, world: data.ToyWorld):
     """Trains the toy's tiny base on the unreliable corpus; writes a Hugging Face style folder."""
     b = TOY_BASE
     torch.manual_seed(c.seed)
-    config = decoder.ModelConfig(
-        vocab_size=len(data.TOY_TOKENS),
-        hidden_size=b["hidden"],
-        intermediate_size=b["ffn"],
-        num_hidden_layers=b["layers"],
-        num_attention_heads=b["heads"],
-        num_key_value_heads=b["heads"],
-        head_dim=b["hidden"] // b["heads"],
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
+    shape = decoder.ModelConfig(
+        *SHAPES["toy"], max_position_embeddings=64, tie_word_embeddings=True
     )
-    model = decoder.Transformer(config).to(c.device)
+    model = decoder.Transformer(shape).to(c.device)
     for p in model.parameters():
         if p.ndim == 2:  # 1 / sqrt(fan in): a std of 0.02 gets stuck in so small a model
             torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
@@ -740,18 +681,14 @@ def make_toy_base(c: RunConfig, folder: Path, world: data.ToyWorld):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, (step + 1) / 100) * (1 - step / b["steps"])
         optimizer.zero_grad()
-        total = 0.0
         chosen = rows[step * b["batch"] : (step + 1) * b["batch"]]
-        for tokens, labels in data.batches(chosen, b["batch"] // 2, c.device):  # short, then long
-            loss = answer_losses(model, tokens, labels).sum() / b["batch"]
-            loss.backward()
-            total += loss.item()
+        loss = backward(model, chosen, b["batch"] // 2, c.device)  # two halves: short, then long
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 50 == 0:
             elapsed = time.perf_counter() - started
             left = elapsed / (step + 1) * (b["steps"] - step - 1)
-            print(f"base {step + 1}/{b['steps']}  loss {total:.3f}  left {clock(left)}")
+            print(f"base {step + 1}/{b['steps']}  loss {loss:.3f}  left {clock(left)}")
     decoder.save_model(model, folder, eos_token_id=tokenizer.eos_ids[0])  # the weights last
 
 
@@ -784,7 +721,7 @@ def open_run(c: RunConfig) -> dict:
         for name in new | old:
             if new.get(name) != old.get(name):
                 raise ValueError(
-                    f"{out} holds a run with --{name.replace('_', '-')} {old.get(name)}, not "
+                    f"{out} holds a run with {option(name)} {old.get(name)}, not "
                     f"{new.get(name)}: choose another --out, or delete that folder"
                 )
     report = {"evaluation": {}, "partition": {}, "data": {}, "seconds": {}, "peak_gb": {}}
@@ -816,9 +753,7 @@ def peak_memory(device) -> int:
 
 def read_tensors(path) -> dict[str, torch.Tensor]:
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-            return tensors | {"metadata": file.metadata()}
+        return {name: t.clone() for name, t in load_file(path).items()}  # not a map of the file
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not readable ({error}); delete it to redo this part") from None
 
@@ -826,8 +761,8 @@ def read_tensors(path) -> dict[str, torch.Tensor]:
 def save_state(folder, model, optimizer, step: int):
     """What a stage needs to go on bit for bit, in one file that is renamed into place."""
     tensors = {f"adam.{name}": t for name, t in optimizer.state[optimizer.packed].items()}
-    tensors["flat"] = lorapar.get_flat(model)
-    lorapar.write_tensors(folder / "state.safetensors", tensors, step=str(step))
+    tensors |= {"flat": lorapar.get_flat(model), "step": torch.tensor(step)}
+    lorapar.write_tensors(folder / "state.safetensors", tensors)
 
 
 def load_state(folder, model, optimizer) -> int:
@@ -840,11 +775,8 @@ def load_state(folder, model, optimizer) -> int:
         raise ValueError(f"{path}: made with another mask; delete it to redo the stage")
     lorapar.set_flat(model, tensors["flat"])
     adam = {name[5:]: t for name, t in tensors.items() if name.startswith("adam.")}
-    device = optimizer.packed.device
-    optimizer.state[optimizer.packed] = {
-        name: t if name == "step" else t.to(device) for name, t in adam.items()
-    }
-    return int(tensors["metadata"]["step"])
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: adam}})
+    return int(tensors["step"])
 
 
 def forget_metrics(path: Path, stage: str, first_step: int):
@@ -869,22 +801,20 @@ def jaccard(part: lorapar.Partition) -> float:
 
 
 def partition_facts(model, part: lorapar.Partition, masks: dict) -> dict:
-    """The counts of partition.json: regions, active elements, each projection's share of them."""
-    N, regions = len(part.shared), part._asdict()
-    active = {stage: int(mask.sum()) for stage, mask in masks.items()}
+    """What partition.json says: regions, active elements, each projection's share of them."""
     sizes = {name: p.numel() for name, p in lorapar.lora_factors(model).items()}  # in flat order
     projections = {}
-    pieces = (region.split(list(sizes.values())) for region in part)
-    for (name, size), *inside in zip(sizes.items(), *pieces):
+    for name, *pieces in zip(sizes, *(region.split(list(sizes.values())) for region in part)):
         row = projections.setdefault(name.split(".")[-2], Counter())
-        row["elements"] += size
-        row.update({region: int(piece.sum()) for region, piece in zip(regions, inside)})
+        row["elements"] += sizes[name]
+        row.update({region: int(piece.sum()) for region, piece in zip(part._fields, pieces)})
+    active = {stage: int(mask.sum()) for stage, mask in masks.items()}
     return {
-        "elements": N,
-        "regions": {name: int(region.sum()) for name, region in regions.items()},
+        "elements": len(part.shared),
+        "regions": {name: int(region.sum()) for name, region in part._asdict().items()},
         "jaccard": jaccard(part),
         "active": active,
-        "active_percent": {stage: 100 * n / N for stage, n in active.items()},
+        "active_percent": {stage: 100 * n / len(part.shared) for stage, n in active.items()},
         "per_projection": projections,
         "factors": sizes,
     }
@@ -914,11 +844,9 @@ def write_report(c: RunConfig, report: dict) -> str:
     row = [p["elements"], *p["regions"].values(), f"{p['jaccard']:.3f}", *active]
     lines += [*table(head, [row]), ""]
     lines += [f"- {name}: {value}" for name, value in report["data"].items() if value]
-    for what, values in (
-        ("Seconds", "seconds"),
-        ("Peak memory up to the end of each, GB", "peak_gb"),
-    ):
-        lines += ["", f"{what}: " + "  ".join(f"{k} {v:.2f}" for k, v in report[values].items())]
+    costs = {"Seconds": "seconds", "Peak memory up to the end of each, GB": "peak_gb"}
+    for what, key in costs.items():
+        lines += ["", f"{what}: " + "  ".join(f"{k} {v:.2f}" for k, v in report[key].items())]
     text = "\n".join([*lines, ""])
     lorapar.write_file(Path(c.out) / "report.md", text.encode())
     return text
@@ -929,19 +857,15 @@ def write_report(c: RunConfig, report: dict) -> str:
 
 def run_eval(arguments):
     """The accuracy of a checkpoint, with or without an adapter."""
-    parser = argparse.ArgumentParser("train.py eval", argument_default=argparse.SUPPRESS)
-    names = "model data data_path labels prompt seed device dtype max_response temperature "
-    names += "eval_examples eval_split batch_rows micro_batch allow_unconfined_code"
-    add_flags(parser, names.split())
-    parser.add_argument("--adapter", default=None, help="a folder in PEFT's format")
+    parser = argparse.ArgumentParser("train.py eval", description=run_eval.__doc__)
+    parser.add_argument("--adapter", help="a folder in PEFT's format")
     parser.add_argument("--samples", type=int, default=1, help="over 1: sample, and give pass@k")
     parser.add_argument("--out", default="answers.jsonl", help="every answer, a line an example")
-    said = vars(parser.parse_args(arguments))
-    adapter, samples, out = (said.pop(name) for name in ("adapter", "samples", "out"))
-    c = RunConfig(**said)
-    if not c.model or c.data == "toy" or samples < 1:
+    names = "model data data_path labels prompt seed device dtype max_response temperature "
+    names += "eval_examples eval_split batch_rows micro_batch allow_unconfined_code"
+    c, own = read_flags(parser, names.split(), arguments)
+    if not c.model or c.data == "toy" or own.samples < 1:
         raise ValueError("eval needs --model and --data, and --samples of at least 1")
-    check_ranges(c)
     split = "all" if data.in_one_file(c.data, c.data_path) else c.eval_split
     examples = data.load_dataset(c.data, c.data_path, split)
     if all(e.kind == "text" for e in examples):
@@ -951,16 +875,16 @@ def run_eval(arguments):
         examples = [known.get(e.id, e) for e in examples]
     random.Random(c.seed).shuffle(examples)
     path = decoder.find_model(c.model)
-    with open(out, "a"):  # fails now, not after the work
+    with open(own.out, "a"):  # fails now, not after the work
         pass
     tokenizer, model = data.Tokenizer(path), load(c, path)
-    if adapter:
-        lorapar.load_adapter(model, adapter)
+    if own.adapter:
+        lorapar.load_adapter(model, own.adapter)
     examples = [e for e in examples if e.kind != "text"][: c.eval_examples]
-    table, records = evaluate(c, model, tokenizer, examples, c.data, samples)
+    table, records = evaluate(c, model, tokenizer, examples, c.data, own.samples)
     print(json.dumps(table, indent=2))
-    data.write_jsonl(out, records)
-    print(f"every answer is in {out}")
+    data.write_jsonl(own.out, records)
+    print(f"every answer is in {own.out}")
 
 
 def run_merge(arguments):
@@ -992,59 +916,51 @@ def run_figure(arguments):
     draw_figures(out)
 
 
-def pyplot():
-    """matplotlib's pyplot, None (and a line that says so) where it is not installed."""
+def new_figure(width, height):
+    """A figure of matplotlib; None (and a line that says so) where that is not installed."""
     try:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
+        import matplotlib.figure
     except ImportError:
         print("figures: none, matplotlib is not installed")
         return None
-    return plt
+    return matplotlib.figure.Figure(figsize=(width, height))
 
 
 def draw_figures(out: Path):
     """importance.png: S1 against S2 importance of the elements, a colour a region (paper, figure
     4). training.png: loss, reward, KL and length over steps."""
-    plt = pyplot()
-    if plt is None:
+    figure = new_figure(6, 5)
+    if figure is None:
         return
     scores = read_tensors(out / "importance.safetensors")
-    regions = read_tensors(out / "partition.safetensors")
-    facts = decoder.read_json(out / "partition.json")
     s1, s2 = scores["s1"], scores["s2"]
-    some = torch.randperm(len(s1), generator=torch.Generator().manual_seed(0))[:20_000]
-    drawn = {
-        "neither: frozen": ("0.8", ~(regions["s1_only"] | regions["s2_only"] | regions["shared"]))
-    }
-    drawn |= {"S1-only": ("red", regions["s1_only"]), "S2-only": ("blue", regions["s2_only"])}
-    drawn |= {"shared": ("purple", regions["shared"])}
-    figure, axes = plt.subplots(figsize=(6, 5))
-    for name, (colour, region) in drawn.items():
+    regions = read_tensors(out / "partition.safetensors")
+    s1_only, s2_only, shared = (regions[name] for name in lorapar.Partition._fields)
+    facts = decoder.read_json(out / "partition.json")
+    axes = figure.subplots()
+    some = torch.randperm(len(shared), generator=torch.Generator().manual_seed(0))[:20_000]
+    for name, colour, region in (
+        ("neither: frozen", "0.8", ~(s1_only | s2_only | shared)),
+        ("S1-only", "red", s1_only),
+        ("S2-only", "blue", s2_only),
+        ("shared", "purple", shared),
+    ):
         here = some[region[some]]
         share = f"{name} {region.double().mean():.1%}"
         axes.scatter(s1[here], s2[here], s=2, c=colour, label=share, rasterized=True)
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="importance for System 1",
-        ylabel="importance for System 2",
-    )
+    axes.set(xscale="log", yscale="log")
+    axes.set(xlabel="importance for System 1", ylabel="importance for System 2")
     axes.legend(title=f"Jaccard index {facts['jaccard']:.3f}", markerscale=4)
     figure.savefig(out / "importance.png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
     metrics = out / "metrics.jsonl"
     lines = [r for _, r in data.read_jsonl(metrics)] if metrics.exists() else []
-    figure, panels = plt.subplots(1, 4, figsize=(14, 3))
+    figure = new_figure(14, 3)
     shown = {"loss": "sft", "reward": "rl", "kl": "rl", "length": "rl"}
-    for axes, (name, stage) in zip(panels, shown.items()):
+    for axes, (name, stage) in zip(figure.subplots(1, 4), shown.items()):
         points = [(r["step"] + 1, r[name]) for r in lines if r["stage"] == stage and name in r]
         axes.plot(*zip(*points) if points else ([], []))
         axes.set(title=f"{stage}: {name}", xlabel="step")
     figure.savefig(out / "training.png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
     print(f"figures: {out}/importance.png, {out}/training.png")
 
 
@@ -1053,7 +969,7 @@ def draw_figures(out: Path):
 TARGETS, RANDOM = ("qkvgud", "qkv", "gud"), ("random", "random-in-tensor")
 FULL = {"theta": 1.0, "stage_data": "all"}  # every element, every example
 TWICE = {"sft_epochs": lambda base: 2 * base.sft_epochs}
-SWEEPS = {  # name -> {row: the flags it changes}
+SWEEPS = {  # name -> {row: the flags it changes}; a function is called with the base settings
     "splits": {
         "one teacher": {"labels": "teachers:1"},
         "vote of 3": {"labels": "teachers:3"},
@@ -1066,11 +982,7 @@ SWEEPS = {  # name -> {row: the flags it changes}
         for b in (0.0, 0.5, 1.0)
     },
     "theta": {
-        f"{targets.upper()} {theta} {select}": {
-            "targets": targets,
-            "theta": theta,
-            "select": select,
-        }
+        f"{targets.upper()} {theta} {select}": dict(targets=targets, theta=theta, select=select)
         for targets in TARGETS
         for select in ("importance", *RANDOM)
         for theta in (0.3, 0.5, 0.7, 0.9, 1.0)
@@ -1093,7 +1005,7 @@ SWEEPS = {  # name -> {row: the flags it changes}
     "order": {"SFT then RL": {}, "RL then SFT": {"order": "rl,sft"}},
     "scores": {s: {"select": s} for s in (*lorapar.SCORES, *reversed(RANDOM), "swapped")},
 }
-SAME = "itself after SFT"
+SAME = "itself after SFT"  # in the place of another row
 CLAIMS = {  # sweep -> (the row that should end higher, the other, points in the paper if known)
     "splits": [("vote of 5", "one teacher", None), ("vote of 5", "random split", None)],
     "shared": [("alpha 1.0 beta 1.0", "alpha 0.0 beta 0.0", None)],
@@ -1142,7 +1054,7 @@ def run_sweep(arguments):
     for row, changes in rows.items():
         chosen, rates[row] = tuned_rates(base, changes, args.seeds)
         for seed in range(args.seeds):
-            report = run_cell(base, changes | chosen | {"seed": seed})
+            _, report = run_cell(base, changes | chosen | {"seed": seed})
             records.append({"row": row, "seed": seed} | chosen | cell_facts(report))
         print(f"{row}: {spread(r['all at the end'] for r in records[-args.seeds :])}")
     columns = ["% active in sft", "% active in rl", "S1 after sft", "S2 after sft"]
@@ -1178,27 +1090,26 @@ def run_sweep(arguments):
         draw_curves(base, "theta", curves, "theta", "accuracy at the end, %")
 
 
-def run_cell(base: RunConfig, changes: dict) -> dict:
-    """One ordinary run in a folder named after what it changes -> its report; a finished one is
-    read."""
+def run_cell(base: RunConfig, changes: dict) -> tuple[RunConfig, dict]:
+    """One ordinary run in a folder named after what it changes -> its settings and report; a
+    finished one is read."""
     changes = {k: v(base) if callable(v) else v for k, v in changes.items()}
     changed = {k: v for k, v in changes.items() if k == "seed" or v != getattr(base, k)}
-    name = ",".join(f"{k}={v}" for k, v in sorted(changed.items()))
-    folder = Path(base.out) / "cells" / name
+    folder = Path(base.out) / "cells" / ",".join(f"{k}={v}" for k, v in sorted(changed.items()))
     c = replace(base, **changes, out=str(folder))
     if (folder / "report.md").exists() and decoder.read_json(folder / "config.json") == settings(c):
-        return decoder.read_json(folder / "report.json")
+        return c, decoder.read_json(folder / "report.json")
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
         share_toy(base, c)
-        return run(c)
+        return c, run(c)
 
 
 def share_toy(base: RunConfig, c: RunConfig):
     """Links the toy's base and data, made once a seed, into a run folder."""
     if not c.model:
-        shared = replace(base, seed=c.seed, out=str(Path(base.out) / f"toy-{c.seed}"))
-        for part in toy_inputs(shared):
+        once = replace(base, seed=c.seed, out=str(Path(base.out) / f"toy-{c.seed}"))
+        for part in toy_inputs(once):
             if not (Path(c.out) / part.name).exists():
                 (Path(c.out) / part.name).symlink_to(part.resolve())
 
@@ -1214,7 +1125,7 @@ def tuned_rates(base: RunConfig, changes: dict, seed: int):
             rate = float(f"{getattr(base, f'{stage}_lr') * factor:.3g}")
             trial = changes | rates | {f"{stage}_lr": rate, "seed": seed}
             try:
-                report = run_cell(base, trial | {"eval_split": "validation"})
+                _, report = run_cell(base, trial | {"eval_split": "validation"})
                 row = list(report["evaluation"].values())[-1]["all"]
                 tried[rate] = row["accuracy"], row["probability"]
             except ValueError:  # it diverged
@@ -1278,10 +1189,9 @@ def active_shares(base: RunConfig, seeds: int):
     and GUD are those of all six, ranked alone."""
     records, rows, kept = [], [], []
     for seed in range(seeds):
-        factors = run_cell(base, {"seed": seed, "score_only": True})["partition"]["factors"]
-        folder = Path(base.out) / "cells" / f"score_only=True,seed={seed}"
-        scores = read_tensors(folder / "importance.safetensors")
-        kept.append((factors, scores["s1"], scores["s2"]))
+        c, report = run_cell(base, {"seed": seed, "score_only": True})
+        scores = read_tensors(Path(c.out) / "importance.safetensors")
+        kept.append((report["partition"]["factors"], scores["s1"], scores["s2"]))
     for targets, theta in itertools.product(TARGETS, (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)):
         names = [lorapar.PROJECTIONS[letter] for letter in targets]
         for seed, (factors, s1, s2) in enumerate(kept):
@@ -1308,21 +1218,15 @@ def resample(base: RunConfig, seeds: int):
     two systems, of one system scored on other examples, and of two halves with shuffled labels."""
     records, rows, kinds = [], [], ("S1 / S2", "S1 / S1", "S2 / S2", "shuffled")
     for seed in range(seeds):
-        c = replace(base, seed=seed, score_only=True, out=str(Path(base.out) / f"resample-{seed}"))
-        kept = Path(c.out) / "resample.json"
-        open_run(c)  # refuses a folder of other settings
-        if not kept.exists():
-            share_toy(base, c)
-            lorapar.write_json(kept, resample_once(c))
-        records += decoder.read_json(kept)
+        records += resample_once(base, seed)
     curves = {kind: {} for kind in kinds}
     for n, theta in dict.fromkeys((r["examples"], r["theta"]) for r in records):
         mine = [r for r in records if (r["examples"], r["theta"]) == (n, theta)]
         gaps = [(r["S1 / S1"] + r["S2 / S2"]) / 2 - r["S1 / S2"] for r in mine]
         beyond = "{:+.3f} ± {:.3f}".format(*mean_and_error(gaps))
-        rows.append([n, theta, *(spread((r[kind] for r in mine), 3) for kind in kinds), beyond])
+        rows.append([n, theta, *(spread((r.get(kind) for r in mine), 3) for kind in kinds), beyond])
         for kind in kinds if theta == 0.9 else ():
-            if mine[0][kind] is not None:
+            if kind in mine[0]:
                 curves[kind][n] = [r[kind] for r in mine]
     lines = [
         f"## resample: Jaccard indices, {seeds} seeds",
@@ -1337,11 +1241,15 @@ def resample(base: RunConfig, seeds: int):
     draw_curves(base, "resample", curves, "examples a draw", "Jaccard index at theta 0.9")
 
 
-def resample_once(c: RunConfig) -> list[dict]:
-    """The records of one seed."""
-    report = open_run(c)
-    model, tokenizer, examples, _ = prepare(c, report)
-    rows = tokenized(c, tokenizer, examples, report)
+def resample_once(base: RunConfig, seed: int) -> list[dict]:
+    """The records of one seed, kept in a folder of its own."""
+    folder = Path(base.out) / f"resample-{seed}"
+    c = replace(base, seed=seed, score_only=True, out=str(folder))
+    report = open_run(c)  # refuses a folder of other settings
+    if (folder / "resample.json").exists():
+        return decoder.read_json(folder / "resample.json")
+    share_toy(base, c)
+    model, _, _, rows, _ = prepare(c, report)
     start = torch.Generator().manual_seed(c.seed)
     lorapar.add_lora(model, c.targets, c.r, c.lora_alpha, c.dropout, c.init, generator=start)
     fewest = min(map(len, rows.values()))
@@ -1364,30 +1272,29 @@ def resample_once(c: RunConfig) -> list[dict]:
     records = []
     for n in sizes:
         k, firsts = n // BLOCK, (0, half)  # two disjoint draws of k blocks begin there
-        draws = {s: [scores(blocks[f : f + k]) for f in firsts] for s, blocks in sums.items()}
-        draws["mixed"] = [
-            scores([block for blocks in sums.values() for block in blocks[f : f + k // 2]])
-            for f in firsts
-            if k > 1
-        ]
+        one, two = ([scores(blocks[f : f + k]) for f in firsts] for blocks in sums.values())
+        pairs = {"S1 / S2": list(itertools.product(one, two)), "S1 / S1": [one], "S2 / S2": [two]}
+        if k > 1:
+            mixed = [
+                [b for blocks in sums.values() for b in blocks[f : f + k // 2]] for f in firsts
+            ]
+            pairs["shuffled"] = [[scores(blocks) for blocks in mixed]]
         for theta in (0.1, 0.3, 0.5, 0.7, 0.9):
-
-            def index(one, two, theta=theta):
-                return jaccard(lorapar.partition(one, two, theta))
-
-            pairs = [index(*pair) for pair in itertools.product(draws["S1"], draws["S2"])]
-            record = {"seed": c.seed, "examples": n, "theta": theta, "S1 / S2": sum(pairs) / 4}
-            record |= {f"{s} / {s}": index(*draws[s]) for s in ("S1", "S2")}
-            records.append(record | {"shuffled": index(*draws["mixed"]) if k > 1 else None})
+            record = {"seed": c.seed, "examples": n, "theta": theta}
+            for kind, those in pairs.items():
+                indices = [jaccard(lorapar.partition(*pair, theta)) for pair in those]
+                record[kind] = sum(indices) / len(indices)
+            records.append(record)
+    lorapar.write_json(folder / "resample.json", records)
     return records
 
 
 def draw_curves(base: RunConfig, name: str, curves: dict, x: str, y: str):
     """{curve: {x: values}} -> NAME.png, means and standard deviations, if matplotlib is there."""
-    plt = pyplot()
-    if plt is None:
+    figure = new_figure(6, 4)
+    if figure is None:
         return
-    figure, axes = plt.subplots(figsize=(6, 4))
+    axes = figure.subplots()
     for curve, points in curves.items():
         means = [statistics.mean(values) for values in points.values()]
         errors = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in points.values()]
@@ -1395,25 +1302,23 @@ def draw_curves(base: RunConfig, name: str, curves: dict, x: str, y: str):
     axes.set(xlabel=x, ylabel=y)
     axes.legend()
     figure.savefig(Path(base.out) / f"{name}.png", dpi=120, bbox_inches="tight")
-    plt.close(figure)
 
 
 # ------------------------------------------------------------------------------------------- bench
 
-SHAPES = {  # hidden, layers, heads, key-value heads, ffn, vocabulary
-    "58m": (512, 8, 8, 8, 1376, 32000),
-    "llama-2-7b": (4096, 32, 32, 32, 11008, 32000),
-    "qwen2.5-7b": (3584, 28, 28, 4, 18944, 152064),
+SHAPES = {  # the first seven fields of ModelConfig: vocabulary, hidden, ffn, layers, heads ..
+    "toy": (len(data.TOY_TOKENS), 128, 256, 2, 4, 4, 32),
+    "58m": (32000, 512, 1376, 8, 8, 8, 64),
+    "llama-2-7b": (32000, 4096, 11008, 32, 32, 32, 128),
+    "qwen2.5-7b": (152064, 3584, 18944, 28, 28, 4, 128),
 }
 
 
 def random_model(name, device, dtype):
     """A model of a known shape, or of a folder's config.json, with random weights."""
     if name in SHAPES:
-        hidden, layers, heads, kv_heads, ffn, vocabulary = SHAPES[name]
         kind = "qwen2" if name.startswith("qwen") else "llama"
-        sizes = (vocabulary, hidden, ffn, layers, heads, kv_heads, hidden // heads)
-        config = decoder.ModelConfig(*sizes, model_type=kind)
+        config = decoder.ModelConfig(*SHAPES[name], model_type=kind)
     else:
         path = decoder.find_model(name) / "config.json"
         config = decoder.ModelConfig.from_dict(decoder.read_json(path), str(path))
@@ -1449,14 +1354,12 @@ def run_bench(arguments):
     parser = argparse.ArgumentParser("train.py bench", description=run_bench.__doc__)
     parser.add_argument("--shape", default="58m", help=f"{', '.join(SHAPES)}, or a model folder")
     parser.add_argument("--length", type=int, default=256, help="tokens per row, half are answer")
-    names = ["device", "dtype", "targets", "r", "micro_batch", "rl_batch", "rl_group"]
-    add_flags(parser, [*names, "max_response"])
-    parser.set_defaults(**{name: getattr(RunConfig, name) for name in names}, max_response=64)
-    c = parser.parse_args(arguments)
-    check_device(c.device)
+    parser.set_defaults(max_response=64)
+    names = "device dtype targets r micro_batch rl_batch rl_group max_response"
+    c, own = read_flags(parser, names.split(), arguments)
     cuda = torch.device(c.device).type == "cuda"
     dtype = "bfloat16" if c.dtype == "bfloat16" or (cuda and c.dtype == "auto") else "float32"
-    dtype, half = getattr(torch, dtype), c.length // 2
+    dtype, half = getattr(torch, dtype), own.length // 2
     torch.manual_seed(0)
 
     def show(what, value, unit, floor=None):
@@ -1470,15 +1373,15 @@ def run_bench(arguments):
     bandwidth = 2 * len(block) / median_time(lambda: copied.copy_(block), c.device, 5)
     show("matrix product", flops / 1e9, "GFLOP/s")
     show("memory copy, bytes read and written", bandwidth / 1e9, "GB/s")
-    model = lorapar.add_lora(random_model(c.shape, c.device, dtype), c.targets, c.r)
+    model = lorapar.add_lora(random_model(own.shape, c.device, dtype), c.targets, c.r)
     m, head = model.config, model.head_weight.numel()
     body = sum(p.numel() for layer in model.model.layers for p in layer.parameters())
-    rows = [(torch.randint(m.vocab_size, (c.length,)).tolist(), half)] * c.micro_batch
+    rows = [(torch.randint(m.vocab_size, (own.length,)).tolist(), half)] * c.micro_batch
     tokens, labels = data.collate(rows, c.device)
     optimizer = lorapar.MaskedAdamW(model, lr=1e-5, max_grad_norm=1.0)
 
     def sft_step():
-        answer_losses(model, tokens, labels).mean().backward()
+        backward(model, rows, c.micro_batch, c.device)
         optimizer.step()
         optimizer.zero_grad()
 
