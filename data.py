@@ -35,8 +35,8 @@ import types
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
 
@@ -56,63 +56,50 @@ class Tokenizer:
         folder = Path(path)
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such model folder")
-        settings = _json_file(folder / "special_tokens_map.json")
-        settings |= {
-            k: v for k, v in _json_file(folder / "tokenizer_config.json").items() if v is not None
-        }
-        model = _json_file(folder / "config.json") | _json_file(folder / "generation_config.json")
-        if (folder / "tokenizer.json").exists():
-            import tokenizers
-
-            try:
-                bpe = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-            except Exception as error:  # the library raises bare Exception
-                raise ValueError(f"{folder}/tokenizer.json: {error}") from None
-            self._ids = lambda text: bpe.encode(text, add_special_tokens=False).ids
-            self._text = lambda ids: bpe.decode(ids, skip_special_tokens=False)
-            self._size = 2**32  # the library itself leaves out what it does not know
-            names = [self._content(settings, f"{n}_token") for n in ("bos", "eos", "pad")]
-            special = [None if name is None else bpe.token_to_id(name) for name in names]
-            self.bos_id, eos, self.pad_id = special
-            first = bpe.encode("x", add_special_tokens=True).ids[:1]
-            wants_bos = settings.get("add_bos_token", first == [self.bos_id])
-        elif (folder / "tokenizer.model").exists():
-            import sentencepiece
-
-            try:
-                pieces = sentencepiece.SentencePieceProcessor(str(folder / "tokenizer.model"))
-            except (OSError, RuntimeError) as error:
-                raise ValueError(f"{folder}/tokenizer.model: {error}") from None
-            self._ids, self._text, self._size = pieces.encode, pieces.decode, len(pieces)
-            self.bos_id, eos, self.pad_id = pieces.bos_id(), pieces.eos_id(), None
-            wants_bos = settings.get("add_bos_token", True)
-        else:
+        settings = _entries(folder / "special_tokens_map.json")
+        settings |= _entries(folder / "tokenizer_config.json")
+        model = _entries(folder / "config.json") | _entries(folder / "generation_config.json")
+        names = [settings.get(f"{name}_token") for name in ("bos", "eos", "pad")]
+        names = [n.get("content") if isinstance(n, dict) else n for n in names]
+        file = folder / "tokenizer.json"
+        if not file.exists():
+            file = folder / "tokenizer.model"
+        if not file.exists():
             raise ValueError(f"{folder}: no tokenizer.json and no tokenizer.model")
-        if not wants_bos:
-            self.bos_id = None
+        try:
+            if file.suffix == ".json":
+                import tokenizers
+
+                bpe = tokenizers.Tokenizer.from_file(str(file))
+                self._ids = lambda text: bpe.encode(text, add_special_tokens=False).ids
+                self._text = lambda ids: bpe.decode(ids, skip_special_tokens=False)
+                bos, eos, pad = (bpe.token_to_id(name or "") for name in names)
+                puts_bos = bpe.encode("x").ids[:1] == [bos]
+            else:
+                import sentencepiece
+
+                pieces = sentencepiece.SentencePieceProcessor(str(file))
+                self._ids = pieces.encode
+                self._text = lambda ids: pieces.decode([i for i in ids if i < len(pieces)])
+                bos, eos, pad, puts_bos = pieces.bos_id(), pieces.eos_id(), None, True
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise ValueError(f"{file}: {error}") from None
+        self.bos_id = bos if settings.get("add_bos_token", puts_bos) else None
         listed = model.get("eos_token_id")
         listed = listed if isinstance(listed, list) else [listed]
         self.eos_ids = tuple(dict.fromkeys(i for i in [eos, *listed] if i is not None))
         if not self.eos_ids:
-            raise ValueError(
-                f"{folder}: no file there names an EOS token, so answers could not end"
-            )
-        if self.pad_id is None:
-            self.pad_id = self.eos_ids[0]
+            raise ValueError(f"{folder}: no file names an EOS token, so answers could not end")
+        self.pad_id = self.eos_ids[0] if pad is None else pad
         self._template = settings.get("chat_template")
         if isinstance(self._template, list):  # several named templates
             self._template = {t["name"]: t["template"] for t in self._template}.get("default")
         if (folder / "chat_template.jinja").exists():
             self._template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        self._words = {n: self._content(settings, n) or "" for n in ("bos_token", "eos_token")}
+        self._words = {"bos_token": names[0] or "", "eos_token": names[1] or ""}
         self._folder = folder
         self._front = self._ids("\n")  # what stands before a text that goes on: see encode, decode
-        self._adds_space = self.decode(self._ids("x")) != "x"
-
-    @staticmethod
-    def _content(settings, name):
-        token = settings.get(name)
-        return token.get("content") if isinstance(token, dict) else token
+        self._adds_space = self.decode(self._ids("x")) != "x"  # LLaMA's: "x" -> "▁x"
 
     def encode(self, text: str, bos=False, eos=False, goes_on=False) -> list[int]:
         """Token ids; bos=True puts the BOS in front where the model wants one. goes_on: the text
@@ -138,8 +125,7 @@ class Tokenizer:
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = time.strftime
+        environment.globals.update(raise_exception=refuse, strftime_now=time.strftime)
         environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
         try:
             template = environment.from_string(self._template)
@@ -153,49 +139,48 @@ class Tokenizer:
         """Text of new tokens, special ones included; the EOS that ended an answer and ids beyond
         the vocabulary (padded heads) are left out. Decoded behind a new line: LLaMA's tokenizer
         drops the first space of a text that is decoded alone."""
-        ids = [i for i in ids if i < self._size]
+        ids = list(ids)
         while ids and ids[-1] in self.eos_ids:
             ids.pop()
         return self._text(self._front + ids).removeprefix(self._text(self._front))
 
 
-def _json_file(path) -> dict:
-    """A JSON object, {} if the file is not there; ValueError if it is broken."""
+def _entries(path) -> dict:
+    """What a JSON object sets (no nulls), {} if the file is not there; ValueError if broken."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return {name: value for name, value in entries.items() if value is not None}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from None
 
 
-def read_jsonl(path):
-    """Yields (line number, object) of a jsonl file; ValueError names the file and the line."""
+def read_records(path, columns=None):
+    """Yields (number, record) of a json array, a csv table or a jsonl file, by the file's name.
+    columns: those of a table without a header. ValueError names the file and the line."""
+    opener = gzip.open if str(path).endswith(".gz") else open
+    number = 1
     try:
-        opener = gzip.open if str(path).endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8-sig") as lines:  # a byte order mark is no text
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    try:
-                        record = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise ValueError(f"{path}:{number}: not JSON ({error.msg})") from None
-                    if not isinstance(record, dict):
-                        raise ValueError(f"{path}:{number}: not a JSON object")
-                    yield number, record
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:  # leaves out the BOM
+            if str(path).endswith(".csv"):
+                yield from enumerate(csv.DictReader(file, columns), 1 if columns else 2)
+            elif str(path).endswith(".json"):
+                records = json.load(file)
+                if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
+                    raise ValueError(f"{path}: not a JSON array of objects")
+                yield from enumerate(records, 1)
+            else:
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        record = json.loads(line.strip())
+                        if not isinstance(record, dict):
+                            raise ValueError(f"{path}:{number}: not a JSON object")
+                        yield number, record
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{number + error.lineno - 1}: not JSON ({error.msg})") from None
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not readable ({error})") from None
-
-
-def read_records(path):
-    """Yields (number, object) of a jsonl file or of a json array, by the file's name."""
-    if not str(path).endswith(".json"):
-        yield from read_jsonl(path)
-        return
-    records = _json_file(path)
-    if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
-        raise ValueError(f"{path}: not a JSON array of objects")
-    yield from enumerate(records, 1)
 
 
 def write_jsonl(path, records):
@@ -272,23 +257,71 @@ def example_ids(example: Example, tokenizer, style: str = "plain", stage: str = 
     return start, tokenizer.encode(answer, eos=True, goes_on=True)
 
 
-def _gsm8k(path, split):
+def _in_file(make, pattern="{split}.jsonl"):
+    """A reader of the one file that a path is, or that the folder holds under this name.
+
+    make: (record, the file's stem, its place from 0) -> example. What it cannot use becomes a
+    ValueError that names the file and the line.
+    """
+
+    def read(path, split):
+        name = pattern.format(split=split)
+        files = [path] if path.is_file() else list(path.glob(name))
+        if len(files) != 1:
+            raise ValueError(f"{path}: {len(files)} files {name} there; name one")
+        for number, record in read_records(files[0]):
+            try:
+                yield make(record, files[0].stem, number - 1)
+            except (KeyError, AttributeError, TypeError) as error:
+                raise ValueError(f"{files[0]}:{number}: no text in the field {error}") from None
+            except ValueError as error:
+                raise ValueError(f"{files[0]}:{number}: {error}") from None
+
+    return read
+
+
+def _gsm8k(r, stem, i):
     """https://github.com/openai/grade-school-math: {train,test}.jsonl with question, answer."""
-    file = path if path.is_file() else path / f"{split}.jsonl"
-    for number, record in read_jsonl(file):
-        try:
-            solution, gold = record["answer"].split("####")
-            yield Example(
-                id=f"gsm8k/{file.stem}/{number - 1}",
-                question=record["question"].strip(),
-                answer=f"<reasoning>\n{solution.strip()}\n</reasoning>\n"
-                f"<answer>\n{gold.strip()}\n</answer>",
-                kind="number",
-                gold=gold.strip(),
-            )
-        except (KeyError, ValueError, AttributeError):
-            where = f"{file}:{number}"
-            raise ValueError(f"{where}: not a question and an answer with one ####") from None
+    solution, *gold = map(str.strip, r["answer"].split("####"))
+    if len(gold) != 1:
+        raise ValueError("not a question and an answer with one ####")
+    answer = f"<reasoning>\n{solution}\n</reasoning>\n<answer>\n{gold[0]}\n</answer>"
+    return Example(f"gsm8k/{stem}/{i}", r["question"].strip(), answer, "number", gold[0])
+
+
+def _humaneval(r, stem, i):
+    """https://github.com/openai/human-eval: HumanEval.jsonl.gz; it has a test split only."""
+    task = r["task_id"], r["prompt"], r["canonical_solution"], "code", r["test"]
+    return Example(*task, entry=r["entry_point"])
+
+
+def _toy(r, stem, i):
+    """The toy world that `make_toy` wrote: {train,validation,test}.jsonl."""
+    return Example(r["id"], r["question"], r["answer"], "toy", r["answer"], r["system"])
+
+
+def _own(r, stem, i):
+    """One's own jsonl: "question", "answer", "check" (number, letter, exact, or none: answers that
+    cannot be checked) and, where it is known, "label" (S1 or S2). A letter's question holds the
+    choices and ends as it should be asked ("Answer:")."""
+    question, answer, check = r.get("question"), r.get("answer"), r.get("check") or "none"
+    if not isinstance(question, str) or not isinstance(answer, str) or not question.strip():
+        raise ValueError('needs the texts "question" and "answer"')
+    if check not in ("number", "letter", "exact", "none"):
+        raise ValueError(f'"check" is {check!r}, not number, letter, exact or none')
+    if r.get("label") not in (None, "S1", "S2"):
+        raise ValueError(f'"label" is {r["label"]!r}, not S1 or S2')
+    kind, gold = "text" if check == "none" else check, answer
+    if check == "number":
+        if final_number(answer) is None:
+            raise ValueError(f"no number to check in the answer {answer[:40]!r}")
+        gold = str(final_number(answer))
+    if check == "letter":
+        gold = answer.strip()
+        if gold not in tuple("ABCD"):
+            raise ValueError(f"the answer {answer[:40]!r} is not A, B, C or D")
+        answer = f" {gold}"
+    return Example(f"{stem}/{i}", question, answer, kind, gold, r.get("label"))
 
 
 def _mmlu(path, split):
@@ -304,77 +337,18 @@ def _mmlu(path, split):
         context = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
         context = context.replace("_", " ")
         if split != "train" and shots.exists():
-            for question, letter in _mmlu_rows(shots):
-                context += f"{question} {letter}\n\n"
-        for number, (question, letter) in enumerate(_mmlu_rows(file)):
-            yield Example(
-                id=f"mmlu/{file.stem}/{number}",
-                question=question,
-                answer=f" {letter}",
-                kind="letter",
-                gold=letter,
-                context=context,
-            )
+            context += "".join(f"{question} {letter}\n\n" for question, letter in _mmlu_rows(shots))
+        for i, (question, letter) in enumerate(_mmlu_rows(file)):
+            name = f"mmlu/{file.stem}/{i}"
+            yield Example(name, question, f" {letter}", "letter", letter, context=context)
 
 
 def _mmlu_rows(file):
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as lines:
-            for number, row in enumerate(csv.reader(lines), 1):  # "None" stays a string here
-                if len(row) != 6 or row[5] not in list("ABCD"):
-                    raise ValueError(f"{file}:{number}: not question, four choices and a letter")
-                choices = "\n".join(f"{letter}. {text}" for letter, text in zip("ABCD", row[1:5]))
-                yield f"{row[0].strip()}\n{choices}\nAnswer:", row[5]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file}: not readable ({error})") from None
-
-
-def _humaneval(path, split):
-    """https://github.com/openai/human-eval: HumanEval.jsonl.gz; it has a test split only."""
-    file = path / "HumanEval.jsonl.gz" if path.is_dir() else path
-    for number, r in read_jsonl(file):
-        try:
-            task = r["task_id"], r["prompt"], r["canonical_solution"], "code", r["test"]
-            yield Example(*task, entry=r["entry_point"])
-        except KeyError as missing:
-            raise ValueError(f"{file}:{number}: no field {missing}") from None
-
-
-def _own(path, split):
-    """One's own jsonl: "question", "answer", "check" (number, letter, exact, or none: answers that
-    cannot be checked) and, where it is known, "label" (S1 or S2). A letter's question holds the
-    choices and ends as it should be asked ("Answer:"). Raises ValueError, naming the line."""
-    for number, r in read_jsonl(path):
-        question, answer, check = r.get("question"), r.get("answer"), r.get("check") or "none"
-        problem = None
-        if not isinstance(question, str) or not isinstance(answer, str) or not question.strip():
-            problem = 'needs the texts "question" and "answer"'
-        elif check not in ("number", "letter", "exact", "none"):
-            problem = f'"check" is {check!r}, not number, letter, exact or none'
-        elif check == "number" and final_number(answer) is None:
-            problem = f"no number to check in the answer {answer[:40]!r}"
-        elif check == "letter" and answer.strip() not in tuple("ABCD"):
-            problem = f"the answer {answer[:40]!r} is not A, B, C or D"
-        elif r.get("label") not in (None, "S1", "S2"):
-            problem = f'"label" is {r["label"]!r}, not S1 or S2'
-        if problem:
-            raise ValueError(f"{path}:{number}: {problem}")
-        gold = answer.strip() if check == "letter" else answer
-        if check == "number":
-            gold = str(final_number(answer))
-        kind = "text" if check == "none" else check
-        answer = f" {gold}" if check == "letter" else answer
-        yield Example(f"{path.stem}/{number - 1}", question, answer, kind, gold, r.get("label"))
-
-
-def _toy(path, split):
-    """The toy world that `make_toy` wrote: {train,validation,test}.jsonl."""
-    for number, r in read_jsonl(path / f"{split}.jsonl"):
-        try:
-            label = None if split == "train" else r["system"]  # training labels come from votes
-            yield Example(r["id"], r["question"], r["answer"], "toy", r["answer"], label)
-        except KeyError as missing:
-            raise ValueError(f"{path / split}.jsonl:{number}: no field {missing}") from None
+    for number, row in read_records(file, ["question", *"ABCD", "letter"]):
+        if None in row or row["letter"] not in list("ABCD"):  # too many fields, or too few
+            raise ValueError(f"{file}:{number}: not question, four choices and a letter")
+        choices = "\n".join(f"{letter}. {row[letter]}" for letter in "ABCD")
+        yield f"{row['question'].strip()}\n{choices}\nAnswer:", row["letter"]
 
 
 @dataclass(frozen=True)
@@ -392,31 +366,22 @@ def _instructions(name: str, fields: str, repository: str, file: str | None = No
     the question, of what may follow it, and of the answer."""
     question, more, answer = fields.split()
 
-    def read(path, split):
-        if path.is_dir():
-            files = [f for f in path.iterdir() if f.name.endswith((".json", ".jsonl", ".jsonl.gz"))]
-            if len(files) != 1:
-                raise ValueError(f"{path}: {len(files)} json or jsonl files there; name one")
-            path = files[0]
-        for number, r in read_records(path):
-            try:
-                parts = [r[question], r.get(more) or ""]
-                text = "\n\n".join(part.strip() for part in parts if part.strip())
-                yield Example(f"{name}/{number - 1}", text, r[answer] + "", "text")
-            except (KeyError, AttributeError, TypeError) as error:
-                raise ValueError(f"{path}:{number}: no text in the field {error}") from None
+    def make(r, stem, i):
+        parts = [r[question], r.get(more) or ""]
+        text = "\n\n".join(part.strip() for part in parts if part.strip())
+        return Example(f"{name}/{i}", text, r[answer] + "", "text")
 
     home = f"huggingface.co/datasets/{repository}" + ("" if file else " (save it as jsonl)")
-    return Source(read, "train", home, (repository, file) if file else ())
+    return Source(_in_file(make, "*.json*"), "train", home, (repository, file) if file else ())
 
 
 _DOLLY = "databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl"
 _FEEDBACK = "CodeFeedback-Filtered-Instruction"
 DATASETS = {
-    "toy": Source(_toy, "train validation test", "made by make_toy"),
-    "gsm8k": Source(_gsm8k, "train test", "github.com/openai/grade-school-math"),
+    "toy": Source(_in_file(_toy), "train validation test", "made by make_toy"),
+    "gsm8k": Source(_in_file(_gsm8k), "train test", "github.com/openai/grade-school-math"),
     "mmlu": Source(_mmlu, "train validation test", "github.com/hendrycks/test"),
-    "humaneval": Source(_humaneval, "test", "github.com/openai/human-eval"),
+    "humaneval": Source(_in_file(_humaneval, "Human*"), "test", "github.com/openai/human-eval"),
     "dolly": _instructions("dolly", "instruction context response", *_DOLLY),
     "platypus": _instructions("platypus", "instruction input output", "garage-bAInd/Open-Platypus"),
     "codealpaca": _instructions(
@@ -426,21 +391,16 @@ DATASETS = {
         "codefeedback", "query - answer", f"m-a-p/{_FEEDBACK}", f"{_FEEDBACK}.jsonl"
     ),
 }
+OWN, OWN_NAMES = Source(_in_file(_own), "train", "your own file"), (".jsonl", ".jsonl.gz")
 SPLIT_SEED = 0  # of the splits that we make ourselves
-
-
-def is_own(name: str) -> bool:
-    """One's own data set is named by its file."""
-    return name.endswith((".jsonl", ".jsonl.gz"))
 
 
 def find_dataset(name: str, path) -> tuple[Source, Path]:
     """The data set's source and files: `path` as it is, or the publisher's file from the Hub."""
-    if is_own(name):
-        source, path = Source(_own, "", "your own file"), name
-    elif name in DATASETS:
-        source = DATASETS[name]
-    else:
+    source = DATASETS.get(name)
+    if name.endswith(OWN_NAMES):
+        source, path = OWN, name
+    if not source:
         known = ", ".join(DATASETS)
         raise ValueError(f"unknown data set {name!r}: a jsonl file of your own, or one of {known}")
     if path is not None:
@@ -459,9 +419,8 @@ def find_dataset(name: str, path) -> tuple[Source, Path]:
 
 
 def in_one_file(name: str, path) -> bool:
-    """Is this one file that holds no splits: one's own, or one file of a set that has several?"""
-    has_splits = name in DATASETS and DATASETS[name].splits == "train test"  # GSM8K
-    return is_own(name) or bool(has_splits and path and Path(path).is_file())
+    """Is this one file that holds no splits: one's own, or one of GSM8K's two?"""
+    return name.endswith(OWN_NAMES) or (name == "gsm8k" and Path(path or "").is_file())
 
 
 def load_dataset(name: str, path, split: str) -> list[Example]:
@@ -473,17 +432,14 @@ def load_dataset(name: str, path, split: str) -> list[Example]:
     line.
     """
     source, path = find_dataset(name, path)
-    splits = source.splits.split()
+    stored, shares = "train", {"train": (0.05, 1), "validation": (0, 0.05)}
     if in_one_file(name, path):
-        examples = list(source.read(path, "train"))
         shares = {"train": (0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1), "all": (0, 1)}
-    elif split in splits and (split != "train" or "validation" in splits):
-        return list(source.read(path, split))
-    elif split in ("train", "validation") and "train" in splits:
-        examples = list(source.read(path, "train"))
-        shares = {"validation": (0, 0.05), "train": (0.05, 1)}
-    else:
+    elif split == "test" or "validation" in source.splits:
+        stored, shares = split, {split: (0, 1)}
+    if stored not in source.splits or split not in shares:
         raise ValueError(f"{name} has no {split} split; name another data set for this")
+    examples = list(source.read(path, stored))
     order = list(range(len(examples)))
     random.Random(SPLIT_SEED).shuffle(order)
     begin, end = (int(share * len(order)) for share in shares[split])
@@ -495,30 +451,19 @@ def load_dataset(name: str, path, split: str) -> list[Example]:
 
 # ----------------------------------------------------------------- the paper's sample splitter
 
-ROLEPLAY = """\
+ROLE = """\
 You are now {target}, a language model of that size and training. Keep its knowledge, its habits \
 and its limits: think as {target} would think, not as the model that you really are.
 
-You will read a question and its answer. Reason concisely, step by step, as {target} would, about \
-how {target} would get from the question to this answer, and decide which kind of thinking it takes:
+"""
+SPLITTER = """\
+You will read a question and its answer. Reason concisely, step by step, about how you would get \
+from the question to this answer, and decide which kind of thinking it takes:
 
-- System1: fast and direct. {target} recalls the answer at once, reads it off the text, or gets it \
-by one simple inference.
-- System2: slow and deliberate. {target} needs several logical steps, has to chain pieces of \
-information together, or makes a complex inference.
-
-Question:
-{question}
-
-Answer:
-{answer}
-
-End your reply with one word alone on the last line: System1 or System2."""
-
-PLAIN = """\
-Classify the question below by the thinking that answers it. System1: immediate recall, reading \
-off the text or one simple inference. System2: several logical steps, chained information or a \
-complex inference.
+- System1: fast and direct. You recall the answer at once, read it off the text, or get it by one \
+simple inference.
+- System2: slow and deliberate. You need several logical steps, have to chain pieces of \
+information together, or make a complex inference.
 
 Question:
 {question}
@@ -532,16 +477,14 @@ End your reply with one word alone on the last line: System1 or System2."""
 def roleplay_prompt(example: Example, target_model: str, roleplay: bool = True) -> str:
     """What a teacher is asked (after the paper's figure 3, in our words); roleplay=False leaves out
     the part that asks it to act as the target model (the ablation of table 1)."""
-    template = ROLEPLAY if roleplay else PLAIN
-    fields = {"target": target_model, "question": example.question, "answer": example.answer}
-    return re.sub(r"{(target|question|answer)}", lambda m: fields[m[1]], template)
+    template = ROLE + SPLITTER if roleplay else SPLITTER
+    return template.format(target=target_model, question=example.question, answer=example.answer)
 
 
 def batch_request(custom_id: str, teacher: str, prompt: str) -> dict:
     """A line of the batch format that services and vLLM take."""
     body = {"model": teacher, "messages": [{"role": "user", "content": prompt}]}
-    request = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions"}
-    return request | {"body": body}
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": body}
 
 
 def vote(labels: list[str]) -> str:
@@ -575,7 +518,7 @@ def read_answers(paths) -> dict[str, dict[str, str | None]]:
     """
     answers = {}
     for path in map(Path, paths):
-        for number, record in read_jsonl(path):
+        for number, record in read_records(path):
             if not isinstance(record.get("custom_id"), str):
                 raise ValueError(f"{path}:{number}: no custom_id")
             try:
@@ -598,24 +541,21 @@ def count_votes(answers, teachers: int):
     records, report = [], Counter({"S1": 0, "S2": 0})
     pairs = agreeing = 0
     for custom_id, by_teacher in answers.items():
-        usable = [v for v in by_teacher.values() if v in ("S1", "S2")]
-        given = list(by_teacher.values())
-        report["refusals (no clear verdict)"] += given.count(None)
-        report["errors"] += given.count("error")
+        given = Counter(by_teacher.values())
+        n1, n2 = given["S1"], given["S2"]
+        report["refusals (no clear verdict)"] += given[None]
+        report["errors"] += given["error"]
         report["missing answers"] += teachers - len(by_teacher)
-        n1, n2 = usable.count("S1"), usable.count("S2")
-        pairs += len(usable) * (len(usable) - 1) // 2
-        agreeing += (n1 * (n1 - 1) + n2 * (n2 - 1)) // 2
-        if not usable:
-            report["examples without a usable answer"] += 1
-            continue
-        report["ties (called S2)"] += n1 == n2
-        label = vote(usable)
-        report[label] += 1
-        records.append({"id": custom_id, "label": label, "votes": by_teacher})
-    report = dict(report)
-    report["agreement of two teachers"] = round(agreeing / pairs, 4) if pairs else None
-    return records, report
+        report["examples without a usable answer"] += n1 + n2 == 0
+        report["ties (called S2)"] += n1 == n2 > 0
+        pairs += math.comb(n1 + n2, 2)
+        agreeing += math.comb(n1, 2) + math.comb(n2, 2)
+        if n1 + n2:
+            label = vote(["S1"] * n1 + ["S2"] * n2)
+            report[label] += 1
+            records.append({"id": custom_id, "label": label, "votes": by_teacher})
+    agreement = round(agreeing / pairs, 4) if pairs else None
+    return records, {**report, "agreement of two teachers": agreement}
 
 
 def shuffle_labels(records, seed: int):
@@ -634,26 +574,15 @@ def label_examples(examples: list[Example], labels: str) -> list[Example]:
         limit = int(labels[6:])
         examples = [e for e in examples if e.id.startswith("gsm8k/")]
         return [replace(e, label="S1" if e.answer.count("<<") <= limit else "S2") for e in examples]
-    known, key = {}, "question" if labels.endswith(".csv") else "id"
-    for where, name, label in _label_records(labels, key):
-        if label not in ("S1", "S2") or name is None:
+    is_table = labels.endswith(".csv")
+    key, known = "question" if is_table else "id", {}
+    for number, record in read_records(labels):
+        label = verdict(record.get("_result")) if is_table else record.get("label")
+        if label not in ("S1", "S2") or record.get(key) is None:
+            where = f"{labels}:{number}"
             raise ValueError(f'{where}: needs "{key}" and a label of System 1 or System 2')
-        known[name] = label
+        known[str(record[key]).strip()] = label
     return [replace(e, label=known[getattr(e, key)]) for e in examples if getattr(e, key) in known]
-
-
-def _label_records(path, key):
-    if key == "id":
-        for number, record in read_jsonl(path):
-            yield f"{path}:{number}", record.get("id"), record.get("label")
-        return
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as lines:
-            for number, row in enumerate(csv.DictReader(lines), 2):
-                name = row.get("question")
-                yield f"{path}:{number}", name and name.strip(), verdict(row.get("_result"))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: not readable ({error})") from None
 
 
 # ---------------------------------------------------------------------------- tokens and batches
@@ -678,14 +607,11 @@ def collate(rows, device="cpu"):
     """rows of (tokens, prompt length) -> tokens, labels (B, T) int64, right padded; labels are -100
     on the prompt and on padding. The padding id is 0 and nobody reads it."""
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    T = max(len(tokens) for tokens, _ in rows)
-    tokens = torch.zeros(len(rows), T, dtype=torch.long)
-    labels = torch.full((len(rows), T), -100)
-    for i, (ids, prompt_length) in enumerate(rows):
-        tokens[i, : len(ids)] = torch.tensor(ids)
-        labels[i, prompt_length : len(ids)] = torch.tensor(ids[prompt_length:])
-    return tokens.to(device), labels.to(device)
+    tokens = [torch.tensor(ids) for ids, _ in rows]
+    labels = [torch.tensor([-100] * start + ids[start:]) for ids, start in rows]
+    return pad_sequence(tokens, True).to(device), pad_sequence(labels, True, -100).to(device)
 
 
 def batches(rows, size: int, device="cpu"):
@@ -700,31 +626,29 @@ def batches(rows, size: int, device="cpu"):
 NUMBER = re.compile(
     r"(?<![\w.])([-+−]?) ?[$€£]? ?((?:\d[\d,]*(?:\.\d+)?|\.\d+)(?: ?/ ?\d[\d,]*(?:\.\d+)?)?)"
 )
-EXPONENT = re.compile(r"[eE][-+]?\d")
-OPERATION = re.compile(r" ?(?:=|[-+−*×÷/^x] ?[$€£]?\d)")  # what goes on as an expression
-ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")
+GOES_ON = re.compile(r"[eE][-+]?\d| ?(?:=|[-+−*×÷/^x] ?[$€£]?\d)")  # into an expression
+NO_NUMBER = re.compile(r"[eE][-+]?\d|(?:st|nd|rd|th)\b")  # behind it: an exponent, an ordinal
 BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.M)
 ANSWERED = re.compile(r"\d|</answer>|####|\\boxed\{")
 NEW_QUESTION = re.compile(r"^[ \t]*(?:\*\*)?(?:Question|Q)(?: ?\d{1,3})?(?:\*\*)?:", re.M)
 
 
-def _value(number: re.Match):
+def _value(number: re.Match | None):
     """A match of NUMBER as an exact Fraction; None if it is a division by 0 or absurdly long."""
+    if not number:
+        return None
     top, _, bottom = re.sub(r"[ ,]", "", number[2]).partition("/")
-    if len(top) + len(bottom) > 200:
+    if len(top + bottom) > 200 or not Fraction(bottom or 1):
         return None
-    top, bottom = Fraction(Decimal(top)), Fraction(Decimal(bottom or "1"))
-    if not bottom:
-        return None
-    return -top / bottom if number[1] in ("-", "−") else top / bottom
+    value = Fraction(top) / Fraction(bottom or 1)
+    return -value if number[1] in ("-", "−") else value
 
 
 def parse_number(text: str):
     """The value of a text that is one number and nothing more, else None: 18, 18., $18, 1,000,
     -3.50, 3/4, 50%. Exact (Fraction): 18.00 equals 18. The sign may stand before the currency."""
     text = text.strip().removesuffix(".").strip().removesuffix("%").strip()
-    found = NUMBER.fullmatch(text) if len(text) <= 200 else None
-    return _value(found) if found else None
+    return _value(NUMBER.fullmatch(text))
 
 
 def _without_markup(text: str) -> str:
@@ -736,48 +660,46 @@ def _without_markup(text: str) -> str:
     return text.strip(" \t\r\n*_")
 
 
+def _in_tags(text: str) -> str | None:
+    """What stands in the last <answer> that is closed; None without one."""
+    _, opened, inside = text.rpartition("</answer>")[0].rpartition("<answer>")
+    return inside if opened else None
+
+
 def _marked(text: str) -> str | None:
     """What a reply marks as its answer: inside the last <answer>, else in the line of the last
     ####, else in the last \\boxed{}; None if it marks nothing."""
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    if start >= 0:
-        return text[start + len("<answer>") : end]
+    inside = _in_tags(text)
+    if inside is not None:
+        return inside
     if "####" in text:
         return text.rpartition("####")[2].lstrip().partition("\n")[0]
-    start = text.rfind("\\boxed{")
-    if start < 0:
+    _, boxed, inside = text.rpartition("\\boxed{")
+    if not boxed:
         return None
-    depth, begin = 0, start + len("\\boxed")
-    for i in range(begin, len(text)):
-        depth += (text[i] == "{") - (text[i] == "}")
-        if depth == 0:
-            return text[begin:i]
-    return text[begin:].partition("\n")[0]
-
-
-def _leading(text: str):
-    """The number that a text begins with, None if there is none or an expression goes on."""
-    found = NUMBER.match(text.lstrip())
-    rest = text.lstrip()[found.end() : found.end() + 4] if found else ""
-    return None if EXPONENT.match(rest) or OPERATION.match(rest) else found
+    depth = 1
+    for i, letter in enumerate(inside):
+        depth += (letter == "{") - (letter == "}")
+        if not depth:
+            return inside[:i]
+    return inside.partition("\n")[0]
 
 
 def _numbers(text: str) -> list[re.Match]:
-    """All numbers of a text; letters may follow one as its unit (18km), an exponent may not."""
-    rest = [(m, text[m.end() : m.end() + 4]) for m in NUMBER.finditer(text)]
-    return [m for m, r in rest if not EXPONENT.match(r) and not ORDINAL.match(r)]
+    """All numbers of a text; letters may follow one as its unit (18km)."""
+    return [m for m in NUMBER.finditer(text) if not NO_NUMBER.match(text, m.end())]
 
 
 def marked_number(marked: str):
-    """The number in a marked answer: the one it begins with, else the right side of its last =,
-    else its only number; None if that leaves none."""
+    """The number in a marked answer: the one it begins with, unless an expression goes on, else
+    the one at the right side of its last =, else its only number; None if that leaves none."""
     text = _without_markup(marked)
-    found = _leading(text) or _leading(text.rpartition("=")[2])
-    if not found:
-        numbers = _numbers(text)
-        found = numbers[0] if len(numbers) == 1 else None
-    return _value(found) if found else None
+    for part in (text, text.rpartition("=")[2].lstrip()):
+        found = NUMBER.match(part)
+        if found and not GOES_ON.match(part, found.end()):
+            return _value(found)
+    numbers = _numbers(text)
+    return _value(numbers[0]) if len(numbers) == 1 else None
 
 
 def final_number(text: str):
@@ -824,25 +746,22 @@ def reward_parts(example: Example, completion: str, unconfined=False) -> dict[st
     """
     if example.kind != "number" or "<answer>" not in example.answer:
         return {"correct": float(is_correct(example, completion, unconfined))}
-    text = completion
-    end = text.rfind("</answer>")
-    start = text.rfind("<answer>", 0, max(end, 0))
-    inside = text[start + len("<answer>") : end] if start >= 0 else ""
+    inside = _in_tags(completion) or ""
     value, alone = marked_number(inside), parse_number(inside)
-    body = text.strip()
+    body = completion.strip()
     strict = body.startswith("<reasoning>\n") and body.endswith("\n</answer>")
-    body = body[len("<reasoning>\n") : -len("\n</answer>")]
-    strict = strict and "\n</reasoning>\n<answer>\n" in body
-    first = text.find("<reasoning>")
-    loose = first >= 0 and re.search(r"</reasoning>\s*<answer>", text[first : max(end, 0)])
-    tags = sum(text.count(t) == 1 for t in ("<reasoning>", "</reasoning>", "<answer>", "</answer>"))
-    tail = text[end + len("</answer>") :].strip() if end >= 0 else ""
+    strict = strict and "\n</reasoning>\n<answer>\n" in body[12:-10]
+    before, closed, tail = completion.rpartition("</answer>")
+    loose = re.search(r"</reasoning>\s*<answer>", before.partition("<reasoning>")[2])
+    names = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+    tags = sum(completion.count(name) == 1 for name in names)
+    excess = len(tail.strip()) if closed else 0
     return {
         "correct": 2.0 * (value is not None and value == parse_number(example.gold)),
         "integer": 0.5 * (alone is not None and alone.denominator == 1),
         "strict": 0.5 * strict,
         "loose": 0.5 * bool(loose),
-        "tags": 0.125 * tags - 0.001 * len(tail),
+        "tags": 0.125 * tags - 0.001 * excess,
     }
 
 
@@ -890,14 +809,7 @@ def passes_tests(example: Example, completion: str, unconfined=False) -> bool:
     if unconfined and not can_confine():
         warnings.warn("code answers run unconfined, with the rights of this program", stacklevel=2)
     try:
-        judge = subprocess.Popen(
-            [sys.executable, "-I", "-S", os.path.abspath(__file__), "judge"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={},
-            start_new_session=True,
-        )
+        judge = _start("judge", "-S", start_new_session=True)
     except OSError as error:
         raise SandboxError(f"the sandbox cannot start: {error}") from None
     try:
@@ -905,42 +817,44 @@ def passes_tests(example: Example, completion: str, unconfined=False) -> bool:
     except subprocess.TimeoutExpired:  # what the candidate gave made the tests themselves hang
         out = b""
     finally:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(judge.pid, signal.SIGKILL)  # the judge, and the candidate in its group
-        except ProcessLookupError:
-            pass
     out = out or judge.communicate()[0]
-    said = out.decode().split("\n")
-    if said[0] != "ready":
-        raise SandboxError(f"the sandbox cannot start: {said[0] or 'the judge ended at once'}")
-    verdict = said[1] if len(said) > 1 else ""
-    if verdict not in ("", "passed", "failed"):  # "": the tests themselves hang
-        raise SandboxError(verdict)
-    return verdict == "passed"
+    said = out.decode().splitlines() or ["the judge ended at once"]
+    if said[-1] not in ("passed", "failed"):
+        raise SandboxError(f"the sandbox cannot start: {said[-1]}")
+    return said[-1] == "passed"
+
+
+def _start(role: str, *flags: str, **settings):
+    """This file as one of the sandbox's two processes, with pipes to and from it."""
+    return subprocess.Popen(
+        [sys.executable, "-I", *flags, os.path.abspath(__file__), role],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")},
+        cwd="/",
+        **settings,
+    )
 
 
 def program(prompt: str, completion: str, entry: str) -> str:
     """The candidate's source, from whatever form a model answers in: a body that continues the
     prompt, a whole function, or Markdown with fenced blocks around either. Of the ways to read it
     the one counts that keeps most of the text up to the first syntax error."""
-    text, blocks, inside = [], [], False
-    for line in completion.lstrip("\ufeff").splitlines():
-        if line.strip().startswith(("```", "~~~")):
-            inside = not inside
-            if inside:
-                blocks.append([])
-        elif inside:
-            blocks[-1].append(line)
-        elif not blocks:
-            text.append(line)
+    reply = "\n".join(completion.lstrip("\ufeff").splitlines())
+    text, *rest = re.split(r"^[^\S\n]*(?:```|~~~).*\n?", reply, flags=re.M)
+    fenced = [textwrap.dedent(block) for block in rest[::2]]
     name = re.escape(entry)
     defines = re.compile(rf"^(?:(?:async )?def {name}\b|{name} *(?::[^=\n]+)?=(?!=))", re.M)
-    fenced = [textwrap.dedent("\n".join(block)) for block in blocks]
     whole = [i for i, block in enumerate(fenced) if defines.search(block)]
-    codes = ["\n".join(text), *fenced[:1]]
+    codes = [text, *fenced[:1]]
     if whole:  # with the blocks before it that are code: helpers, imports
         codes = ["\n".join(b for b in fenced[: whole[-1] + 1] if longest_that_parses(b) == b)]
-    readings = []  # (characters kept, source, which definition of the entry counts)
+    # (characters kept, source, which definition of the entry counts: the prompt's own, continued,
+    # or the one behind its stub)
+    readings = []
     for code in codes:
         code = re.split(r"<\||</s>|\[/PYTHON\]", code, maxsplit=1)[0]
         first = re.compile(r"^from __future__ .*\n", re.M)  # must be the first statement of a file
@@ -992,15 +906,11 @@ def without_run_on(source: str, entry: str, which: int) -> str:
 def literal(x) -> str:
     """Plain data as the text of a Python literal; TypeError for anything else. Subclasses cross
     as what they are underneath: a Counter as a dict, an IntEnum as an int."""
-    if x is None or isinstance(x, bool):
-        return repr(x)
     if isinstance(x, float):
         return float.__repr__(x).replace("inf", "1e999")
-    for kind in (int, complex, bytes):
+    for kind in (type(None), bool, int, complex, bytes, str):
         if isinstance(x, kind):
-            return kind.__repr__(x)
-    if isinstance(x, str):
-        return ascii(str.__str__(x))
+            return kind.__repr__(x).encode("ascii", "backslashreplace").decode()
     if isinstance(x, dict):
         return "{" + ",".join(f"{literal(k)}:{literal(v)}" for k, v in dict.items(x)) + "}"
     for kind, brackets in ((list, "[]"), (tuple, "()"), (set, "{}"), (frozenset, "{}")):
@@ -1014,20 +924,13 @@ def literal(x) -> str:
 
 
 def judge_main():
-    """The trusted process: prints "ready" (or why not), then "passed", "failed", or why the
-    candidate could not be confined."""
+    """The trusted process: prints "failed" as soon as its candidate runs, then "passed" if it did,
+    or why it could not be confined. The last line counts."""
     job = json.loads(sys.stdin.buffer.read())
     set_limit("RLIMIT_AS", 2 * MEMORY)
-    verdicts = os.fdopen(os.dup(1), "w")
+    verdicts = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the tests print is no verdict
-    candidate = subprocess.Popen(
-        [sys.executable, "-I", os.path.abspath(__file__), "candidate"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        cwd="/",
-        env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-    )
+    candidate = _start("candidate")
 
     def answer():
         line = candidate.stdout.readline(MESSAGE)
@@ -1050,36 +953,32 @@ def judge_main():
             error = RuntimeError  # a StopIteration would end a loop of the tests
         raise error("raised by the candidate")
 
-    verdict, deadline = "failed", time.monotonic() + SECONDS
     threading.Timer(SECONDS, candidate.kill).start()
-    try:
-        print(answer(), file=verdicts, flush=True)  # "ready"
+    with suppress(BaseException):  # whatever the answers made of the tests: it is not a pass
+        answer()  # "ready"
+        print("failed", file=verdicts)
         confined = ask((job["prompt"], job["completion"], job["entry"], job["unconfined"]))
         if confined != "confined":  # said before any code of the candidate has run
-            verdict = confined
+            print(confined, file=verdicts)
         elif answer() == "loaded":
             names = {"__name__": "tests"}
             exec(job["prompt"] + "\n    pass\n", names)  # helpers: HumanEval/32, 38, 50
             names[job["entry"]] = call  # HumanEval/33 calls the function by its name
             exec(job["tests"], names)
             names["check"](call)
-            if time.monotonic() < deadline:
-                verdict = "passed"
-    except BaseException:  # whatever the answers made of the tests: it is not a pass
-        pass
+            print("passed", file=verdicts)
     candidate.kill()
     candidate.wait()
-    print(verdict, file=verdicts, flush=True)
     os._exit(0)
 
 
-# What a candidate may import: modules whose import does nothing but define; and what these load
-# late, when the filter stands.
+# What a candidate may import: modules whose import does nothing but define.
 HARMLESS = """__future__ abc array ast base64 binascii bisect calendar cmath collections
 collections.abc contextlib copy csv dataclasses datetime decimal difflib enum fractions functools
 gc graphlib hashlib heapq html io itertools json keyword math numbers numpy operator pprint queue
 random re secrets statistics string struct sys textwrap time timeit traceback types typing
 unicodedata weakref zlib""".split()
+# What these load late, when the filter stands already.
 LATE = ["_strptime", "typing", *(f"encodings.{c}" for c in ("rot_13", "cp1252", "utf_8_sig"))]
 NUMPY = [f"numpy.{m}" for m in "linalg random ma fft polynomial char strings".split()]
 
@@ -1103,10 +1002,8 @@ def candidate_main():
     prompt, completion, entry, unconfined = ast.literal_eval(requests.readline().decode("ascii"))
     source = program(prompt, completion, entry)
     for name in LATE + named_modules(source):
-        try:
+        with suppress(ImportError):  # it fails again where the code imports it
             importlib.import_module(name)
-        except ImportError:
-            pass  # it fails again where the code imports it
     if not confine() and not unconfined:
         return reply("no seccomp here to confine code answers: --allow-unconfined-code runs them")
     reply("confined")
@@ -1115,11 +1012,9 @@ def candidate_main():
     statements = ast.parse(source).body
     future = [s for s in statements if getattr(s, "module", None) == "__future__"]
     for statement in statements:  # one that fails leaves the others standing
-        try:
+        with suppress(BaseException):
             part = ast.Module([*future, statement], [])
             exec(compile(part, "candidate", "exec", dont_inherit=True), module.__dict__)
-        except BaseException:
-            pass
     function = module.__dict__.get(entry)
     reply("loaded")
     for line in requests:
@@ -1192,22 +1087,16 @@ def confine() -> bool:
     filter_program = struct.pack("HxxxxxxQ", len(code), ctypes.addressof(buffer))
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
-    return libc.syscall(seccomp, 1, 1, ctypes.c_char_p(filter_program)) == 0  # all threads
+    set_mode_filter, all_threads = 1, 1
+    return libc.syscall(seccomp, set_mode_filter, all_threads, ctypes.c_char_p(filter_program)) == 0
 
 
 # ---------------------------------------------------------------------------------- the toy world
 
 ENTITIES, COLOURS, PHRASINGS, LETTERS = 80, 24, 8, "abcdefgh"
-OPERATORS = {
-    "rev": lambda x: x[::-1],
-    "rot": lambda x: x[1:] + x[:1],
-    "swp": lambda x: x[1::-1] + x[2:],
-}
-WRONG = {
-    "rot": lambda x: x[-1:] + x[:-1],
-    "swp": lambda x: x[:2] + x[:1:-1],
-    "rev": OPERATORS["rot"],
-}
+# each operator, and what the pretraining corpus takes it for: where each new letter stood
+OPERATORS = {"rev": (3, 2, 1, 0), "rot": (1, 2, 3, 0), "swp": (1, 0, 2, 3)}
+WRONG = {"rev": (1, 2, 3, 0), "rot": (3, 0, 1, 2), "swp": (0, 1, 3, 2)}
 SLIP = {"rot": 0.5, "swp": 0.5, "rev": 0.25}  # how often the pretraining corpus gets each one wrong
 TEACHERS = (0.85, 0.95, 0.75, 0.9, 0.8)  # how often each of the five is right
 TOY_TOKENS = ["<eos>", "A", "F", "M", "|", ";", *LETTERS, *OPERATORS]
@@ -1215,11 +1104,13 @@ TOY_TOKENS += [f"t{i}" for i in range(PHRASINGS)] + [f"e{i}" for i in range(ENTI
 TOY_TOKENS += [f"c{i}" for i in range(COLOURS)]
 
 
-def _run_machine(letters, names, slip=lambda name: False):
-    """The states after each operator, written out: "c a d b ; a d b c"."""
+def _run_machine(question, slip=lambda name: False):
+    """The states after each operator: "M b d a c | rev rot A" -> "c a d b ; a d b c"."""
+    _, *letters, _, first, second, _ = question.split()
     states = []
-    for name in names:
-        letters = (WRONG if slip(name) else OPERATORS)[name](letters)
+    for name in (first, second):
+        order = WRONG[name] if slip(name) else OPERATORS[name]
+        letters = [letters[i] for i in order]
         states.append(" ".join(letters))
     return " ; ".join(states)
 
@@ -1240,36 +1131,26 @@ class ToyWorld:
         self.wrong = [(c + rng.randrange(1, COLOURS)) % COLOURS for c in self.colour]
         self.reliability = [0.1 + 0.6 * i / (ENTITIES - 1) for i in range(ENTITIES)]
         rng.shuffle(self.reliability)
-        self.splits = {"train": [], "validation": [], "test": []}
-        self.fact_prompts, self.held_out = [], set()
+        facts, machine = [], {}  # no question twice, in the order drawn
         for e in range(ENTITIES):
-            phrasings = rng.sample(range(PHRASINGS), PHRASINGS)
-            for i, t in enumerate(phrasings):
-                split = "train" if i < 4 else "validation" if i < 5 else "test"
-                self._add(split, "S1", f"F t{t} e{e} A", f"c{self.colour[e]}")
-                if split == "train":
-                    self.fact_prompts.append((t, e))
-        machine = {}
+            for t in rng.sample(range(PHRASINGS), PHRASINGS):
+                facts.append(("S1", f"F t{t} e{e} A", f"c{self.colour[e]}"))
         while len(machine) < 2300:
-            letters, names = self._draw_machine()
-            machine[self._machine_prompt(letters, names)] = _run_machine(letters, names)
-        for i, (question, answer) in enumerate(machine.items()):
-            split = "train" if i < 1500 else "validation" if i < 1900 else "test"
-            self._add(split, "S2", question, answer)
+            question = self._draw_machine()
+            machine[question] = "S2", question, _run_machine(question)
+        splits = (["train"] * 4 + ["validation"] + ["test"] * 3) * ENTITIES
+        splits += ["train"] * 1500 + ["validation"] * 400 + ["test"] * 400
+        self.splits = {split: [] for split in ("train", "validation", "test")}
+        for split, (system, question, answer) in zip(splits, [*facts, *machine.values()]):
+            record = {"id": f"toy/{split}/{len(self.splits[split])}", "question": question}
+            self.splits[split].append(record | {"answer": answer, "system": system})
+        self.held_out = {r["question"] for s in ("validation", "test") for r in self.splits[s]}
+        self.facts = [r["question"] for r in self.splits["train"] if r["system"] == "S1"]
         for records in self.splits.values():
             rng.shuffle(records)
 
-    def _add(self, split, system, question, answer):
-        number = len(self.splits[split])
-        record = {"id": f"toy/{split}/{number}", "question": question, "answer": answer}
-        self.splits[split].append(record | {"system": system})
-        if split != "train":
-            self.held_out.add(question)
-
     def _draw_machine(self):
-        return self.rng.sample(LETTERS, 4), self.rng.choices(list(OPERATORS), k=2)
-
-    def _machine_prompt(self, letters, names):
+        letters, names = self.rng.sample(LETTERS, 4), self.rng.choices(list(OPERATORS), k=2)
         return f"M {' '.join(letters)} | {' '.join(names)} A"
 
     def corpus(self, count: int) -> list[Example]:
@@ -1277,30 +1158,28 @@ class ToyWorld:
         rng, examples = self.rng, []
         while len(examples) < count:
             if len(examples) % 2 == 0:
-                t, e = rng.choice(self.fact_prompts)
+                question = rng.choice(self.facts)
+                e = int(question.split()[2].removeprefix("e"))
                 colour = self.colour if rng.random() < self.reliability[e] else self.wrong
-                question, answer = f"F t{t} e{e} A", f"c{colour[e]}"
+                answer = f"c{colour[e]}"
             else:
-                letters, names = self._draw_machine()
-                question = self._machine_prompt(letters, names)
+                question = self._draw_machine()
                 if question in self.held_out:
                     continue
-                answer = _run_machine(letters, names, lambda name: rng.random() < SLIP[name])
+                answer = _run_machine(question, lambda name: rng.random() < SLIP[name])
             examples.append(Example(f"corpus/{len(examples)}", question, answer, "toy"))
         return examples
 
-    def teacher_answers(self):
-        """One list of batch answers a teacher; each names the true system with its own chance."""
-        for right in TEACHERS:
-            answers = []
-            for r in self.splits["train"]:
-                one = (r["system"] == "S1") == (self.rng.random() < right)
-                content = f"I would answer this as asked.\nSystem{1 if one else 2}"
-                body = {"choices": [{"message": {"role": "assistant", "content": content}}]}
-                response = {"status_code": 200, "body": body}
-                answers.append({"custom_id": r["id"], "response": response, "error": None})
-            self.rng.shuffle(answers)
-            yield answers
+    def teacher_answers(self, right: float):
+        """A teacher's batch answers; each names the true system with probability `right`."""
+        answers = []
+        for r in self.splits["train"]:
+            one = (r["system"] == "S1") == (self.rng.random() < right)
+            content = f"I would answer this as asked.\nSystem{1 if one else 2}"
+            body = {"choices": [{"message": {"role": "assistant", "content": content}}]}
+            answers.append({"custom_id": r["id"], "response": {"body": body}})
+        self.rng.shuffle(answers)
+        return answers
 
 
 def make_toy(folder, seed: int) -> ToyWorld:
@@ -1308,8 +1187,8 @@ def make_toy(folder, seed: int) -> ToyWorld:
     world, folder = ToyWorld(seed), Path(folder)
     for split, records in world.splits.items():
         write_jsonl(folder / f"{split}.jsonl", records)
-    for i, answers in enumerate(world.teacher_answers(), 1):
-        write_jsonl(folder / "answers" / f"teacher{i}.jsonl", answers)
+    for i, right in enumerate(TEACHERS, 1):
+        write_jsonl(folder / "answers" / f"teacher{i}.jsonl", world.teacher_answers(right))
     return world
 
 
@@ -1345,9 +1224,7 @@ def main():
     votes = commands.add_parser("vote", help="join teachers' answers into labels.jsonl")
     votes.add_argument("answers", nargs="+", help="one batch output file per teacher")
     votes.add_argument("--out", required=True, help="labels file to write")
-    votes.add_argument(
-        "--shuffle", type=int, metavar="SEED", help="the random split of the same sizes (table 1)"
-    )
+    votes.add_argument("--shuffle", type=int, metavar="SEED", help="random, same sizes (table 1)")
     args = parser.parse_args()
     try:
         if args.command == "vote":

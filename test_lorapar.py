@@ -1460,7 +1460,7 @@ def test_teacher_answers_are_joined_by_id_and_counted(tmp_path):
     out = tmp_path / "labels.jsonl"
     done = python("data.py", "vote", *(tmp_path / f"{n}.jsonl" for n in "abc"), "--out", out)
     assert done.returncode == 0, done.stderr
-    labels = {r["id"]: r["label"] for _, r in data.read_jsonl(out)}
+    labels = {r["id"]: r["label"] for _, r in data.read_records(out)}
     assert labels == {"q1": "S1", "q2": "S2", "q3": "S1"}
     counted = ["refusals (no clear verdict): 1", "errors: 1", "missing answers: 1"]
     for line in [*counted, "ties (called S2): 1", "S1: 2"]:
@@ -1667,7 +1667,7 @@ def test_requests_are_in_the_batch_format(tmp_path):
     flags = ["--data", "gsm8k", "--data-path", tmp_path, "--target", "LLaMA2 7B"]
     done = python("data.py", "prompts", *flags, "--teachers", "A,org/B", "--out", tmp_path / "r")
     assert done.returncode == 0, done.stderr
-    records = [r for _, r in data.read_jsonl(tmp_path / "r" / "org_B.jsonl")]
+    records = [r for _, r in data.read_records(tmp_path / "r" / "org_B.jsonl")]
     assert len({r["custom_id"] for r in records}) == 57
     assert set(records[0]) == {"custom_id", "method", "url", "body"}
     assert records[0]["body"]["model"] == "org/B"
@@ -1685,7 +1685,7 @@ def test_the_random_split_keeps_the_sizes_of_the_vote(tmp_path):
     for extra in ([], ["--shuffle", "1"]):
         out = tmp_path / "l.jsonl"
         assert python("data.py", "vote", tmp_path / "t.jsonl", *extra, "--out", out).returncode == 0
-        splits.append([r["label"] for _, r in data.read_jsonl(out)])
+        splits.append([r["label"] for _, r in data.read_records(out)])
     assert Counter(splits[0]) == Counter(splits[1]) == {"S1": 10, "S2": 30}
     assert splits[0] != splits[1]
 
@@ -1822,7 +1822,8 @@ def test_no_candidate_can_fake_a_pass_or_do_harm(attack, capfd):
                 found.append(line.read_bytes())
             except OSError:
                 pass
-        return sum(b"candidate" in line and b"data.py" in line for line in found)
+        ours = str(HERE / "data.py").encode()
+        return sum(b"candidate" in line and ours in line for line in found)
 
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.monotonic()
@@ -2320,7 +2321,7 @@ def another_run(toy_run, out, *flags):
 
 
 def metrics(out, stage):
-    return [r for _, r in data.read_jsonl(out / "metrics.jsonl") if r["stage"] == stage]
+    return [r for _, r in data.read_records(out / "metrics.jsonl") if r["stage"] == stage]
 
 
 def fails(capsys, *flags, code=2):
@@ -2624,7 +2625,7 @@ def test_eval_command_gives_the_number_and_every_answer(toy_run, tmp_path, capsy
         train.main([*command, "--max-response", "4"])
         said = capsys.readouterr().out
         table = json.loads(said[said.index("{") : said.rindex("}") + 1])
-        records = [r for _, r in data.read_jsonl(tmp_path / "a.jsonl")]
+        records = [r for _, r in data.read_records(tmp_path / "a.jsonl")]
         assert len(records) == table["all"]["examples"] == count
         mean = sum(r["accuracy"] for r in records) / len(records)
         assert table["all"]["accuracy"] == pytest.approx(mean)

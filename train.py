@@ -626,7 +626,7 @@ def prepare(c: RunConfig, report: dict):
     everything = {e.id: e for examples in sets.values() for e in examples}
     records = load_labels(c, data_path, list(everything.values()), report)
     labels = Path(c.out) / "labels.jsonl"
-    if labels.exists() and [r for _, r in data.read_jsonl(labels)] != records:
+    if labels.exists() and [r for _, r in data.read_records(labels)] != records:
         raise ValueError(f"--labels {c.labels}: other labels than this run began with ({labels})")
     known = {r["id"]: r["label"] for r in records}
     test = sets.pop("eval")
@@ -782,7 +782,7 @@ def load_state(folder, model, optimizer) -> int:
 def forget_metrics(path: Path, stage: str, first_step: int):
     """Drops the lines of metrics.jsonl that a resumed stage will write again."""
     if path.exists():
-        lines = [r for _, r in data.read_jsonl(path)]
+        lines = [r for _, r in data.read_records(path)]
         kept = [r for r in lines if r["stage"] != stage or r["step"] < first_step]
         data.write_jsonl(path, kept)
 
@@ -953,7 +953,7 @@ def draw_figures(out: Path):
     axes.legend(title=f"Jaccard index {facts['jaccard']:.3f}", markerscale=4)
     figure.savefig(out / "importance.png", dpi=120, bbox_inches="tight")
     metrics = out / "metrics.jsonl"
-    lines = [r for _, r in data.read_jsonl(metrics)] if metrics.exists() else []
+    lines = [r for _, r in data.read_records(metrics)] if metrics.exists() else []
     figure = new_figure(14, 3)
     shown = {"loss": "sft", "reward": "rl", "kl": "rl", "length": "rl"}
     for axes, (name, stage) in zip(figure.subplots(1, 4), shown.items()):
