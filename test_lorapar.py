@@ -15,6 +15,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,8 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -39,69 +42,58 @@ import train
 HERE = Path(__file__).parent
 SHARED = HERE.parent / "shared"
 needs_shared = pytest.mark.skipif(not (SHARED / "fixtures").is_dir(), reason="needs real data")
-FAMILIES = ["llama2_tiny", "llama3_tiny", "qwen2_tiny"]
 
 # ------------------------------------------------------------------------------------ small models
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-SMALL |= {"num_attention_heads": 4, "max_position_embeddings": 128, "rms_norm_eps": 1e-5}
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3 |= {"original_max_position_embeddings": 16}
-# config.json fields -> six logits of the last position of row 1, one of row 0, and the mean square
-# of all, which transformers 5 (eager, float32) gave for the formula weights below.
-STORED = {
-    "llama2": (
-        {"model_type": "llama", "num_key_value_heads": 4, "rope_theta": 10000.0},
-        [-0.8731, -0.9626, 0.2564, -0.0398, -1.3312, 2.61, 0.2816, 1.4783],
-    ),
-    "llama3": (
-        {"model_type": "llama", "num_key_value_heads": 2, "head_dim": 12, "rope_theta": 500000.0}
-        | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}
-        | {"rope_scaling": LLAMA3},
-        [0.0117, 1.3003, -0.9672, -1.9394, -0.6318, -0.3565, -0.3052, 1.6281],
-    ),
-    "mistral": (
-        {"model_type": "mistral", "num_key_value_heads": 2, "head_dim": 16, "sliding_window": None}
-        | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
-        [1.7937, 0.5197, 1.5349, 1.3158, 0.3697, 1.2348, -1.8567, 1.4607],
-    ),
-    "qwen2": (
-        {"model_type": "qwen2", "num_key_value_heads": 2, "rms_norm_eps": 1e-6}
-        | {"rope_theta": 1e6, "tie_word_embeddings": True}
-        | {"sliding_window": 16, "use_sliding_window": False},
-        [0.6425, 0.5073, 0.507, -2.2851, -2.702, -0.8421, -0.2441, 1.479],
-    ),
-    "qwen3": (
-        {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 12, "rms_norm_eps": 1e-6}
-        | {"rope_theta": 1e6, "attention_bias": False, "use_sliding_window": False},
-        [-0.1367, -1.2299, -0.0634, 0.3982, -0.7803, 0.6032, -2.9686, 1.5289],
-    ),
-    "linear": (
-        {"model_type": "llama", "num_key_value_heads": 1, "rope_theta": 10000.0}
-        | {"rope_scaling": {"type": "linear", "factor": 4.0}},
-        [-0.3202, -0.3558, 1.4465, -0.4891, 0.476, -0.3296, 0.0327, 1.496],
-    ),
+SMALL = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+SMALL |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+SMALL |= dict(rms_norm_eps=1e-5)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+LLAMA3 |= dict(original_max_position_embeddings=16)
+FAMILIES = {  # fields of config.json
+    "llama2": dict(model_type="llama", num_key_value_heads=4, rope_theta=10000.0),
+    "llama3": dict(model_type="llama", head_dim=12, rope_theta=500000.0, rope_scaling=LLAMA3)
+    | dict(tie_word_embeddings=True, attention_bias=True, mlp_bias=True),
+    "mistral": dict(model_type="mistral", head_dim=16, sliding_window=None)
+    | dict(rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "qwen2": dict(model_type="qwen2", rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True)
+    | dict(sliding_window=16, use_sliding_window=False),
+    "qwen3": dict(model_type="qwen3", head_dim=12, rms_norm_eps=1e-6, rope_theta=1e6)
+    | dict(attention_bias=False, use_sliding_window=False),
+    "linear": dict(model_type="llama", num_key_value_heads=1, rope_theta=10000.0)
+    | dict(rope_scaling={"type": "linear", "factor": 4.0}),
+}
+# Six logits of the last position of row 1, one of row 0, and the mean square of all, which
+# transformers 5 (eager, float32) gave for the formula weights below.
+LOGITS = {
+    "llama2": [-0.8731, -0.9626, 0.2564, -0.0398, -1.3312, 2.61, 0.2816, 1.4783],
+    "llama3": [0.0117, 1.3003, -0.9672, -1.9394, -0.6318, -0.3565, -0.3052, 1.6281],
+    "mistral": [1.7937, 0.5197, 1.5349, 1.3158, 0.3697, 1.2348, -1.8567, 1.4607],
+    "qwen2": [0.6425, 0.5073, 0.507, -2.2851, -2.702, -0.8421, -0.2441, 1.479],
+    "qwen3": [-0.1367, -1.2299, -0.0634, 0.3982, -0.7803, 0.6032, -2.9686, 1.5289],
+    "linear": [-0.3202, -0.3558, 1.4465, -0.4891, 0.476, -0.3296, 0.0327, 1.496],
 }
 
 
-def formula_model(fields):
+def small(family="qwen2"):
     """A small model whose weights are sines of their index, the same in every library."""
-    model = decoder.Transformer(decoder.ModelConfig.from_dict(SMALL | fields)).requires_grad_(False)
+    config = decoder.ModelConfig.from_dict(SMALL | FAMILIES[family])
+    model = decoder.Transformer(config).requires_grad_(False)
     for i, (name, p) in enumerate(sorted(model.named_parameters())):
         wave = 0.3 * torch.sin(torch.arange(p.numel(), dtype=torch.float64) ** 1.3 + i)
         p.copy_(((1 + wave) if "norm" in name else wave).view_as(p))
     return model.eval()
 
 
-def qwen():
-    return formula_model(STORED["qwen2"][0])
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def lora_model(init="anchored", moved=True, **settings):
     """A small model with adapters, away from their start unless moved=False."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     settings = {"targets": "qkvogud", "r": 3, "alpha": 6, "std": 0.1} | settings
-    model = lorapar.add_lora(qwen(), init=init, generator=generator, **settings)
+    model = lorapar.add_lora(small(), init=init, generator=generator, **settings)
     if moved:
         flat = lorapar.get_flat(model)
         lorapar.set_flat(model, flat + 0.05 * torch.randn(len(flat), generator=generator))
@@ -137,179 +129,181 @@ def python(*command):
     return subprocess.run(command, cwd=HERE, capture_output=True, text=True)
 
 
+def refuses(named, call, *arguments, error=ValueError, **settings):
+    """The call ends in an error that names what is wrong; its text."""
+    with pytest.raises(error, match=re.escape(named)) as caught:
+        call(*arguments, **settings)
+    return str(caught.value)
+
+
+def changed(old, new):
+    """A dict with other values; None removes one."""
+    return {n: v for n, v in (old | new).items() if v is not None or n not in new}
+
+
+def read(file):
+    return json.loads(file.read_text())
+
+
+def rewrite(file, **fields):
+    """Changes fields of a JSON file."""
+    file.write_text(json.dumps(changed(read(file), fields)))
+
+
+def table(text):
+    """{name: value} of lines `name => value`; backslashes are those of an ordinary string."""
+    entries = [line.split(" => ", 1) for line in text.split("\n") if " => " in line]
+    found = {name.strip(): value.encode().decode("unicode_escape") for name, value in entries}
+    assert len(found) == len(entries)  # no name twice
+    return found
+
+
+def modes(folder):
+    """The permissions of its files."""
+    return {f.stat().st_mode & 0o777 for f in folder.iterdir()}
+
+
 # ------------------------------------------------------------------------------------------- model
 
 
-@pytest.mark.parametrize("family", STORED)
-def test_formula_weights_give_the_logits_of_transformers(family):
-    fields, expected = STORED[family]
-    tokens = (torch.arange(40).view(2, 20) * 7 + 3) % 64
-    logits = formula_model(fields)(tokens)
-    ours = [*logits[1, -1, :6].tolist(), logits[0, 7, 9].item(), logits.square().mean().item()]
-    assert ours == pytest.approx(expected, abs=2e-4)
-
-
 @needs_shared
+@pytest.mark.parametrize("name", ["llama2_tiny", "llama3_tiny", "qwen2_tiny", "peft_lora"])
+def test_fixture_logits_and_greedy_text(name):
+    """Of transformers and of PEFT, whose adapter is active first, then merged."""
+    folder, adapted = SHARED / "fixtures" / name, name == "peft_lora"
+    expected, facts = load_file(folder / "expected.safetensors"), read(folder / "expected.json")
+    models = [decoder.load_model(SHARED / "fixtures/llama2_tiny" if adapted else folder)]
+    if adapted:
+        lorapar.load_adapter(models[0], folder)
+        models.append(lorapar.merge(copy.deepcopy(models[0])))
+    for model in models:
+        error = (model(expected["input_ids"]) - expected["logits"]).abs().max()
+        assert error < facts["max_abs_tolerance"] / 10
+        for rows in (64, 1):
+            together = decoder.generate(model, facts["prompts"], 16, temperature=0, batch_rows=rows)
+            assert [answers[0] for answers in together] == facts["greedy"]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-def test_fixture_logits_and_greedy_text(family):
-    folder = SHARED / "fixtures" / family
-    model, expected = decoder.load_model(folder), load_file(folder / "expected.safetensors")
-    facts = json.loads((folder / "expected.json").read_text())
-    error = (model(expected["input_ids"]) - expected["logits"]).abs().max()
-    assert error < facts["max_abs_tolerance"] / 10
-    for rows in (64, 1):
-        together = decoder.generate(model, facts["prompts"], 16, temperature=0, batch_rows=rows)
-        assert [answers[0] for answers in together] == facts["greedy"]
-
-
-@pytest.mark.parametrize("family", STORED)
-def test_padding_changes_neither_logits_nor_greedy_text(family):
-    """Trap 10, and grouped heads, q_norm and scaled RoPE while decoding."""
-    model, prompts = (
-        formula_model(STORED[family][0]),
-        [[5, 9, 2], [7] * 11, [1, 2, 3, 4, 5, 6, 7]],
-    )
+def test_logits_are_those_of_transformers_and_padding_changes_neither_them_nor_greedy_text(family):
+    """Trap 10, grouped heads, q_norm and scaled RoPE while decoding, and the last position of each
+    prompt, which MMLU's letters are read from."""
+    model, prompts = small(family), [[5, 9, 2], [7] * 11, [1, 2, 3, 4, 5, 6, 7]]
+    logits = model((torch.arange(40).view(2, 20) * 7 + 3) % 64)
+    ours = [*logits[1, -1, :6].tolist(), logits[0, 7, 9].item(), logits.square().mean().item()]
+    assert ours == pytest.approx(LOGITS[family], abs=2e-4)
     padded, _ = data.collate([(p, 1) for p in prompts])
-    logits = model(padded)
-    for row, prompt in zip(logits, prompts):
-        close(row[: len(prompt)], model(torch.tensor([prompt]))[0])
     together = decoder.generate(model, prompts, 12, temperature=0)
-    for prompt, answers in zip(prompts, together):
+    rows = zip(prompts, model(padded), decoder.prefill(model, prompts), together)
+    for prompt, logits, last, answers in rows:
+        alone = model(torch.tensor([prompt]))[0]
+        close(logits[: len(prompt)], alone)
+        close(last, alone[-1])
         tokens = list(prompt)  # the slowest generation: the whole model for every token
         for _ in range(12):
             tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
         assert answers == [tokens[len(prompt) :]]
 
 
-def test_token_logprobs_equal_a_full_log_softmax_and_its_gradient(monkeypatch):
+@pytest.mark.parametrize("trained", ["model.norm.weight", "model.embed_tokens.weight"])
+def test_token_logprobs_equal_a_full_log_softmax_and_its_gradient(trained, monkeypatch):
+    """Before the head and in it; rows without an answer give zero. Trap 19: full logits never
+    exist, the head sees answer positions only, a few of them at once."""
     monkeypatch.setattr(decoder.HeadLogprobs, "LOGITS", 7 * 64)  # the last chunk is ragged
-    model, (tokens, labels) = qwen(), answer_batch()
-    norm = model.model.norm.weight.requires_grad_()
+    model, (tokens, labels), seen = small(), answer_batch(), []
+    labels[2] = -100
+    parameter = model.get_parameter(trained).requires_grad_()
+    reference, log_softmax = plain_logprobs(model, tokens, labels, 0.7), torch.Tensor.log_softmax
+
+    def noted(logits, dim):
+        seen.append(logits.numel())
+        return log_softmax(logits, dim)
+
+    monkeypatch.setattr(torch.Tensor, "log_softmax", noted)
     ours = decoder.token_logprobs(model, tokens, labels, temperature=0.7)
-    reference = plain_logprobs(model, tokens, labels, 0.7)
+    if trained == "model.norm.weight":  # a frozen head
+        assert max(seen) <= 7 * 64 and sum(seen) == 64 * int((labels[:, 1:] != -100).sum())
     close(ours, reference)
-    weights = torch.randn(ours.shape, generator=torch.Generator().manual_seed(1))
-    (expected,) = torch.autograd.grad((reference * weights).sum(), norm)
-    close(torch.autograd.grad((ours * weights).sum(), norm)[0], expected)
+    weights = torch.randn(ours.shape, generator=seeded(1))
+    (expected,) = torch.autograd.grad((reference * weights).sum(), parameter)
+    close(torch.autograd.grad((ours * weights).sum(), parameter)[0], expected)
+    assert not ours[2].any() and ours[1].any()
+    assert not decoder.token_logprobs(model, tokens, torch.full_like(labels, -100)).any()
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 1.5, 2.0, 3.0, 4.0])
 def test_bf16_gradients_of_confident_tokens_are_no_noise(sharpness):
     """Traps 22 and 25: p from about 0.9 to 1 - 1e-9, against float64 and against a plain head on
     the same bf16 states."""
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(200, 64, generator=generator).bfloat16()
+    weight = torch.randn(200, 64, generator=seeded(0)).bfloat16()
     targets = torch.arange(0, 200, 3)
     hidden = sharpness * weight[targets].float() / weight[targets].float().norm(dim=1)[:, None]
-    hidden = (hidden * 1.0).bfloat16().requires_grad_()
+    hidden = hidden.bfloat16().requires_grad_()
 
-    def gradient(logp):
-        return torch.autograd.grad(logp.sum(), hidden)[0].double()
+    def gradient(logp, states=hidden):
+        return torch.autograd.grad(logp.sum(), states)[0].double()
+
+    def plain(logits):
+        return logits.log_softmax(-1).gather(-1, targets[:, None])
 
     wide = hidden.detach().double().requires_grad_()
-    logp = (wide @ weight.double().T).log_softmax(-1).gather(-1, targets[:, None])
-    (exact,) = torch.autograd.grad(logp.sum(), wide)
+    exact = gradient(plain(wide @ weight.double().T), wide)
     ours = gradient(decoder.HeadLogprobs.apply(hidden, weight, targets, 1.0))
-    plain = F.linear(hidden, weight).float().log_softmax(-1).gather(-1, targets[:, None])
-    errors = [float((g - exact).norm() / exact.norm()) for g in (ours, gradient(plain))]
+    theirs = gradient(plain(F.linear(hidden, weight).float()))
+    errors = [float((g - exact).norm() / exact.norm()) for g in (ours, theirs)]
     assert errors[0] < 0.15 and errors[0] < 1.2 * errors[1], errors
 
 
-def test_token_logprobs_train_the_head_where_it_is_trainable():
-    model, (tokens, labels) = qwen(), answer_batch()
-    weight = model.head_weight.requires_grad_()
-    (ours,) = torch.autograd.grad(decoder.token_logprobs(model, tokens, labels).sum(), weight)
-    (expected,) = torch.autograd.grad(plain_logprobs(model, tokens, labels).sum(), weight)
-    close(ours, expected)
-
-
-def test_full_logits_never_exist(monkeypatch):
-    """Trap 19: the head sees answer positions only, a few of them at once."""
-    monkeypatch.setattr(decoder.HeadLogprobs, "LOGITS", 4 * 64)
-    model, (tokens, labels), seen = lora_model(), answer_batch(), []
-    original = torch.Tensor.log_softmax
-    monkeypatch.setattr(
-        torch.Tensor, "log_softmax", lambda x, d: seen.append(x.numel()) or original(x, d)
-    )
-    decoder.token_logprobs(model, tokens, labels)
-    assert max(seen) <= 4 * 64 and sum(seen) == 64 * int((labels[:, 1:] != -100).sum())
-
-
-def test_an_all_masked_row_gives_zero():
-    model, (tokens, labels) = qwen(), answer_batch()
-    labels[2] = -100
-    logp = decoder.token_logprobs(model, tokens, labels)
-    assert (logp[2] == 0).all() and logp.isfinite().all() and logp[1].any()
-    labels[:] = -100
-    assert (decoder.token_logprobs(model, tokens, labels) == 0).all()
+PROMPTS = [[5, 9, 2], [7] * 11, [1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
-def test_sampling_logprobs_equal_a_full_forward(temperature):
-    """Trap 6. Prompts of different lengths, several samples, rows that end early and leave."""
-    model, prompts = lora_model(dropout=0.5).train(), [[5, 9, 2], [7] * 11, [1, 2, 3, 4]]
-    answers, logps = decoder.generate(
-        model,
-        prompts,
-        20,
-        temperature=temperature,
-        eos_ids=range(6),
-        samples_per_prompt=6,
-        generator=torch.Generator().manual_seed(3),
-        return_logprobs=True,
-    )
+def test_sampling_logprobs_equal_a_full_forward_and_any_eos_ends_an_answer(temperature):
+    """Traps 4 and 6. Prompts of different lengths, several samples, rows that end early."""
+    model, eos = lora_model(dropout=0.5).train(), {0, 3, 5, 11, 40}
+    settings = {"temperature": temperature, "eos_ids": eos, "samples_per_prompt": 12}
+    settings |= {"generator": seeded(3), "return_logprobs": True}
+    answers, logps = decoder.generate(model, PROMPTS, 30, **settings)
     assert model.training  # restored
     model.eval()
-    assert len({len(a) for group in answers for a in group}) > 3
-    for prompt, group, group_logps in zip(prompts, answers, logps):
+    assert {a[-1] for group in answers for a in group if len(a) < 30} == eos
+    for prompt, group, group_logps in zip(PROMPTS, answers, logps):
         for answer, logp in zip(group, group_logps):
+            assert not eos & set(answer[:-1])
             tokens, labels = data.collate([(prompt + answer, len(prompt))])
             full = plain_logprobs(model, tokens, labels, temperature)[0, len(prompt) - 1 :]
             assert torch.tensor(logp) == pytest.approx(full.tolist(), abs=2e-5)
 
 
-@pytest.mark.parametrize("batch_rows, look_every", [(1, 1), (4, 100), (5, 3), (64, 1)])
-def test_what_is_sampled_depends_neither_on_the_batch_nor_on_who_has_ended(
-    batch_rows, look_every, monkeypatch
-):
-    model, prompts = lora_model(), [[5, 9, 2], [7] * 11, [1, 2, 3, 4]]
-    settings = {"eos_ids": range(4), "samples_per_prompt": 5}
-    expected = decoder.generate(
-        model, prompts, 16, generator=torch.Generator().manual_seed(1), **settings
-    )
+@pytest.mark.parametrize("rows, look_every", [(1, 1), (4, 100), (5, 3), (64, 1)])
+def test_what_is_sampled_depends_neither_on_the_batch_nor_on_ends(rows, look_every, monkeypatch):
+    """And no more rows are decoded together than asked."""
+    model, settings = lora_model(), {"eos_ids": range(4), "samples_per_prompt": 5}
+    expected = decoder.generate(model, PROMPTS, 16, generator=seeded(1), **settings)
     assert len({len(a) for group in expected for a in group}) > 3
+    decode = Mock(wraps=decoder.decode_one_token)
+    monkeypatch.setattr(decoder, "decode_one_token", decode)
     monkeypatch.setattr(decoder, "LOOK_EVERY", look_every)
-    generator = torch.Generator().manual_seed(1)
-    settings |= {"batch_rows": batch_rows, "generator": generator}
-    assert decoder.generate(model, prompts, 16, **settings) == expected
-
-
-def test_no_more_rows_are_decoded_together_than_asked(monkeypatch):
-    seen, original = [], decoder.decode_one_token
-    monkeypatch.setattr(
-        decoder, "decode_one_token", lambda *a: seen.append(len(a[1])) or original(*a)
-    )
-    decoder.generate(qwen(), [[1], [2, 3], [4]], 3, samples_per_prompt=7, batch_rows=4)
-    assert max(seen) == 4 and sum(seen) == 21 * 2
+    settings |= {"batch_rows": rows, "generator": seeded(1)}
+    assert decoder.generate(model, PROMPTS, 16, **settings) == expected
+    decoded = [len(call.args[1]) for call in decode.call_args_list]
+    assert max(decoded) == min(rows, 15) and sum(decoded) <= 15 * 15  # none for the last token
 
 
 def test_one_step_of_decoding_is_a_static_graph():
     """Traced once, replayed at every position: eager's result, so a GPU can record the step."""
-    model, prompts, owner = qwen(), [[5, 9, 2], [7] * 6], torch.tensor([0, 0, 1])
-
-    def fresh():
-        cache = decoder.KVCache(model.config, 3, 16, model.head_weight)
-        decoder.prefill(model, prompts, cache, owner)
-        return cache
+    model, owner = small(), torch.tensor([0, 0, 1])
+    caches = [decoder.KVCache(model.config, 3, 16, model.head_weight) for _ in range(3)]
+    for cache in caches:
+        decoder.prefill(model, [[5, 9, 2], [7] * 6], cache, owner)
+    eager, replayed, traced_on = caches
 
     def step(token, positions, *kept):
         cache = copy.copy(eager)
         cache.keys, cache.values = list(kept[:2]), list(kept[2:])
         return decoder.decode_one_token(model, token, positions, cache)
 
-    eager, replayed = fresh(), fresh()
     token, positions = torch.tensor([1, 2, 3]), torch.tensor([3, 3, 6])
-    traced_on = fresh()
     graph = make_fx(step)(token, positions, *traced_on.keys, *traced_on.values)
     for k in range(8):
         expected = decoder.decode_one_token(model, token, positions + k, eager)
@@ -319,21 +313,9 @@ def test_one_step_of_decoding_is_a_static_graph():
     assert len(set(token.tolist())) > 1
 
 
-def test_sampling_stops_after_any_eos_and_keeps_it():
-    """Trap 4."""
-    model, eos = qwen(), (3, 11, 40)
-    answers = decoder.generate(
-        model, [[1, 2]], 30, eos_ids=eos, samples_per_prompt=64, generator=torch.Generator()
-    )[0]
-    ended = [a for a in answers if len(a) < 30]
-    assert {a[-1] for a in ended} == set(eos)
-    assert all(not set(a[:-1]) & set(eos) for a in answers)
-
-
 def test_samples_follow_the_tempered_distribution_and_top_p():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0]).log_softmax(-1)
-    draws = 40_000
-    uniform = torch.rand(draws, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logits, draws = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0]).log_softmax(-1), 40_000
+    uniform = torch.rand(draws, dtype=torch.float64, generator=seeded(0))
     token, logp = decoder.sample(logits.repeat(draws, 1), 0.8, 1.0, uniform)
     p = (logits / 0.8).softmax(-1)
     frequency = torch.bincount(token, minlength=5) / draws
@@ -346,98 +328,80 @@ def test_samples_follow_the_tempered_distribution_and_top_p():
 
 def test_generate_refuses_what_it_cannot_do_and_warns_once_of_long_rows():
     for prompts, length in (([], 4), ([[1], []], 4), ([[1]], 0)):
-        with pytest.raises(ValueError, match="generate"):
-            decoder.generate(qwen(), prompts, length)
+        refuses("generate", decoder.generate, small(), prompts, length)
     with pytest.warns(UserWarning, match="beyond max_position_embeddings 128") as caught:
-        decoder.generate(qwen(), [[1] * 127], 3, samples_per_prompt=2)
+        decoder.generate(small(), [[1] * 127], 3, samples_per_prompt=2)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        decoder.generate(qwen(), [[1] * 126], 3)
+        decoder.generate(small(), [[1] * 126], 3)
 
 
 def test_sharded_and_single_files_load_alike_and_round_trip(tmp_path):
-    model = formula_model(STORED["llama2"][0])
-    decoder.save_model(model, tmp_path / "one", eos_token_id=2)
-    state = load_file(tmp_path / "one" / "model.safetensors")
-    files = {f.name: f.stat().st_mode & 0o777 for f in (tmp_path / "one").iterdir()}
-    assert set(files) == {"config.json", "model.safetensors"} and len(set(files.values())) == 1
-    shards = tmp_path / "shards"
+    """Also after the file was saved over: it is mapped into memory (trap 16)."""
+    model, one, shards = small("llama2"), tmp_path / "one", tmp_path / "shards"
+    decoder.save_model(model, one, eos_token_id=2)
+    assert {f.name for f in one.iterdir()} == {"config.json", "model.safetensors"}
+    assert len(modes(one)) == 1
     shards.mkdir()
-    (shards / "config.json").write_text((tmp_path / "one" / "config.json").read_text())
-    names = sorted(state)
-    where = {n: f"model-{i % 3}.safetensors" for i, n in enumerate(names)}
+    shutil.copy(one / "config.json", shards)
+    state = load_file(one / "model.safetensors")
+    where = {n: f"model-{i % 3}.safetensors" for i, n in enumerate(sorted(state))}
     for file in set(where.values()):
-        save_file({n: state[n] for n in names if where[n] == file}, shards / file)
-    index = {"weight_map": where}
-    (shards / "model.safetensors.index.json").write_text(json.dumps(index))
+        save_file({n: t for n, t in state.items() if where[n] == file}, shards / file)
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    loaded, other = [decoder.load_model(folder) for folder in (one, shards)], small("llama2")
+    other.head_weight.mul_(2)
+    decoder.save_model(other, one)
     tokens = torch.arange(20)[None]
-    for folder in (tmp_path / "one", shards):
-        loaded = decoder.load_model(folder)
-        assert torch.equal(loaded(tokens), model(tokens))
-        assert not any(p.requires_grad for p in loaded.parameters())
+    for ours in loaded:
+        assert torch.equal(ours(tokens), model(tokens))
+        assert not any(p.requires_grad for p in ours.parameters())
 
 
-def broken(folder, change):
-    """A copy of a good checkpoint after change(state, config)."""
-    decoder.save_model(formula_model(STORED["llama2"][0]), folder)
+def saved(folder, model, tensors=None, fields=None):
+    """A checkpoint of the model in which some tensors and fields of the configuration differ."""
+    decoder.save_model(model, folder)
     state = {n: t.clone() for n, t in load_file(folder / "model.safetensors").items()}
-    config = json.loads((folder / "config.json").read_text())
-    change(state, config)
-    save_file(state, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
+    save_file(changed(state, tensors or {}), folder / "model.safetensors")
+    rewrite(folder / "config.json", **(fields or {}))
     return folder
 
 
-NORM = "model.norm.weight"
-BROKEN = {
-    "missing": (lambda s, c: s.pop(NORM), NORM),
-    "surplus": (lambda s, c: s.update(extra=torch.ones(2)), "extra"),
-    "misshaped": (lambda s, c: s.update({NORM: torch.ones(3)}), NORM),
-    "quantised": (lambda s, c: s.update({NORM: torch.ones(32, dtype=torch.int8)}), NORM),
-    "architecture": (lambda s, c: c.update(model_type="gpt2"), "model_type"),
-    "window": (lambda s, c: c.update(model_type="mistral", sliding_window=8), "sliding_window"),
-    "rope": (lambda s, c: c.update(rope_scaling={"rope_type": "yarn"}), "yarn"),
-    "rope factor": (lambda s, c: c.update(rope_scaling={"rope_type": "linear"}), "no factor"),
-    "absent window": (
-        lambda s, c: c.update(model_type="mistral") or c.pop("sliding_window"),
-        "sliding_window",
-    ),
-    "field": (lambda s, c: c.pop("hidden_size"), "hidden_size"),
-    "activation": (lambda s, c: c.update(hidden_act="gelu"), "hidden_act"),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_checkpoint_we_cannot_run_is_refused_by_name(case, tmp_path):
-    change, named = BROKEN[case]
-    with pytest.raises(ValueError, match=re.escape(named)) as error:
-        decoder.load_model(broken(tmp_path, change))
-    assert "\n" not in str(error.value)
+def test_a_checkpoint_we_cannot_run_is_refused_by_name(tmp_path):
+    norm = "model.norm.weight"
+    for named, tensors, fields in (
+        (norm, {norm: None}, {}),
+        ("extra", {"extra": torch.ones(2)}, {}),
+        (norm, {norm: torch.ones(3)}, {}),
+        (norm, {norm: torch.ones(32, dtype=torch.int8)}, {}),
+        ("model_type", {}, {"model_type": "gpt2"}),
+        ("sliding_window", {}, {"model_type": "mistral", "sliding_window": 8}),
+        ("sliding_window", {}, {"model_type": "mistral", "sliding_window": None}),
+        ("yarn", {}, {"rope_scaling": {"rope_type": "yarn"}}),
+        ("no factor", {}, {"rope_scaling": {"rope_type": "linear"}}),
+        ("hidden_size", {}, {"hidden_size": None}),
+        ("hidden_act", {}, {"hidden_act": "gelu"}),
+    ):
+        folder = saved(tmp_path, small("llama2"), tensors, fields)
+        assert "\n" not in refuses(named, decoder.load_model, folder)
 
 
 def test_a_truncated_or_absent_file_is_refused(tmp_path):
-    folder = broken(tmp_path / "a", lambda s, c: None)
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    for read in (decoder.load_model, lambda path: decoder.auto_dtype(path, "cuda")):
-        with pytest.raises(ValueError, match="not a whole safetensors file"):
-            read(folder)
-    (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"no model\.safetensors"):
-        decoder.load_model(folder)
+    folder = saved(tmp_path / "a", small("llama2"))
+    weights, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    weights.write_bytes(weights.read_bytes()[:9999])
+    refuses("not a whole safetensors file", decoder.load_model, folder)
+    refuses("not a whole safetensors file", decoder.auto_dtype, folder, "cuda")
+    weights.unlink()
+    refuses("no model.safetensors", decoder.load_model, folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ValueError, match="only pytorch_model.bin"):
-        decoder.load_model(folder)
-    index = folder / "model.safetensors.index.json"
+    refuses("only pytorch_model.bin", decoder.load_model, folder)
     index.write_text('{"weight_map": {"model.norm.weight": "gone.safetensors"}}')
-    with pytest.raises(ValueError, match="gone.safetensors: this shard is missing"):
-        decoder.load_model(folder)
+    refuses("gone.safetensors: this shard is missing", decoder.load_model, folder)
     index.write_text("{}")
-    with pytest.raises(ValueError, match="no weight_map"):
-        decoder.load_model(folder)
-    with pytest.raises(ValueError, match="no such model folder"):
-        decoder.load_model(tmp_path / "nowhere")
+    refuses("no weight_map", decoder.load_model, folder)
+    refuses("no such model folder", decoder.load_model, tmp_path / "nowhere")
 
 
 def test_checkpointing_recomputes_every_layer_and_changes_no_gradient():
@@ -447,40 +411,27 @@ def test_checkpointing_recomputes_every_layer_and_changes_no_gradient():
         layer.register_forward_pre_hook(lambda *_: calls.append(1))
     for model.model.checkpointing in (False, True):
         torch.manual_seed(0)
-        calls.clear()
         decoder.token_logprobs(model, tokens, labels).sum().backward()
-        assert len(calls) == (4 if model.model.checkpointing else 2)  # each of two layers again
-        gradients.append([p.grad.clone() for p in lorapar.lora_factors(model).values()])
+        gradients.append(gradient(model))
         model.zero_grad()
-    for plain, recomputed in zip(*gradients):
-        assert torch.equal(plain, recomputed)
-
-
-def test_prefill_reads_the_last_position_of_each_prompt():
-    """What MMLU's letters are read from."""
-    model, prompts = qwen(), [[5, 9, 2], [7] * 11, [1]]
-    for row, prompt in zip(decoder.prefill(model, prompts), prompts):
-        close(row, model(torch.tensor([prompt]))[0, -1])
+    assert len(calls) == 2 + 4  # each of two layers again
+    assert torch.equal(*gradients)
 
 
 def test_old_files_and_every_stored_dtype_load(tmp_path):
-    """rotary_emb.inv_freq of old files, a stored copy of a tied head; float16, bfloat16, mixed."""
-    tokens = torch.arange(12)[None]
+    """rotary_emb.inv_freq of old files, a stored copy of a tied head; float16, bfloat16, mixed. In
+    bf16, RoPE's frequencies would be off by radians at position 2,000: they are never cast."""
+    tokens, angles = torch.arange(12)[None], small().model.inv_freq
     f32, f16, bf16 = torch.float32, torch.float16, torch.bfloat16
     for dtype, on_cuda in ((f32, f32), (f16, bf16), (bf16, bf16), (None, bf16)):
-        model = qwen().to(dtype or f32)
+        model = small().to(dtype or f32)
         if dtype is None:  # a file of mixed dtypes
             model.model.layers[0].to(bf16)
-        decoder.save_model(model, tmp_path)
-        state = load_file(tmp_path / "model.safetensors")
-        state = {n: t.clone() for n, t in state.items()}
-        state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
-        state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
-        save_file(state, tmp_path / "model.safetensors")
-        kept = decoder.load_model(tmp_path, dtype=None)
+        old = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+        saved(tmp_path, model, old | {"lm_head.weight": model.head_weight.clone()})
+        kept, wide = decoder.load_model(tmp_path, dtype=None), decoder.load_model(tmp_path)
         assert kept.head_weight.dtype == model.head_weight.dtype
-        assert kept.model.inv_freq.dtype == f32
-        wide = decoder.load_model(tmp_path)
+        assert all(torch.equal(m.model.inv_freq, angles) for m in (model, kept))
         close(wide(tokens), copy.deepcopy(kept).float()(tokens), 1e-6)
         assert decoder.auto_dtype(tmp_path, "cpu") == f32
         assert decoder.auto_dtype(tmp_path, "cuda:1") == on_cuda
@@ -488,48 +439,19 @@ def test_old_files_and_every_stored_dtype_load(tmp_path):
 
 
 def test_a_folder_or_a_hub_id_becomes_a_folder(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, **kw: asked.append((name, kw)) or tmp_path
-    )
-    assert decoder.find_model(tmp_path) == tmp_path and not asked
+    download = Mock(return_value=tmp_path)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert decoder.find_model(tmp_path) == tmp_path and not download.called
     assert decoder.find_model("Qwen/Qwen2.5-7B") == tmp_path
-    assert asked[0][0] == "Qwen/Qwen2.5-7B" and "*.safetensors" in asked[0][1]["allow_patterns"]
+    assert download.call_args.args == ("Qwen/Qwen2.5-7B",)
+    assert "*.safetensors" in download.call_args.kwargs["allow_patterns"]
     for nowhere in ("nowhere", "./a/b", "/a/b", "a/b/c"):
-        with pytest.raises(ValueError, match="no such model folder"):
-            decoder.find_model(nowhere)
-
-    def offline(*_, **__):
-        raise OSError("offline\nand more")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(ValueError, match=r"Hub \(offline\)$"):
-        decoder.find_model("a/b")
-
-
-def test_saving_over_a_loaded_file_leaves_the_loaded_model_whole(tmp_path):
-    """Trap 16: safetensors are memory-mapped."""
-    decoder.save_model(qwen(), tmp_path)
-    model, tokens = decoder.load_model(tmp_path), torch.arange(12)[None]
-    before = model(tokens)
-    other = qwen()
-    other.head_weight.mul_(2)
-    decoder.save_model(other, tmp_path)
-    assert torch.equal(model(tokens), before)
+        refuses("no such model folder", decoder.find_model, nowhere)
+    download.side_effect = OSError("offline\nand more")
+    assert refuses("Hub", decoder.find_model, "a/b").endswith("(offline)")
 
 
 # ------------------------------------------------------------------------------------ LoRA layers
-
-
-@pytest.mark.parametrize("init", ["anchored", "lora", "pissa", "olora", "gaussian"])
-def test_step_0_is_the_base_in_train_mode_with_dropout(init):
-    tokens = torch.arange(24).view(2, 12)
-    base = qwen()(tokens)
-    model = lora_model(init, moved=False, dropout=0.5).train()
-    if init == "gaussian":
-        assert (model(tokens) - base).abs().max() > 0.01
-    else:
-        close(model(tokens), base, 1e-6)
 
 
 def test_every_start_follows_its_paper():
@@ -549,12 +471,19 @@ def test_every_start_follows_its_paper():
 
 
 @pytest.mark.parametrize("init", ["anchored", "pissa", "olora", "lora", "gaussian"])
-def test_one_formula_serves_forward_export_and_merge(init, tmp_path):
-    """Each layer against W x + s (B A - B0 A0) x written out, then the file, then the merge."""
-    start, model = lora_model(init, moved=False), lora_model(init)
-    tokens = torch.arange(24).view(2, 12)
-    starts = dict(lorapar.lora_layers(start))
-    dense = {}
+def test_one_formula_serves_start_forward_export_and_merge(init, tmp_path):
+    """Step 0 is the base, in train mode with dropout. Then each layer against
+    W x + s (B A - B0 A0) x written out, then the file, then the merge."""
+    start, model = lora_model(init, moved=False, dropout=0.5), lora_model(init, dropout=0.5)
+    base, tokens = small(), torch.arange(24).view(2, 12)
+    if init == "gaussian":
+        assert (start.train()(tokens) - base(tokens)).abs().max() > 0.01
+    else:
+        close(start.train()(tokens), base(tokens), 1e-6)
+    model.train()
+    assert not torch.equal(model(tokens), model(tokens))
+    model.eval()  # trap 18: exact below, without dropout
+    starts, dense = lorapar.lora_layers(start), {}
     for name, layer in lorapar.lora_layers(model).items():
         delta = layer.lora_B @ layer.lora_A
         if init in ("anchored", "pissa", "olora"):
@@ -562,119 +491,84 @@ def test_one_formula_serves_forward_export_and_merge(init, tmp_path):
         dense[name] = layer.weight + 2.0 * delta.detach()  # s = alpha / r = 6 / 3
         x = torch.randn(4, layer.in_features)
         close(layer(x), F.linear(x, dense[name], layer.bias))
-    reference = qwen()
-    for name, weight in dense.items():
-        reference.get_submodule(name).weight.copy_(weight)
-    close(model(tokens), reference(tokens))
     lorapar.save_adapter(model, tmp_path)
-    modes = {f.stat().st_mode & 0o777 for f in tmp_path.iterdir()}
     umask = os.umask(0)
     os.umask(umask)
-    assert modes == {0o666 & ~umask}  # safetensors' own is 0600
-    close(lorapar.load_adapter(qwen(), tmp_path)(tokens), reference(tokens))
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert modes(tmp_path) == {0o666 & ~umask}  # safetensors' own is 0600
+    config = read(tmp_path / "adapter_config.json")
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert config["r"] == len(next(t for n, t in tensors.items() if "lora_A" in n))
+    reference = small()
     for name, weight in dense.items():  # as PEFT reads it, on the untouched base
         A, B = (tensors[f"base_model.model.{name}.lora_{f}.weight"] for f in "AB")
-        untouched = qwen().get_submodule(name).weight
-        close(untouched + config["lora_alpha"] / config["r"] * B @ A, weight)
-    merged = lorapar.merge(model)
-    assert not any(isinstance(m, lorapar.LoRALinear) for m in merged.modules())
-    close(merged(tokens), reference(tokens))
-
-
-@needs_shared
-def test_peft_fixture_loaded_and_merged():
-    folder, base = SHARED / "fixtures/peft_lora", SHARED / "fixtures/llama2_tiny"
-    expected = load_file(folder / "expected.safetensors")
-    facts = json.loads((folder / "expected.json").read_text())
-    model = lorapar.load_adapter(decoder.load_model(base), folder)
-    for _ in range(2):  # active, then merged
-        error = (model(expected["input_ids"]) - expected["logits"]).abs().max()
-        assert error < facts["max_abs_tolerance"] / 10
-        greedy = decoder.generate(model, facts["prompts"], 16, temperature=0)
-        assert [g[0] for g in greedy] == facts["greedy"]
-        if any(isinstance(m, lorapar.LoRALinear) for m in model.modules()):
-            lorapar.merge(model)
+        scale = config["lora_alpha"] / config["r"]
+        close(base.get_submodule(name).weight + scale * B @ A, weight)
+        reference.get_submodule(name).weight.copy_(weight)
+    for ours in (model, lorapar.load_adapter(small(), tmp_path)):
+        close(ours(tokens), reference(tokens))
+        assert not any(isinstance(m, lorapar.LoRALinear) for m in lorapar.merge(ours).modules())
+        close(ours(tokens), reference(tokens))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_command_writes_a_whole_checkpoint(dtype, tmp_path, monkeypatch):
     """Trap 15: merged in float32, stored in the checkpoint's dtype, every other file copied but
     the index of the weights; a Hub id works too."""
-    base, out = tmp_path / "base", tmp_path / "merged"
-    decoder.save_model(qwen().to(dtype), base, eos_token_id=7)
+    base, out, adapter = tmp_path / "base", tmp_path / "merged", tmp_path / "adapter"
+    decoder.save_model(small().to(dtype), base, eos_token_id=7)
     data.save_toy_tokenizer(base)
     tuned = lorapar.add_lora(decoder.load_model(base), r=3, alpha=6)
     lorapar.set_flat(tuned, 0.1 * torch.randn(len(lorapar.get_flat(tuned))))
-    lorapar.save_adapter(tuned, tmp_path / "adapter")
+    lorapar.save_adapter(tuned, adapter)
     (base / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model.safetensors"}}')
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: base)
-    flags = ["merge", "--adapter", str(tmp_path / "adapter"), "--out", str(out), "--model"]
-    train.main([*flags, "org/base"])
+    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(return_value=base))
+    train.main(["merge", "--adapter", str(adapter), "--out", str(out), "--model", "org/base"])
     merged, tokens = decoder.load_model(out, dtype=None), torch.arange(20)[None]
     assert merged.head_weight.dtype == dtype and data.Tokenizer(out).eos_ids == (0, 7)
-    assert not (out / "model.safetensors.index.json").exists()
-    assert len({f.stat().st_mode & 0o777 for f in out.iterdir()}) == 1
+    assert not (out / "model.safetensors.index.json").exists() and len(modes(out)) == 1
     expected = lorapar.merge(tuned)
     for name, weight in expected.named_parameters():
         assert torch.equal(merged.get_parameter(name), weight.to(dtype)), name
     close(merged.float()(tokens), expected(tokens), 1e-5 if dtype == torch.float32 else 0.05)
 
 
-def test_rslora_scales_by_the_root_of_the_rank(tmp_path):
-    model, tokens = lora_model("gaussian", r=4, alpha=8), torch.arange(20)[None]
-    lorapar.save_adapter(model, tmp_path)
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    config |= {"use_rslora": True, "lora_alpha": 4}  # 4 / sqrt(4) is our 8 / 4
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    close(lorapar.load_adapter(qwen(), tmp_path)(tokens), model(tokens))
-
-
 @pytest.mark.parametrize("init", ["anchored", "pissa"])
 def test_peft_reads_our_adapter_on_the_untouched_base(init, tmp_path):
     """Trap 11, with the libraries themselves where they are installed."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    decoder.save_model(qwen(), tmp_path / "base", bos_token_id=1, eos_token_id=2)
+    decoder.save_model(small(), tmp_path / "base", bos_token_id=1, eos_token_id=2)
     model, tokens = lora_model(init), torch.arange(20)[None]
     lorapar.save_adapter(model, tmp_path / "adapter", tmp_path / "base")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    close(theirs(tokens).logits, qwen()(tokens))
+    close(theirs(tokens).logits, small()(tokens))
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter")
     close(theirs(tokens).logits, model(tokens))
 
 
-def test_an_adapter_we_cannot_run_is_refused_by_name(tmp_path):
-    lorapar.save_adapter(lora_model(), tmp_path)
-    good = json.loads((tmp_path / "adapter_config.json").read_text())
-    for change, named in (
-        ({"use_dora": True}, "use_dora"),
-        ({"peft_type": "IA3"}, "not LORA"),
-        ({"init_lora_weights": "pissa_niter_16"}, "PEFT changes the base"),
-        ({"lora_alpha": None}, "no lora_alpha"),
-    ):
-        (tmp_path / "adapter_config.json").write_text(json.dumps(good | change))
-        with pytest.raises(ValueError, match=named):
-            lorapar.load_adapter(qwen(), tmp_path)
-    (tmp_path / "adapter_config.json").write_text(json.dumps(good))
-    with pytest.raises(ValueError, match="which is .* here"):
-        lorapar.load_adapter(formula_model(STORED["mistral"][0]), tmp_path)
-    with pytest.raises(ValueError, match="already"):
-        lorapar.load_adapter(lora_model(), tmp_path)
-
-
-def test_dropout_acts_in_train_mode_only():
-    """Trap 18."""
-    model, tokens = lora_model(dropout=0.3), torch.arange(24).view(2, 12)
-    assert torch.equal(model(tokens), model(tokens))
-    model.train()
-    assert not torch.equal(model(tokens), model(tokens))
+def test_rslora_scales_by_the_root_of_the_rank_and_what_we_cannot_run_is_refused(tmp_path):
+    model, tokens = lora_model("gaussian", r=4, alpha=8), torch.arange(20)[None]
+    lorapar.save_adapter(model, tmp_path)
+    config = tmp_path / "adapter_config.json"
+    good = config.read_text()
+    rewrite(config, use_rslora=True, lora_alpha=4)  # 4 / sqrt(4) is our 8 / 4
+    close(lorapar.load_adapter(small(), tmp_path)(tokens), model(tokens))
+    for named, fields in {
+        "use_dora": {"use_dora": True},
+        "not LORA": {"peft_type": "IA3"},
+        "PEFT changes the base": {"init_lora_weights": "pissa_niter_16"},
+        "no lora_alpha": {"lora_alpha": None},
+    }.items():
+        config.write_text(good)
+        rewrite(config, **fields)
+        refuses(named, lorapar.load_adapter, small(), tmp_path)
+    config.write_text(good)
+    assert " here" in refuses("which is ", lorapar.load_adapter, small("mistral"), tmp_path)
+    refuses("already", lorapar.load_adapter, model, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_factors_held_while_decoding_change_nothing_and_are_given_back(dtype, monkeypatch):
-    model = lorapar.add_lora(qwen().to(dtype), r=3, std=0.1).eval()
+    model = lorapar.add_lora(small().to(dtype), r=3, std=0.1).eval()
     lorapar.set_flat(model, 1.5 * lorapar.get_flat(model))
     tokens, seen = torch.arange(20)[None], []
     layers = list(lorapar.lora_layers(model).values())
@@ -682,29 +576,25 @@ def test_factors_held_while_decoding_change_nothing_and_are_given_back(dtype, mo
     for layer in layers:
         layer.hold(True)
     assert torch.equal(model(tokens), plain)
-    look = lambda *_: seen.append(all(layer.held is not None for layer in layers))  # noqa: E731
-    model.model.norm.register_forward_pre_hook(look)
+    model.model.norm.register_forward_pre_hook(
+        lambda *_: seen.append(all(layer.held is not None for layer in layers))
+    )
     decoder.generate(model, [[1, 2], [3]], 4)
     assert seen == [True] * 4  # a prefill and three steps
-    monkeypatch.setattr(decoder, "sample", lambda *arguments: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        decoder.generate(model, [[1, 2], [3]], 4)
+    monkeypatch.setattr(decoder, "sample", Mock(side_effect=KeyError("died")))
+    refuses("died", decoder.generate, model, [[1, 2], [3]], 4, error=KeyError)
     assert all(layer.held is None for layer in layers)
 
 
 def test_flat_order_is_named_modules_then_A_then_B_row_major():
     model = lora_model(targets="qd")
-    expected = []
-    for name, module in model.named_modules():
-        if name.endswith(("q_proj", "down_proj")):
-            expected += [module.lora_A.flatten(), module.lora_B.flatten()]
+    named = [m for n, m in model.named_modules() if n.endswith(("q_proj", "down_proj"))]
+    expected = [factor.flatten() for m in named for factor in (m.lora_A, m.lora_B)]
     flat = lorapar.get_flat(model)
     assert torch.equal(flat, torch.cat(expected).detach())
     lorapar.set_flat(model, torch.arange(len(flat)).float())
-    first = next(iter(lorapar.lora_layers(model).values()))
-    assert first.lora_A[1, 0] == first.in_features
-    with pytest.raises(ValueError, match="shape"):
-        lorapar.set_flat(model, flat[:-1])
+    assert named[0].lora_A[1, 0] == named[0].in_features
+    refuses("shape", lorapar.set_flat, model, flat[:-1])
 
 
 class Foreign(nn.Module):
@@ -714,108 +604,68 @@ class Foreign(nn.Module):
         super().__init__()
         self.embed, self.q_proj, self.head = nn.Embedding(64, 8), nn.Linear(8, 8), nn.Linear(8, 64)
         self.conv, self.wrap = nn.Conv1d(8, 8, 1), wrap
+        # a linear that computes its own way: no layer of ours may stand in for it
+        self.own = type("Doubled", (nn.Linear,), {"forward": lambda s, x: 2 * x})(4, 4)
 
     def forward(self, tokens):
         return self.wrap(self.head(self.q_proj(self.embed(tokens)).relu()))
 
 
-class Doubled(nn.Linear):
-    """A linear that computes its own way: no layer of ours may stand in for it."""
-
-    def __init__(self):
-        super().__init__(4, 4)
-        self.q_proj = type("Doubled", (nn.Linear,), {"forward": lambda s, x: 2 * x})(4, 4)
-
-
-BAD_CALLS = {
-    "unknown targets": (qwen, {"targets": "qz"}),
-    "unknown targets ''": (qwen, {"targets": ""}),
-    "nothing has that name; the model's linears are head, q_proj": (Foreign, {"targets": ["nope"]}),
-    "it is a Conv1d": (Foreign, {"targets": ["conv"]}),
-    "unknown init": (qwen, {"init": "x"}),
-    "r = 99": (qwen, {"r": 99}),
-    "lora_alpha = 0": (qwen, {"alpha": 0}),
-    "no nn.Linear is named kproj": (qwen, {"targets": ["q_proj", "kproj"]}),
-    "it is a Doubled": (Doubled, {"targets": ["q_proj"]}),
-    "already": (lora_model, {}),
-}
-
-
-@pytest.mark.parametrize("expected", BAD_CALLS)
-def test_add_lora_refuses_bad_calls(expected):
-    make, arguments = BAD_CALLS[expected]
-    model = make()
-    layers = [type(m) for m in model.modules()]
-    with pytest.raises(ValueError, match=re.escape(expected)):
-        lorapar.add_lora(model, **arguments)
-    assert [type(m) for m in model.modules()] == layers  # nothing was half done
+def test_add_lora_refuses_bad_calls():
+    for make, expected, arguments in (
+        (small, "unknown targets 'qz'", {"targets": "qz"}),
+        (small, "unknown targets ''", {"targets": ""}),
+        (small, "no nn.Linear is named kproj", {"targets": ["q_proj", "kproj"]}),
+        (small, "unknown init", {"init": "x"}),
+        (small, "r = 99", {"r": 99}),
+        (small, "lora_alpha = 0", {"alpha": 0}),
+        (
+            Foreign,
+            "nothing has that name; the model's linears are head, q_proj",
+            {"targets": ["x"]},
+        ),
+        (Foreign, "it is a Conv1d", {"targets": ["conv"]}),
+        (Foreign, "it is a Doubled", {"targets": ["own"]}),
+        (lora_model, "already", {}),
+    ):
+        model = make()
+        layers = [type(m) for m in model.modules()]
+        refuses(expected, lorapar.add_lora, model, **arguments)
+        assert [type(m) for m in model.modules()] == layers  # nothing was half done
 
 
-def test_what_would_be_wrong_in_silence_is_refused():
-    tokens, labels = answer_batch()
-    model = lorapar.add_lora(formula_model(STORED["llama2"][0]), ["lm_head"], r=2)
-    with pytest.raises(ValueError, match="adapters on lm_head"):
-        decoder.token_logprobs(model, tokens, labels)
+def test_what_would_be_wrong_in_silence_is_refused(tmp_path):
+    model = lorapar.add_lora(small("llama2"), ["lm_head"], r=2)
+    refuses("adapters on lm_head", decoder.token_logprobs, model, *answer_batch())
     model = lora_model().to(torch.bfloat16)
-    with pytest.raises(ValueError, match="small steps need float32"):
-        lorapar.MaskedAdamW(model)
-    with pytest.raises(ValueError, match="merge the adapters first"):
-        decoder.save_model(model, Path(os.devnull).parent / "shm")
-    heads = Foreign()
+    refuses("small steps need float32", lorapar.MaskedAdamW, model)
+    refuses("merge the adapters first", decoder.save_model, model, tmp_path)
+    heads = Foreign(lambda logits: logits[:, 0])
     heads.embed.forward = lambda t: F.one_hot(t % 8, 8).float()[:, None].expand(-1, 2, -1, -1)
-    heads.wrap = lambda logits: logits[:, 0]
-    lorapar.add_lora(heads, ["q_proj"], r=2)
-    with pytest.raises(ValueError, match=r"importance needs inputs \(B, T, in\)"):
-        lorapar.importance(heads, [answer_batch(2)])
-    with pytest.raises(ValueError, match="unknown rank_by"):
-        lorapar.importance(lora_model(), [answer_batch()], rank_by="typo")
+    last = Foreign(lambda logits: (logits[:, -1:], None))
+    for model, named in ((heads, "importance needs inputs (B, T, in)"), (last, "every position")):
+        lorapar.add_lora(model, ["q_proj"], r=2)
+        refuses(named, lorapar.importance, model, [answer_batch(2)])
+    refuses("rank_by", lorapar.importance, lora_model(), [answer_batch()], rank_by="typo")
 
 
-def test_a_model_cast_to_bf16_keeps_its_angles():
-    """RoPE's frequencies in bf16 are off by radians at position 2,000."""
-    model = qwen()
-    exact = model.model.inv_freq.clone()
-    assert torch.equal(model.to(torch.bfloat16).model.inv_freq, exact)
-
-
-class Output(dict):
-    def __init__(self, logits):
-        super().__init__(logits=logits)
-        self.logits = logits
-
-
-@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x, None), Output])
+@pytest.mark.parametrize(
+    "wrap", [lambda x: x, lambda x: (x, None), lambda x: SimpleNamespace(logits=x)]
+)
 def test_importance_works_on_any_model(wrap):
     torch.manual_seed(0)
     model = lorapar.add_lora(Foreign(wrap), ["q_proj", "head"], r=2)
     scores = lorapar.importance(model, [answer_batch()])
     model.wrap = lambda logits: logits
-    close(scores.double(), importance_by_loop(model, [answer_batch()]))
-
-
-def test_logits_of_the_last_position_alone_are_refused():
-    model = lorapar.add_lora(Foreign(lambda x: (x[:, -1:], None)), ["q_proj"], r=2)
-    with pytest.raises(ValueError, match="at every position"):
-        lorapar.importance(model, [answer_batch()])
-
-
-def test_readmes_snippet_runs_as_it_stands():
-    snippet = re.search(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)[1]
-    names = vars(lorapar) | {"model": Foreign(), "s1_batches": [answer_batch()]}
-    names |= {"s2_batches": [answer_batch(seed=1)]}
-    exec(snippet, names)
-    start = lorapar.get_flat(names["model"])
-    lorapar.logits_logprobs(names["model"], *answer_batch()).sum().backward()
-    names["optimizer"].step()
-    moved = lorapar.get_flat(names["model"]) != start
-    assert moved.any() and not moved[~lorapar.get_mask(names["model"])].any()
+    close(scores.double(), scores_by_loop(model, [answer_batch()])["importance"])
 
 
 # -------------------------------------------------------------------------------------- importance
 
 
-def importance_by_loop(model, batches):
-    """The definition, one example at a time, by ordinary autograd, unpadded, in float64."""
+def scores_by_loop(model, batches):
+    """The definition of each score, one example at a time, by ordinary autograd, unpadded, in
+    float64."""
     factors = list(lorapar.lora_factors(model).values())
     phi = lorapar.get_flat(model).double()
     gradients = []
@@ -827,28 +677,34 @@ def importance_by_loop(model, batches):
             gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, factors)]))
     gradients = torch.stack(gradients).double()
     g, fisher = gradients.mean(0), gradients.square().mean(0)
-    return (g * phi - 0.5 * fisher * phi**2).abs()
+    scores = {"importance": g * phi - 0.5 * fisher * phi**2, "first-order": g * phi}
+    scores |= {"magnitude": phi, "gradient": g, "fisher": fisher}
+    return {name: score.abs() for name, score in scores.items()}
 
 
 @pytest.mark.parametrize("init", ["anchored", "gaussian", "pissa"])
 @pytest.mark.parametrize("chunk_tokens", [1, 30, 512])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_importance_equals_a_loop_over_single_examples(init, chunk_tokens, checkpointing):
-    """Trap 9."""
-    model = lora_model(init, moved=False, dropout=0.3).train()
-    batches = [answer_batch(5, seed=1), answer_batch(4, seed=2)]
-    expected = importance_by_loop(model.eval(), batches)
+    """Trap 9: without the prompts' loss, whatever the padding holds; also every other thing that
+    may rank the elements."""
+    model, (tokens, labels) = lora_model(init, moved=False, dropout=0.3), answer_batch(4, seed=2)
+    padded = F.pad(tokens, (0, 5), value=63), F.pad(labels, (0, 5), value=-100)
+    batches = [answer_batch(5, seed=1), padded]
+    expected = scores_by_loop(model, batches)
+    assert list(expected) == list(lorapar.SCORES)
     model.train().model.checkpointing = checkpointing
-    for logprobs in (decoder.token_logprobs, lorapar.logits_logprobs):
-        ours = lorapar.importance(model, batches, logprobs, chunk_tokens=chunk_tokens)
+    ways = [(decoder.token_logprobs, name) for name in expected]
+    for logprobs, name in [*ways, (lorapar.logits_logprobs, "importance")]:
+        settings = {"rank_by": name, "chunk_tokens": chunk_tokens}
+        ours = lorapar.importance(model, batches, logprobs, **settings)
         assert model.training and ours.dtype == torch.float32
-        close(ours.double(), expected)
+        close(ours.double(), expected[name])
     assert all(layer.held is None for layer in lorapar.lora_layers(model).values())
 
 
 def test_importance_equals_vmap_over_functional_gradients():
-    """The second reference: torch.func's per-example gradients, which share no code with ours; and
-    every other thing that may rank the elements."""
+    """The second reference: torch.func's per-example gradients, which share no code with ours."""
     model, (tokens, labels) = lora_model(moved=False), answer_batch(6)
     parameters = {n: p.detach() for n, p in lorapar.lora_factors(model).items()}
 
@@ -863,58 +719,38 @@ def test_importance_equals_vmap_over_functional_gradients():
     g = torch.cat([g.mean(0).flatten() for g in gradients.values()])
     fisher = torch.cat([g.square().mean(0).flatten() for g in gradients.values()])
     phi = lorapar.get_flat(model)
-    expected = {"importance": g * phi - 0.5 * fisher * phi**2, "first-order": g * phi}
-    expected |= {"magnitude": phi, "gradient": g, "fisher": fisher}
-    assert list(expected) == list(lorapar.SCORES)
-    for name, reference in expected.items():
-        ours = lorapar.importance(model, [(tokens, labels)], decoder.token_logprobs, rank_by=name)
-        close(ours, reference.abs())
-
-
-def test_importance_leaves_out_the_prompts_loss_and_the_padding():
-    model, (tokens, labels) = lora_model(moved=False), answer_batch()
-    scores = lorapar.importance(model, [(tokens, labels)])
-    length = (labels != -100).long() * torch.arange(labels.shape[1])
-    pad = torch.arange(labels.shape[1]) > length.max(1, keepdim=True).values
-    other = torch.where(pad, 63, tokens)
-    assert not torch.equal(other, tokens)
-    wider = F.pad(other, (0, 5), value=63), F.pad(labels, (0, 5), value=-100)
-    close(lorapar.importance(model, [wider]), scores)
-    everything = torch.where(pad, -100, tokens)  # the prompt in the loss: another score
-    assert (
-        lorapar.importance(model, [(tokens, everything)]) - scores
-    ).abs().max() > scores.max() / 9
+    ours = lorapar.importance(model, [(tokens, labels)], decoder.token_logprobs)
+    close(ours, (g * phi - 0.5 * fisher * phi**2).abs())
 
 
 def test_importance_keeps_no_more_for_its_backward_than_training_does():
     """Counted in bytes of saved activations: fused attention, one chunk of tokens at a time."""
-    model, (tokens, labels) = lora_model(r=1), answer_batch(8, 60)
+    model, (tokens, labels), logprobs = lora_model(r=1), answer_batch(8, 60), decoder.token_logprobs
 
-    def saved(work):
+    def saved(work, *arguments):
         storages = {}
-        pack = lambda t: storages.update({t.untyped_storage().data_ptr(): t.nbytes}) or t  # noqa: E731
+
+        def pack(tensor):
+            storages[tensor.untyped_storage().data_ptr()] = tensor.nbytes
+            return tensor
+
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            work()
+            work(model, *arguments)
         return sum(storages.values())
 
-    training = saved(lambda: decoder.token_logprobs(model, tokens, labels).sum().backward())
-    scoring = saved(lambda: lorapar.importance(model, [(tokens, labels)], decoder.token_logprobs))
-    one = saved(
-        lambda: lorapar.per_example_gradients(model, tokens[:1], labels[:1], decoder.token_logprobs)
-    )
+    training = saved(logprobs, tokens, labels)
+    scoring = saved(lorapar.importance, [(tokens, labels)], logprobs)
+    one = saved(lorapar.per_example_gradients, tokens[:1], labels[:1], logprobs)
     assert scoring < 1.3 * training and one < training / 4  # a smaller chunk, less memory
 
 
-def test_all_zero_importance_is_an_error_that_names_the_cure():
+def test_scores_that_rank_nothing_are_an_error_that_names_the_cure():
     """Trap 8: with B = 0, dL/dA and phi_B vanish."""
-    with pytest.raises(ValueError, match="anchored"):
-        lorapar.importance(lora_model("lora", moved=False), [answer_batch()])
+    refuses("anchored", lorapar.importance, lora_model("lora", moved=False), [answer_batch()])
     empty = answer_batch()
     empty[1][3] = -100
-    with pytest.raises(ValueError, match="example 3 has no answer"):
-        lorapar.importance(lora_model(), [empty])
-    with pytest.raises(ValueError, match="at least one"):
-        lorapar.importance(lora_model(), [])
+    refuses("example 3 has no answer", lorapar.importance, lora_model(), [empty])
+    refuses("at least one", lorapar.importance, lora_model(), [])
 
 
 # --------------------------------------------------------------------------------------- partition
@@ -936,18 +772,16 @@ def region_by_definition(scores, theta):
 @pytest.mark.parametrize("theta", [0.05, 0.3, 0.5, 0.9, 0.999999, 1.0])
 @pytest.mark.parametrize("kind", ["normal", "ties", "zeros", "spread"])
 def test_partition_is_the_definition(theta, kind):
-    generator = torch.Generator().manual_seed(5)
-    s1, s2 = (torch.randn(2, 500, generator=generator)).abs()
+    s1, s2 = torch.randn(2, 500, generator=seeded(5)).abs()
     if kind == "ties":
         s1, s2 = (s1 * 3).round() + 1, torch.ones(500)
     if kind == "zeros":
         s1[100:] = 0
     if kind == "spread":
         s1, s2 = s1**20, s2**9
-    part = lorapar.partition(s1, s2, theta)
     one, two = (region_by_definition(s.tolist(), theta) for s in (s1, s2))
-    as_set = [set(region.nonzero()[:, 0].tolist()) for region in part]
-    assert as_set == [one - two, two - one, one & two]
+    part = [set(region.nonzero()[:, 0].tolist()) for region in lorapar.partition(s1, s2, theta)]
+    assert part == [one - two, two - one, one & two]
 
 
 def test_partition_sums_in_float64():
@@ -955,26 +789,23 @@ def test_partition_sums_in_float64():
     scores = torch.ones(2**24 + 2**22)
     scores[7] = 2.0
     region = lorapar.cumulative_region(scores, 0.9)
-    total = len(scores) + 1
-    assert int(region.sum()) == math.ceil(0.9 * total) - 1
-    assert region[: int(region.sum())].all()  # ties to the lower index
+    count = math.ceil(0.9 * (len(scores) + 1)) - 1
+    assert int(region.sum()) == count and region[:count].all()  # ties to the lower index
 
 
 def test_partition_refuses_bad_input():
     good = torch.ones(4)
     for theta in (0, -0.1, 1.01, float("nan")):
-        with pytest.raises(ValueError, match="theta"):
-            lorapar.partition(good, good, theta)
-    nan, inf = (torch.tensor([1.0, float(x), 1, 1]) for x in ("nan", "inf"))
-    for bad in (torch.zeros(4), nan, inf, -good, torch.tensor([1.0, -1, 1, 1]), torch.ones(3)):
+        refuses("theta", lorapar.partition, good, good, theta)
+    odd = [torch.tensor([1.0, float(x), 1, 1]) for x in ("nan", "inf", "-1")]
+    for bad in [*odd, torch.zeros(4), -good, torch.ones(3)]:
         for theta in (0.5, 1):
-            with pytest.raises(ValueError, match="scores"):
-                lorapar.partition(good, bad, theta)
+            refuses("scores", lorapar.partition, good, bad, theta)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.33, 0.5, 1.0])
 def test_stage_masks_take_their_region_and_the_top_of_the_shared_one(fraction):
-    s1, s2 = torch.randint(1, 9, (2, 300), generator=torch.Generator().manual_seed(2)).float()
+    s1, s2 = torch.randint(1, 9, (2, 300), generator=seeded(2)).float()
     part = lorapar.partition(s1, s2, 0.8)
     shared = part.shared.nonzero()[:, 0].tolist()
     for stage, scores, own in ((1, s1, part.s1_only), (2, s2, part.s2_only)):
@@ -982,134 +813,98 @@ def test_stage_masks_take_their_region_and_the_top_of_the_shared_one(fraction):
         expected = own.clone()
         expected[best] = True
         assert torch.equal(lorapar.stage_mask(part, scores, stage, fraction), expected)
-    for bad in ((3, 0.5), (1, 1.5), (1, -0.1)):
-        with pytest.raises(ValueError):
-            lorapar.stage_mask(part, s1, *bad)
+    for named, *bad in (("stage", 3, 0.5), ("fraction", 1, 1.5), ("fraction", 1, -0.1)):
+        refuses(named, lorapar.stage_mask, part, s1, *bad)
 
 
 def test_random_selection_keeps_every_region_size():
     model = lora_model()
     sizes = [p.numel() for p in lorapar.lora_factors(model).values()]
-    s1, s2 = torch.rand(2, sum(sizes), generator=torch.Generator().manual_seed(1)) ** 4
+    s1, s2 = torch.rand(2, sum(sizes), generator=seeded(1)) ** 4
     real = lorapar.partition(s1, s2, 0.7)
     for select in ("random", "random-in-tensor"):
-        moved = lorapar.shuffle_scores(model, s1, s2, select, torch.Generator().manual_seed(0))
-        part = lorapar.partition(*moved, 0.7)
-        for region, original in zip(part, real):
-            assert int(region.sum()) == int(original.sum())
-            assert not torch.equal(region, original)
-            inside = [
-                int(a.sum()) == int(b.sum())
-                for a, b in zip(region.split(sizes), original.split(sizes))
-            ]
-            assert all(inside) == (select == "random-in-tensor")
-    with pytest.raises(ValueError, match="unknown select"):
-        lorapar.shuffle_scores(model, s1, s2, "importance", None)
+        moved = lorapar.shuffle_scores(model, s1, s2, select, seeded(0))
+        for region, original in zip(lorapar.partition(*moved, 0.7), real):
+            assert region.sum() == original.sum() and not torch.equal(region, original)
+            tensors = zip(region.split(sizes), original.split(sizes))
+            in_tensor = all(a.sum() == b.sum() for a, b in tensors)
+            assert in_tensor == (select == "random-in-tensor")
+    refuses("unknown select", lorapar.shuffle_scores, model, s1, s2, "importance", None)
 
 
 # --------------------------------------------------------------------------------------- optimizer
 
 
 def masked(model, share=0.3, seed=0):
-    mask = torch.rand(len(lorapar.get_flat(model)), generator=torch.Generator().manual_seed(seed))
-    lorapar.set_mask(model, mask < share)
-    return mask < share
+    mask = torch.rand(len(lorapar.get_flat(model)), generator=seeded(seed)) < share
+    lorapar.set_mask(model, mask)
+    return mask
 
 
-def random_gradients(model, seed):
-    generator = torch.Generator().manual_seed(seed)
+def random_gradients(model, seed=0):
+    generator = seeded(seed)
     for factor in lorapar.lora_factors(model).values():
         factor.grad = torch.randn(factor.shape, generator=generator)
 
 
-def test_frozen_elements_never_move():
-    """Trap 1: weight decay 0.1, momentum from before, 20 steps, bit for bit."""
-    model = lora_model()
-    mask = masked(model)
-    start = lorapar.get_flat(model)
-    optimizer = lorapar.MaskedAdamW(model, lr=0.1, weight_decay=0.1, max_grad_norm=1.0)
+def gradient(model):
+    return torch.cat([p.grad.flatten() for p in lorapar.lora_factors(model).values()])
+
+
+@pytest.mark.parametrize("share", [0.3, 1.1])
+def test_active_elements_take_the_steps_of_adamw_and_frozen_ones_never_move(share):
+    """Traps 1 and 17: bit for bit, with weight decay, momentum from before, and the gradient's norm
+    clipped over the active elements; against torch's AdamW on a vector of those alone."""
+    model, settings = lora_model(), {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.1}
+    mask, start = masked(model, share), lorapar.get_flat(model)
+    optimizer = lorapar.MaskedAdamW(model, **settings, max_grad_norm=0.5)
+    vector = nn.Parameter(start[mask])
+    reference = torch.optim.AdamW([vector], **settings)
     for step in range(20):
         random_gradients(model, step)
-        optimizer.step()
-        if step == 0:
-            for state in ("exp_avg", "exp_avg_sq"):
-                optimizer.state[optimizer.packed][state] += 1.0  # pre-filled momentum
-    end = lorapar.get_flat(model)
-    assert torch.equal(end[~mask], start[~mask])
-    assert (end[mask] != start[mask]).all()
-
-
-def test_active_elements_take_the_steps_of_adamw():
-    """Against torch's AdamW on all elements with the gradient norm clipped over the active ones."""
-    model = lora_model()
-    mask = masked(model)
-    optimizer = lorapar.MaskedAdamW(model, 1e-2, (0.9, 0.99), weight_decay=0.1, max_grad_norm=0.5)
-    vector = nn.Parameter(lorapar.get_flat(model)[mask].clone())
-    reference = torch.optim.AdamW([vector], 1e-2, (0.9, 0.99), weight_decay=0.1)
-    for step in range(5):
-        random_gradients(model, step)
-        gradient = torch.cat([p.grad.flatten() for p in lorapar.lora_factors(model).values()])
-        vector.grad = gradient[mask]
-        norm = torch.nn.utils.clip_grad_norm_([vector], 0.5)
+        vector.grad = gradient(model)[mask]
+        norm = nn.utils.clip_grad_norm_([vector], 0.5)
         optimizer.step()
         reference.step()
         assert optimizer.grad_norm == norm
         assert torch.equal(optimizer.packed, vector)
-        assert torch.equal(lorapar.get_flat(model)[mask], vector)
-
-
-def test_optimizer_state_is_proportional_to_the_active_elements():
-    """Trap 17, counted in bytes."""
-    sizes = {}
-    for share in (0.1, 0.5, 1.1):
-        model = lora_model()
-        active = int(masked(model, share).sum())
-        optimizer = lorapar.MaskedAdamW(model)
-        random_gradients(model, 0)
-        optimizer.step()
+        assert torch.equal(lorapar.get_flat(model), start.masked_scatter(mask, vector))
         state = optimizer.state[optimizer.packed]
-        sizes[active] = sum(t.numel() * t.element_size() for t in state.values())
-    assert all(size == 8 * active + 4 for active, size in sizes.items())
+        assert sum(t.nbytes for t in state.values()) == 8 * int(mask.sum()) + 4
+        if step == 0:
+            for moments in (state, reference.state[vector]):
+                moments["exp_avg"] += 1.0
+                moments["exp_avg_sq"] += 1.0
+    assert (vector != start[mask]).all()
 
 
-def test_training_nothing_is_an_error():
+def test_an_update_of_nothing_or_of_what_is_not_finite_is_an_error_and_moves_nothing():
     """Trap 2."""
     model = lora_model()
-    lorapar.set_mask(model, torch.zeros(len(lorapar.get_flat(model)), dtype=torch.bool))
-    with pytest.raises(ValueError, match="no active element"):
-        lorapar.MaskedAdamW(model)
+    start = lorapar.get_flat(model)
+    nothing = torch.zeros(len(start), dtype=torch.bool)
+    refuses("bool", lorapar.set_mask, model, nothing.float())
+    lorapar.set_mask(model, nothing)
+    refuses("no active element", lorapar.MaskedAdamW, model)
     masked(model)
     optimizer = lorapar.MaskedAdamW(model)
-    with pytest.raises(ValueError, match="backward"):
-        optimizer.step()
-    masked(model, seed=1)
-    random_gradients(model, 0)
-    with pytest.raises(ValueError, match="set_mask was called"):
-        optimizer.step()
-    with pytest.raises(ValueError, match="bool"):
-        lorapar.set_mask(model, torch.ones(len(lorapar.get_flat(model))))
-
-
-def test_an_update_that_is_not_finite_leaves_the_model_as_it_was():
-    model = lora_model()
-    masked(model)
-    start, optimizer = lorapar.get_flat(model), lorapar.MaskedAdamW(model)
+    refuses("backward", optimizer.step)
     for bad in (float("inf"), float("nan")):
-        random_gradients(model, 0)
+        random_gradients(model)
         for factor in lorapar.lora_factors(model).values():
             factor.grad[0] = bad
-        with pytest.raises(FloatingPointError, match="norm of the gradient"):
-            optimizer.step()
+        refuses("norm of the gradient", optimizer.step, error=FloatingPointError)
         assert torch.equal(lorapar.get_flat(model), start)
-    random_gradients(model, 0)
+    random_gradients(model)
     optimizer.step()  # Adam's state took no harm
-    assert lorapar.get_flat(model).isfinite().all()
+    start = lorapar.get_flat(model)
+    assert start.isfinite().all()
     optimizer.packed.data.fill_(0)
     optimizer.state[optimizer.packed]["exp_avg"].fill_(float("inf"))
-    start = lorapar.get_flat(model)
-    with pytest.raises(FloatingPointError, match="updated element is not finite"):
-        optimizer.step()
+    refuses("updated element is not finite", optimizer.step, error=FloatingPointError)
     assert torch.equal(lorapar.get_flat(model), start)
+    masked(model, seed=1)
+    refuses("set_mask was called", optimizer.step)
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -1117,9 +912,11 @@ def test_an_update_that_is_not_finite_leaves_the_model_as_it_was():
 
 @needs_shared
 @pytest.mark.parametrize("name", ["llama2_tokenizer", "qwen_tokenizer"])
-def test_tokenizer_fixtures(name):
+def test_real_tokenizers_chats_and_answers(name):
+    """Against fixtures of transformers; an answer survives, and its tokens with the prompt's are
+    those of the whole text."""
     folder = SHARED / "fixtures" / name
-    tokenizer, facts = data.Tokenizer(folder), json.loads((folder / "expected.json").read_text())
+    tokenizer, facts = data.Tokenizer(folder), read(folder / "expected.json")
     for case in facts["cases"]:
         assert tokenizer.encode(case["text"]) == case["ids"]
         if "NFC" in case["text"] or case["text"] == case["decoded"]:
@@ -1130,37 +927,34 @@ def test_tokenizer_fixtures(name):
         assert ids.count(1) == 1 and ids[0] == 1 and ids[-1] == 2
     else:
         assert tokenizer.bos_id is None and ids[-1] == 1002 and tokenizer.pad_id == 1000
+        chats = [chat for chat in facts["chats"] if chat["add_generation_prompt"]]
+        texts = [tokenizer.chat(chat["messages"]) for chat in chats]
+        assert texts == [chat["rendered"] for chat in chats] and len(chats) >= 2
+        assert [tokenizer.encode(t, bos=True) for t in texts] == [chat["ids"] for chat in chats]
+    for text in SPACES:
+        assert tokenizer.decode(tokenizer.encode(text, goes_on=True)) == text
+    for e in data.load_dataset("humaneval", SHARED / "data/humaneval", "test"):
+        assert tokenizer.decode(data.example_ids(e, tokenizer)[1]) == e.answer
+    for e in data.load_dataset("gsm8k", SHARED / "data/gsm8k", "test")[:20]:
+        prompt, answer = data.example_ids(e, tokenizer)
+        whole = tokenizer.encode(e.question + "\n" + e.answer, bos=True, eos=True)
+        assert prompt + answer == whole and prompt == tokenizer.encode(e.question + "\n", bos=True)
 
 
-SPACES = [
-    "  x",
-    "\tx",
-    "\n\n x",
-    "x",
-    " ",
-    "",
-    "    return",
-    " \n",
-    "a  b ",
-    "<s> x",
-    " é\U0001f600 ",
-]
+SPACES = "  x|\tx|\n\n x|x| ||    return| \n|a  b |<s> x| é\U0001f600 ".split("|")
 
 
 def test_the_spaces_of_an_answer_survive(tmp_path):
     """Trap 23, in small: LLaMA's way of marking spaces, which drops the first one when decoding."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    words = {c: i for i, c in enumerate(["<eos>", *"▁\n\tabxreturn<s>é\U0001f600"])}
-    words = {word: i for i, word in enumerate(dict.fromkeys(words))}
-    bpe = Tokenizer(models.BPE(words, [], unk_token="<eos>"))
-    bpe.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("▁"), normalizers.Replace(Regex(" "), "▁")]
-    )
+    words = dict.fromkeys(["<eos>", *"▁\n\tabxreturn<s>é\U0001f600"])
+    bpe = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<eos>"))
+    marks = [normalizers.Prepend("▁"), normalizers.Replace(Regex(" "), "▁")]
+    bpe.normalizer = normalizers.Sequence(marks)
     bpe.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    bpe.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    unmarks = [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    bpe.decoder = decoders.Sequence(unmarks)
     bpe.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
     tokenizer = data.Tokenizer(tmp_path)
@@ -1171,57 +965,32 @@ def test_the_spaces_of_an_answer_survive(tmp_path):
     assert tokenizer.decode([9999] + tokenizer.encode("x", goes_on=True)) == "x"
 
 
-@needs_shared
-@pytest.mark.parametrize("name", ["llama2_tokenizer", "qwen_tokenizer"])
-def test_humanevals_solutions_survive_the_tokenizer(name):
-    tokenizer = data.Tokenizer(SHARED / "fixtures" / name)
-    for text in SPACES:
-        assert tokenizer.decode(tokenizer.encode(text, goes_on=True)) == text
-    examples = data.load_dataset("humaneval", SHARED / "data/humaneval", "test")
-    decoded = [tokenizer.decode(data.example_ids(e, tokenizer)[1]) for e in examples]
-    assert decoded == [e.answer for e in examples]
-    assert all(data.in_parallel(data.is_correct, list(zip(examples, decoded))[:10]))
-
-
-def test_tokenizer_reads_special_tokens_from_the_checkpoints_files(tmp_path):
+@pytest.fixture
+def toy_tokenizer(tmp_path):
     data.save_toy_tokenizer(tmp_path)
-    tokenizer = data.Tokenizer(tmp_path)
-    assert tokenizer.decode(tokenizer.encode("M b d | rev A", eos=True)) == "M b d | rev A"
-    assert (tokenizer.bos_id, tokenizer.eos_ids) == (None, (0,))
+    return data.Tokenizer(tmp_path)
+
+
+def test_tokenizer_reads_special_tokens_from_the_checkpoints_files(toy_tokenizer, tmp_path):
+    assert toy_tokenizer.decode(toy_tokenizer.encode("M b d | rev A", eos=True)) == "M b d | rev A"
+    assert (toy_tokenizer.bos_id, toy_tokenizer.eos_ids) == (None, (0,))
     settings = {"bos_token": {"content": "F"}, "eos_token": "<eos>", "add_bos_token": True}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps(settings))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
     tokenizer = data.Tokenizer(tmp_path)
     assert tokenizer.encode("A", bos=True, eos=True) == [2, 1, 0] and tokenizer.eos_ids == (0, 5)
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(ValueError, match="tokenizer_config.json"):
-        data.Tokenizer(tmp_path)
+    config.write_text("{")
+    refuses("tokenizer_config.json", data.Tokenizer, tmp_path)
     (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(ValueError, match="tokenizer_config.json"):
-        data.Tokenizer(tmp_path)
-    (tmp_path / "tokenizer_config.json").unlink()
-    with pytest.raises(ValueError, match="no tokenizer"):
-        data.Tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="no such model folder"):
-        data.Tokenizer(tmp_path / "nowhere")
+    refuses("tokenizer_config.json", data.Tokenizer, tmp_path)
+    config.unlink()
+    refuses("no tokenizer", data.Tokenizer, tmp_path)
+    refuses("no such model folder", data.Tokenizer, tmp_path / "nowhere")
 
 
-@needs_shared
-def test_chat_fixture_is_rendered_to_the_letter():
-    folder = SHARED / "fixtures/qwen_tokenizer"
-    tokenizer = data.Tokenizer(folder)
-    chats = json.loads((folder / "expected.json").read_text())["chats"]
-    assert sum(c["add_generation_prompt"] for c in chats) >= 2
-    for case in chats:
-        if case["add_generation_prompt"]:
-            text = tokenizer.chat(case["messages"])
-            assert text == case["rendered"] and tokenizer.encode(text, bos=True) == case["ids"]
-
-
-def test_chat_templates_give_exactly_one_bos(tmp_path):
-    data.save_toy_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="no chat template"):
-        data.Tokenizer(tmp_path).chat([])
+def test_chat_templates_give_exactly_one_bos(toy_tokenizer, tmp_path):
+    refuses("no chat template", toy_tokenizer.chat, [])
     template = "{{ bos_token }} {% for m in messages %}{{ m.content }} {% endfor %}"
     template += "{% if messages|length > 1 %}{{ raise_exception('one only') }}{% endif %}"
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "F", "eos_token": "<eos>"}')
@@ -1230,162 +999,89 @@ def test_chat_templates_give_exactly_one_bos(tmp_path):
     tokenizer = data.Tokenizer(tmp_path)
     example = data.Example("x", "A M", "c1", "toy", "c1")
     assert data.example_ids(example, tokenizer, "chat")[0] == tokenizer.encode("F A M")
-    with pytest.raises(ValueError, match="one only"):
-        tokenizer.chat([{"content": "a"}] * 2)
+    refuses("one only", tokenizer.chat, [{"content": "a"}] * 2)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].__class__.__mro__ }}")
-    with pytest.raises(ValueError, match="chat template fails"):  # the sandbox of jinja2
-        data.Tokenizer(tmp_path).chat([{"role": "user", "content": "a"}])
+    chat = data.Tokenizer(tmp_path).chat  # the sandbox of jinja2
+    refuses("chat template fails", chat, [{"role": "user", "content": "a"}])
 
 
-def test_both_stages_ask_in_the_same_words(tmp_path):
-    data.save_toy_tokenizer(tmp_path)
-    tokenizer = data.Tokenizer(tmp_path)
+def test_both_stages_ask_in_the_same_words(toy_tokenizer):
     answer = "<reasoning>\n9*2\n</reasoning>\n<answer>\n18\n</answer>"
     e = data.Example("x", "How many?", answer, "number", "18")
-    assert data.prompt_and_answer(e, tokenizer) == ("How many?\n", answer)
-    assert data.prompt_and_answer(e, tokenizer, "plain", "sft") == ("How many?\n", answer)
-    asked, trained = data.prompt_and_answer(e, tokenizer, "authors", "sft")
+    for style in ([], ["plain", "sft"]):
+        assert data.prompt_and_answer(e, toy_tokenizer, *style) == ("How many?\n", answer)
+    asked, trained = data.prompt_and_answer(e, toy_tokenizer, "authors", "sft")
     assert (asked, trained) == ("How many?", "9*2\n#### 18")
-    asked, _ = data.prompt_and_answer(e, tokenizer, "authors", "rl")
+    asked, _ = data.prompt_and_answer(e, toy_tokenizer, "authors", "rl")
     assert asked.startswith("Respond in") and asked.endswith("How many?\n")
     toy = data.Example("x", "F t1 e1 A", "c5", "toy")
-    ids = data.example_ids(toy, tokenizer, "authors", "sft")
-    assert ids == (tokenizer.encode("F t1 e1 A") + [0], tokenizer.encode("c5") + [0])
+    ids = [toy_tokenizer.encode(text) + [0] for text in ("F t1 e1 A", "c5")]
+    assert list(data.example_ids(toy, toy_tokenizer, "authors", "sft")) == ids
 
 
-@needs_shared
-@pytest.mark.parametrize("name", ["llama2_tokenizer", "qwen_tokenizer"])
-def test_training_tokens_are_those_of_the_whole_text(name):
-    tokenizer = data.Tokenizer(SHARED / "fixtures" / name)
-    for e in data.load_dataset("gsm8k", SHARED / "data/gsm8k", "test")[:20]:
-        prompt, answer = data.example_ids(e, tokenizer)
-        whole = tokenizer.encode(e.question + "\n" + e.answer, bos=True, eos=True)
-        assert prompt + answer == whole and prompt == tokenizer.encode(e.question + "\n", bos=True)
-
-
-def test_the_prompt_is_masked_and_the_eos_is_trained(tmp_path):
+def test_the_prompt_is_masked_the_eos_trained_and_no_whole_answer_cut(toy_tokenizer):
     """Trap 4: also where the padding id equals the EOS id, as in the toy (both 0)."""
-    data.save_toy_tokenizer(tmp_path)
-    tokenizer = data.Tokenizer(tmp_path)
-    examples = [
-        data.Example("a", "F t1 e1 A", "c5", "toy"),
-        data.Example("b", "F A", "c5 c6", "toy"),
-    ]
-    rows, report = data.tokenize(examples, tokenizer, 32)
-    tokens, labels = data.collate(rows)
-    expected = [[-100] * 4 + tokenizer.encode("c5") + [0], [-100] * 2 + tokenizer.encode("c5 c6")]
-    assert labels.tolist() == [expected[0], expected[1] + [0] + [-100]]
-    assert tokenizer.eos_ids[0] == 0 and report == {"left out": 0, "cut": 0}
-
-
-def test_truncation_never_drops_the_whole_answer(tmp_path):
-    data.save_toy_tokenizer(tmp_path)
-    tokenizer = data.Tokenizer(tmp_path)
+    pairs = [("F t1 e1 A", "c5"), ("F A", "c5 c6")]
+    rows, report = data.tokenize([data.Example("a", *p, "toy") for p in pairs], toy_tokenizer, 32)
+    _, labels = data.collate(rows)
+    c5, c6 = toy_tokenizer.encode("c5 c6")
+    assert labels.tolist() == [[-100] * 4 + [c5, 0], [-100] * 2 + [c5, c6, 0] + [-100]]
+    assert toy_tokenizer.eos_ids[0] == 0 and report == {"left out": 0, "cut": 0}
     example = data.Example("a", "F t1 e1 A", "c1 c2 c3", "toy")  # 4 prompt tokens, 4 answer ones
-    for limit, kept, report in (
-        (8, 4, {"left out": 0, "cut": 0}),
-        (7, 3, {"left out": 0, "cut": 1}),
-        (5, 1, {"left out": 0, "cut": 1}),
-        (4, None, {"left out": 1, "cut": 0}),
+    for limit, kept, left_out, cut in (
+        (8, [4], 0, 0),
+        (7, [3], 0, 1),
+        (5, [1], 0, 1),
+        (4, [], 1, 0),
     ):
-        rows, counts = data.tokenize([example], tokenizer, limit)
-        assert counts == report
-        assert [len(tokens) - prompt for tokens, prompt in rows] == ([kept] if kept else [])
+        rows, counts = data.tokenize([example], toy_tokenizer, limit)
+        assert counts == {"left out": left_out, "cut": cut}
+        assert [len(tokens) - prompt for tokens, prompt in rows] == kept
 
 
-def test_batches_hold_every_row_once():
-    rows = [([i] * random.Random(i).randint(3, 20), 1) for i in range(1, 24)]
-    seen = [t[0].item() for tokens, _ in data.batches(rows, 5) for t in tokens]
-    assert sorted(seen) == list(range(1, 24))
+NUMBERS = {  # gold -> right replies, wrong replies, with | between two
+    "18": (
+        "18|18.|$18|18.00|#### 18|####18|<answer>18</answer>|<answer>\n$18.00\n</answer>"
+        "|He sells 9 eggs at $2.\n#### $18|so it is \\boxed{18}|The answer is 18 dollars."
+        "|5 + 13 = <<5+13=18>>18|#### 17\n#### 18|#### 18\nShe has 5 left.|\\boxed{x=18}"
+        "|<answer>16</answer> <answer>18</answer>|#### 18\n\nQuestion: How many more?\n#### 25"
+        "|It is 18.\n\nQ: And of 20?\nA: 30|Question: how many of 9?\nIt is 18.|\\boxed{18 dollars}"
+        "|He ran 18 km on the 2nd.|\\boxed{6 \\times 3 = 18}|<answer>18 apples</answer>"
+        "|<answer>**18**</answer>|<answer>6*3 = 18</answer>|<answer>\\boxed{18}</answer>"
+        "|<answer>The total is 18</answer>|<answer>#### 18</answer>|He sold:\n- 18 eggs"
+        "|He ran 18km.|#### **18**|#### Answer: 18|#### 18 dollars in 2 days|\\boxed{\\text{18}}",
+        "180|118|18.5|-18|eighteen||18 eggs, of which 5 are left|#### 17\nor 18|#### 18e99"
+        "|<answer>17</answer> though 18 is near|<answer></answer> 18|<answer>17 eggs or 18</answer>"
+        "|#### 1e999999999|<answer>1e999999999</answer>|<answer>20 - 2</answer>",
+    ),
+    "1,000": ("1000", "10"),
+    "1000": ("1,000|$1,000.00|\\boxed{1{,}000}", "1000000"),
+    "-5": ("#### -5", "5"),
+    "5": ("5", "-5"),
+    "-18": ("#### - 18", "18"),
+    "0.5": ("1/2|<answer>.5</answer>|so \\boxed{\\frac{1}{2}}|#### $\\frac{1}{2}$", "1"),
+    "50": ("50%", "0.5"),
+    "3": ("3", "x = 3/0"),
+}
 
 
-NUMBERS = [  # gold, reply, right?
-    ("18", "18", True),
-    ("18", "18.", True),
-    ("18", "$18", True),
-    ("18", "18.00", True),
-    ("18", "#### 18", True),
-    ("18", "####18", True),
-    ("18", "<answer>18</answer>", True),
-    ("18", "<answer>\n$18.00\n</answer>", True),
-    ("18", "He sells 9 eggs at $2.\n#### $18", True),
-    ("18", "so it is \\boxed{18}", True),
-    ("18", "The answer is 18 dollars.", True),
-    ("18", "5 + 13 = <<5+13=18>>18", True),
-    ("18", "180", False),
-    ("18", "118", False),
-    ("18", "18.5", False),
-    ("18", "-18", False),
-    ("18", "eighteen", False),
-    ("18", "", False),
-    ("18", "18 eggs, of which 5 are left", False),
-    ("18", "<answer>17</answer> though 18 is near", False),
-    ("18", "<answer></answer> 18", False),
-    ("18", "<answer>17 eggs or 18</answer>", False),
-    ("18", "#### 17\nor 18", False),
-    ("18", "#### 17\n#### 18", True),
-    ("18", "#### 18\nShe has 5 left.", True),
-    ("1,000", "1000", True),
-    ("1000", "1,000", True),
-    ("1000", "$1,000.00", True),
-    ("1000", "1000000", False),
-    ("-5", "#### -5", True),
-    ("-5", "5", False),
-    ("5", "-5", False),
-    ("0.5", "1/2", True),
-    ("0.5", "<answer>.5</answer>", True),
-    ("50", "50%", True),
-    ("0.5", "so \\boxed{\\frac{1}{2}}", True),
-    ("3", "x = 3/0", False),
-    ("18", "#### 1e999999999", False),
-    ("18", "<answer>1e999999999</answer>", False),
-    ("18", "<answer>16</answer> <answer>18</answer>", True),
-    ("18", "#### 18e99", False),
-    ("-18", "#### - 18", True),
-    ("18", "#### 18\n\nQuestion: How many more?\n#### 25", True),
-    ("18", "It is 18.\n\nQ: And of 20?\nA: 30", True),
-    ("18", "Question: how many of 9?\nIt is 18.", True),
-    ("18", "He ran 18 km on the 2nd.", True),
-    ("18", "<answer>20 - 2</answer>", False),
-    ("18", "\\boxed{6 \\times 3 = 18}", True),
-    ("0.5", "#### $\\frac{1}{2}$", True),
-    ("1000", "\\boxed{1{,}000}", True),
-]
-NUMBERS += [  # gold 18
-    ("18", reply, True)
-    for reply in (
-        ["<answer>18 apples</answer>", "<answer>**18**</answer>", "<answer>6*3 = 18</answer>"]
-        + ["<answer>\\boxed{18}</answer>", "<answer>The total is 18</answer>", "He ran 18km."]
-        + ["<answer>#### 18</answer>", "#### **18**", "#### Answer: 18", "\\boxed{18 dollars}"]
-        + [
-            "\\boxed{x=18}",
-            "He sold:\n- 18 eggs",
-            "#### 18 dollars in 2 days",
-            "\\boxed{\\text{18}}",
-        ]
-    )
-]
-
-
-@pytest.mark.parametrize("gold, reply, right", NUMBERS)
-def test_numbers_are_compared_as_numbers(gold, reply, right):
+@pytest.mark.parametrize("gold", NUMBERS)
+def test_numbers_are_compared_as_numbers(gold):
     """Trap 13."""
-    assert data.is_correct(data.Example("x", "q", "a", "number", gold), reply) is right
+    example = data.Example("x", "q", "a", "number", gold)
+    for right, replies in zip((True, False), NUMBERS[gold]):
+        for reply in replies.split("|"):
+            assert data.is_correct(example, reply) is right, reply
 
 
 MANY = 100_000
 HOSTILE_PARTS = ["<answer>", "</answer>", "<reasoning>", "####", "- ", "\\boxed{", "\\frac{", "1,"]
 HOSTILE_PARTS += ["1/", "1e", "1 ", " -$ ", "Q:\n", "= 1", "\t \n", "</reasoning>\n<answer>\n"]
 HOSTILE_PARTS += [*" \n\t1.-{\\_*$,#", "system "]
-HOSTILE = [
-    *(part * (MANY // len(part)) for part in HOSTILE_PARTS),
-    "<answer>" + " " * MANY + "</answer>",
-    "#### " + " " * MANY + "18",
-    "<answer>" + "1" * MANY + "</answer>",
-    "<reasoning>\n" + "\n</reasoning>\n<answer>\n" * (MANY // 25) + "x",
-    "a" + "1" * MANY,
-    "#### 1e" + "9" * MANY,
-]
+HOSTILE = [part * (MANY // len(part)) for part in HOSTILE_PARTS]
+HOSTILE += [f"<answer>{c * MANY}</answer>" for c in " 1"]
+HOSTILE += ["#### " + " " * MANY + "18", "a" + "1" * MANY, "#### 1e" + "9" * MANY]
+HOSTILE += ["<reasoning>\n" + "\n</reasoning>\n<answer>\n" * (MANY // 25) + "x"]
 
 
 @pytest.mark.parametrize("kind", ["number", "letter", "toy", "exact"])
@@ -1403,10 +1099,8 @@ def test_no_text_of_a_model_stops_the_run(kind):
 
 def test_rewards_of_the_five_parts():
     e = data.Example("x", "q", "<answer>\n18\n</answer>", "number", "18")
-    plain = data.Example("x", "q", "It is 18.", "number", "18")  # one's own, without tags
-    assert data.reward_parts(plain, "so 18") == {"correct": 1.0}
     perfect = "<reasoning>\n9 * 2\n</reasoning>\n<answer>\n18\n</answer>"
-    table = {
+    for reply, expected in {
         perfect: [2.0, 0.5, 0.5, 0.5, 0.5],
         perfect + "\n": [2.0, 0.5, 0.5, 0.5, 0.5],
         perfect.replace("18", "$18.00"): [2.0, 0.5, 0.5, 0.5, 0.5],
@@ -1417,78 +1111,85 @@ def test_rewards_of_the_five_parts():
         "<answer>18</answer>": [2.0, 0.5, 0.0, 0.0, 0.25],
         "#### 18": [0.0, 0.0, 0.0, 0.0, 0.0],
         "<answer><answer>18": [0.0, 0.0, 0.0, 0.0, 0.0],
-    }
-    for reply, expected in table.items():
+    }.items():
         assert list(data.reward_parts(e, reply).values()) == pytest.approx(expected), reply
+    plain = data.Example("x", "q", "It is 18.", "number", "18")  # one's own, without tags
+    assert data.reward_parts(plain, "so 18") == {"correct": 1.0}
 
 
 def test_verdicts_and_votes():
-    for text, expected in {
-        "System1": "S1",
-        "I would chain two facts.\nSystem 2": "S2",
-        "system-1.": "S1",
-        "S2": "S2",
-        "**System2**": "S2",
-        "Not System 2, for it is recalled.\nSystem1": "S1",
-        "It is System1 or System2": None,
-        "I cannot help with that.": None,
-        "System3": None,
-        "It's 1 step.": None,
-        "The System's 2 steps": None,
-        "": None,
+    for expected, replies in {
+        "S1": "System1|system-1.|Not System 2, for it is recalled.\nSystem1",
+        "S2": "I would chain two facts.\nSystem 2|S2|**System2**",
+        None: "It is System1 or System2|I cannot help with that.|System3|It's 1 step."
+        "|The System's 2 steps|",
     }.items():
-        assert data.verdict(text) == expected, text
+        for reply in replies.split("|"):
+            assert data.verdict(reply) == expected, reply
     assert data.vote(["S1", "S1", "S2"]) == "S1"
     assert data.vote(["S1", "S2"]) == "S2"  # the tie rule
-    for bad in ([], ["S1", "maybe"]):
-        with pytest.raises(ValueError):
-            data.vote(bad)
+    refuses("vote needs", data.vote, [])
+    refuses("vote needs", data.vote, ["S1", "maybe"])
 
 
-def test_teacher_answers_are_joined_by_id_and_counted(tmp_path):
-    """Trap 21: any order, wrapped or bare bodies, errors and refusals."""
+def spoken(custom_id, text, wrapped=True):
+    """A teacher's answer as a batch service gives it."""
+    body = {"choices": [{"message": {"content": text}}]}
+    return {"custom_id": custom_id} | ({"response": {"body": body}} if wrapped else body)
 
-    def answer(custom_id, text, wrapped=True):
-        body = {"choices": [{"message": {"content": text}}]}
-        return {"custom_id": custom_id} | ({"response": {"body": body}} if wrapped else body)
 
-    a = [answer("q1", "System1"), answer("q2", "System2"), answer("q3", "System1")]
-    b = [answer("q2", "System1", False), answer("q1", "System1", False), answer("q3", "no")]
-    c = [answer("q1", "System2"), {"custom_id": "q3", "response": None, "error": {"code": 5}}]
-    for name, records in (("a", a), ("b", b), ("c", c)):
-        data.write_jsonl(tmp_path / f"{name}.jsonl", records)
-    out = tmp_path / "labels.jsonl"
-    done = python("data.py", "vote", *(tmp_path / f"{n}.jsonl" for n in "abc"), "--out", out)
+def voted(folder, *flags):
+    """The labels that `data.py vote` makes of the teachers' files in a folder, and its report."""
+    out, teachers = folder / "labels", sorted(folder.glob("*.jsonl"))
+    done = python("data.py", "vote", *teachers, *flags, "--out", out)
     assert done.returncode == 0, done.stderr
-    labels = {r["id"]: r["label"] for _, r in data.read_records(out)}
-    assert labels == {"q1": "S1", "q2": "S2", "q3": "S1"}
+    return {r["id"]: r["label"] for _, r in data.read_records(out)}, done.stdout
+
+
+def test_teacher_answers_are_joined_by_id_and_counted_and_a_random_split_keeps_sizes(tmp_path):
+    """Trap 21: any order, wrapped or bare bodies, errors and refusals."""
+    a = [spoken("q1", "System1"), spoken("q2", "System2"), spoken("q3", "System1")]
+    b = [spoken("q2", "System1", False), spoken("q1", "System1", False), spoken("q3", "no")]
+    c = [spoken("q1", "System2"), {"custom_id": "q3", "response": None, "error": {"code": 5}}]
+    more = [spoken(str(i), f"System{1 + (i > 9)}") for i in range(40)]
+    for name, records in (("a", a), ("b", b), ("c", c)):
+        data.write_jsonl(tmp_path / f"{name}.jsonl", records + more)
+    (labels, said), (shuffled, _) = voted(tmp_path), voted(tmp_path, "--shuffle", "1")
+    more = {str(i): "S1" if i < 10 else "S2" for i in range(40)}
+    assert labels == {"q1": "S1", "q2": "S2", "q3": "S1"} | more
     counted = ["refusals (no clear verdict): 1", "errors: 1", "missing answers: 1"]
-    for line in [*counted, "ties (called S2): 1", "S1: 2"]:
-        assert line in done.stdout
+    for line in [*counted, "ties (called S2): 1", "S1: 12"]:
+        assert line in said
+    assert Counter(shuffled.values()) == {"S1": 12, "S2": 31} and shuffled != labels
 
 
-def test_roleplay_prompt_has_its_parts_for_any_target():
-    e = data.Example("x", "What is {target}?", "{answer} 42", "number")
-    prompt = data.roleplay_prompt(e, "LLaMA2 7B")
-    for part in ("LLaMA2 7B", "What is {target}?", "{answer} 42", "System1", "System2", "recall"):
-        assert part in prompt
-    assert "LLaMA2 7B" not in data.roleplay_prompt(e, "LLaMA2 7B", roleplay=False)
-
-
-def test_labels_from_a_file_and_from_steps(tmp_path):
+def test_labels_from_a_file_from_the_authors_csv_and_from_steps(tmp_path):
     """steps:K labels GSM8K alone: another set has no calculations to count."""
-    examples = [data.Example(f"gsm8k/{n}", "q", "<<1+1=2>>" * n, "number") for n in range(5)]
-    by_steps = data.label_examples(
-        [*examples, data.Example("dolly/1", "q", "a", "text")], "steps:2"
-    )
-    assert [e.label for e in by_steps] == ["S1", "S1", "S1", "S2", "S2"]
+
+    def labelled(examples, labels):
+        return [(e.id, e.label) for e in data.label_examples(examples, str(labels))]
+
+    questions = [*"abc", "One, two?", "Three?"]
+    examples = [data.Example(f"gsm8k/{n}", q, "<<1>>" * n, "x") for n, q in enumerate(questions)]
+    by_steps = labelled([*examples, data.Example("dolly/1", "q", "a", "text")], "steps:2")
+    assert by_steps == [(f"gsm8k/{n}", "S1" if n <= 2 else "S2") for n in range(5)]
     records = [{"id": "gsm8k/3", "label": "S1"}, {"id": "gsm8k/9", "label": "S2"}]
     data.write_jsonl(tmp_path / "l", records)
-    labelled = data.label_examples(examples, str(tmp_path / "l"))
-    assert [(e.id, e.label) for e in labelled] == [("gsm8k/3", "S1")]
+    assert labelled(examples, tmp_path / "l") == [("gsm8k/3", "S1")]
+    file = tmp_path / "labels.csv"
+    file.write_text('question,answer,_result\nThree?,3,System2\n"One, two?",1,System1\n')
+    assert labelled(examples, file) == [("gsm8k/3", "S1"), ("gsm8k/4", "S2")]
+    file.write_text("question,answer,_result\nThree?,3,perhaps\n")
+    refuses("labels.csv:2", data.label_examples, examples, str(file))
 
 
 GSM8K = {"question": " How many? ", "answer": "2*9=<<2*9=18>>18\n#### 1,018"}
+OWN = [
+    {"question": "2*9?", "answer": "It is 18.", "check": "number", "label": "S2"},
+    {"question": "Which?\nA. a\nB. b\nAnswer:", "answer": "B", "check": "letter"},
+    {"question": "Say it", "answer": "hello  you", "check": "exact"},
+    {"question": "Explain", "answer": "so"},
+]
 
 
 def gsm8k_folder(folder, count=60):
@@ -1513,104 +1214,82 @@ def test_splits_are_disjoint_and_fixed(tmp_path):
     assert [len(p) for p in parts] == [48, 6, 6] and len(set().union(*parts)) == 60
     assert ids(file, "all") == ids(tmp_path, "test")
     data.write_jsonl(file, [GSM8K] * 3)
-    with pytest.raises(ValueError, match="3 examples are too few for a validation split"):
-        ids(file, "validation")
+    refuses("3 examples are too few for a validation split", ids, file, "validation")
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_question(tmp_path):
-    file = tmp_path / "mine.jsonl"
-    file.write_text('{"question": "q", "answer": "18"}\n', encoding="utf-8-sig")
-    assert data.load_dataset(str(file), None, "all")[0].question == "q"
-    (tmp_path / "test").mkdir()
-    mmlu = tmp_path / "test" / "x_test.csv"
-    mmlu.write_text("why,a,b,c,d,A\n", encoding="utf-8-sig")
-    assert data.load_dataset("mmlu", tmp_path, "test")[0].question.startswith("why")
-    mmlu.write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"x_test\.csv: not readable"):
-        data.load_dataset("mmlu", tmp_path, "test")
-
-
-OWN = [
-    {"question": "2*9?", "answer": "It is 18.", "check": "number", "label": "S2"},
-    {"question": "Which?\nA. a\nB. b\nAnswer:", "answer": "B", "check": "letter"},
-    {"question": "Say it", "answer": "hello  you", "check": "exact"},
-    {"question": "Explain", "answer": "so"},
-]
-
-
-def test_ones_own_data(tmp_path):
+def test_ones_own_data_and_its_bad_lines(tmp_path):
+    """A byte order mark is no part of the first line, and a bad line is named by its number."""
     file = tmp_path / "mine.jsonl"
     data.write_jsonl(file, OWN)
+    file.write_text(file.read_text(), encoding="utf-8-sig")
     number, letter, exact, free = data.load_dataset(str(file), None, "all")
     assert number.id == "mine/0" and number.label == "S2" and letter.answer == " B"
     right = [(number, "#### 18.0"), (letter, " B."), (exact, " hello  you\n")]
     wrong = [(number, "18 or 19"), (letter, "A"), (exact, "hello you")]
     assert all(data.is_correct(*pair) for pair in right)
     assert not any(data.is_correct(*pair) for pair in wrong)
-    with pytest.raises(ValueError, match="cannot be checked"):
-        data.is_correct(free, "so")
-
-
-OWN_ERRORS = {
-    'needs the texts "question"': {"question": "q"},
-    "needs the texts": {"question": " ", "answer": "a"},
-    "is 'maybe', not number": {"question": "q", "answer": "1", "check": "maybe"},
-    "no number to check": {"question": "q", "answer": "none", "check": "number"},
-    "is not A, B, C or D": {"question": "q", "answer": "E", "check": "letter"},
-    "not S1 or S2": {"question": "q", "answer": "a", "label": "S3"},
-}
-
-
-@pytest.mark.parametrize("expected", OWN_ERRORS)
-def test_a_bad_line_of_ones_own_is_named_by_its_number(expected, tmp_path):
-    file = tmp_path / "mine.jsonl"
-    data.write_jsonl(file, [OWN[0], OWN_ERRORS[expected]])
-    with pytest.raises(ValueError, match=re.escape(f"{file}:2: ") + ".*" + re.escape(expected)):
-        data.load_dataset(str(file), None, "all")
+    refuses("cannot be checked", data.is_correct, free, "so")
+    for expected, line in {
+        'needs the texts "question"': {"question": "q"},
+        "needs the texts": {"question": " ", "answer": "a"},
+        "is 'maybe', not number": {"question": "q", "answer": "1", "check": "maybe"},
+        "no number to check": {"question": "q", "answer": "none", "check": "number"},
+        "is not A, B, C or D": {"question": "q", "answer": "E", "check": "letter"},
+        "not S1 or S2": {"question": "q", "answer": "a", "label": "S3"},
+    }.items():
+        data.write_jsonl(file, [OWN[0], line])
+        assert expected in refuses(f"{file}:2: ", data.load_dataset, str(file), None, "all")
 
 
 @needs_shared
-def test_real_gsm8k_answers_are_correct_answers():
+def test_real_answers_are_correct_answers():
     for split, count in (("train", 7473 - 373), ("validation", 373), ("test", 1319)):
         examples = data.load_dataset("gsm8k", SHARED / "data/gsm8k", split)
         assert len(examples) == count
         assert all(data.is_correct(e, e.answer) for e in examples)
         assert all(sum(data.reward_parts(e, e.answer).values()) == 4.0 for e in examples)
+    examples = data.load_dataset("mmlu", SHARED / "data/mmlu", "test")
+    assert any("None of these" in e.question for e in examples)
+    assert all(data.is_correct(e, e.answer) for e in examples)
 
 
-def test_mmlu_keeps_the_answer_none(tmp_path):
+def mmlu_file(folder, text, split="test", encoding="utf-8"):
+    file = folder / split / f"high_school_x_{split}.csv"
+    file.parent.mkdir(parents=True)
+    file.write_text(text, encoding=encoding)
+    return file
+
+
+def test_mmlu_is_asked_after_five_solved_examples_and_keeps_the_answer_none(tmp_path):
     """Trap 20: a data-frame reader turns "None" into NaN."""
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "x_test.csv").write_text('"Which, then?",None,NA,"a, b",4,A\n')
+    rows = [f"dev{i}?,a,b,c,d,{'ABCD'[i % 4]}\n" for i in range(5)]
+    mmlu_file(tmp_path, "".join(rows), "dev")
+    file = mmlu_file(tmp_path, '"Which, then?",None,NA,"a, b",4,A\n', encoding="utf-8-sig")
     (e,) = data.load_dataset("mmlu", tmp_path, "test")
     assert e.question == "Which, then?\nA. None\nB. NA\nC. a, b\nD. 4\nAnswer:"
     assert data.is_correct(e, e.answer) and data.is_correct(e, " A. None")
     assert not data.is_correct(e, "B") and not data.is_correct(e, "Also A")
+    prompt, answer = data.prompt_and_answer(e, None)
+    head, *shots, question = prompt.split("\n\n")
+    assert head.endswith("about high school x.") and len(shots) == 5
+    assert shots[1] == "dev1?\nA. a\nB. b\nC. c\nD. d\nAnswer: B"
+    assert question == e.question and answer == " A"
+    file.write_bytes(b"\xff\xfe")
+    refuses(f"{file}: not readable", data.load_dataset, "mmlu", tmp_path, "test")
 
 
-PUBLISHED = {  # a record in each publisher's own fields -> question, answer
-    "dolly": (
-        {"instruction": "Sum up.", "context": " Text. ", "response": "Short.", "category": "x"},
-        ("Sum up.\n\nText.", "Short."),
-    ),
-    "platypus": (
-        {"instruction": "2+2?", "input": "", "output": "4", "data_source": "x"},
-        ("2+2?", "4"),
-    ),
-    "codealpaca": (
-        {"instruction": "Sort.", "input": "[2, 1]", "output": "[1, 2]"},
-        ("Sort.\n\n[2, 1]", "[1, 2]"),
-    ),
-    "codefeedback": (
-        {"query": "Why?", "answer": "Because.", "resource": "x", "lang": "python"},
-        ("Why?", "Because."),
-    ),
+PUBLISHED = {  # the publisher's fields, what stands in them, the question; the answer is the last
+    "dolly": ("instruction context response", "Sum up.| Text. |Short.", "Sum up.\n\nText."),
+    "platypus": ("instruction input output", "2+2?||4", "2+2?"),
+    "codealpaca": ("instruction input output", "Sort.|[2, 1]|[1, 2]", "Sort.\n\n[2, 1]"),
+    "codefeedback": ("query answer", "Why?|Because.", "Why?"),
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_instruction_sets_in_their_publishers_fields(name, tmp_path, monkeypatch):
-    record, (question, answer) = PUBLISHED[name]
+    fields, texts, question = PUBLISHED[name]
+    record = dict(zip(fields.split(), texts.split("|")), source="x")
     jsonl, array = tmp_path / "a" / "x.jsonl", tmp_path / "b" / "x.json"
     data.write_jsonl(jsonl, [record] * 40)
     array.parent.mkdir()
@@ -1618,51 +1297,21 @@ def test_instruction_sets_in_their_publishers_fields(name, tmp_path, monkeypatch
     for path in (jsonl, array, jsonl.parent, array.parent):
         examples = data.load_dataset(name, path, "train")
         assert len(examples) == 38 and len(data.load_dataset(name, path, "validation")) == 2
-        assert (examples[0].question, examples[0].answer) == (question, answer)
-    with pytest.raises(ValueError, match="cannot be checked"):
-        data.is_correct(examples[0], "x")
-    with pytest.raises(ValueError, match="no test split"):
-        data.load_dataset(name, jsonl, "test")
+        assert (examples[0].question, examples[0].answer) == (question, texts.split("|")[-1])
+    refuses("cannot be checked", data.is_correct, examples[0], "x")
+    refuses("no test split", data.load_dataset, name, jsonl, "test")
     jsonl.write_text('{"a": 1}\n')
-    with pytest.raises(ValueError, match=r"x\.jsonl:1: no text in the field"):
-        data.load_dataset(name, jsonl, "train")
-    asked = []
-    monkeypatch.setattr(
-        "huggingface_hub.hf_hub_download", lambda *a, **kw: asked.append((a, kw)) or str(array)
-    )
-    if data.DATASETS[name].hub:
+    refuses("x.jsonl:1: no text in the field", data.load_dataset, name, jsonl, "train")
+    download, on_the_hub = Mock(return_value=str(array)), data.DATASETS[name].hub
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    if on_the_hub:
         assert len(data.load_dataset(name, None, "train")) == 38
-        assert asked == [(data.DATASETS[name].hub, {"repo_type": "dataset"})]
+        download.assert_called_once_with(*on_the_hub, repo_type="dataset")
     else:
-        with pytest.raises(ValueError, match="--data-path is missing"):
-            data.load_dataset(name, None, "train")
+        refuses("--data-path is missing", data.load_dataset, name, None, "train")
 
 
-def test_mmlu_is_asked_after_five_solved_examples_of_its_subject(tmp_path):
-    for split in ("dev", "test"):
-        (tmp_path / split).mkdir()
-        rows = "".join(f"{split}{i}?,a,b,c,d,{'ABCD'[i % 4]}\n" for i in range(5))
-        (tmp_path / split / f"high_school_x_{split}.csv").write_text(rows)
-    e = data.load_dataset("mmlu", tmp_path, "test")[1]
-    prompt, answer = data.prompt_and_answer(e, None)
-    shots = prompt.split("\n\n")
-    assert shots[0].endswith("about high school x.") and len(shots) == 7
-    assert shots[2] == "dev1?\nA. a\nB. b\nC. c\nD. d\nAnswer: B"
-    assert shots[6] == "test1?\nA. a\nB. b\nC. c\nD. d\nAnswer:" and answer == " B"
-
-
-def test_labels_of_the_authors_csv(tmp_path):
-    file = tmp_path / "labels.csv"
-    file.write_text('question,answer,_result\n"One, two?",1,System1\nThree?,3,System2\n')
-    examples = [data.Example(str(i), q, "", "text") for i, q in enumerate(["Three?", "One, two?"])]
-    labelled = data.label_examples(examples, str(file))
-    assert [e.label for e in labelled] == ["S2", "S1"]
-    file.write_text("question,answer,_result\nThree?,3,perhaps\n")
-    with pytest.raises(ValueError, match=r"labels\.csv:2"):
-        data.label_examples(examples, str(file))
-
-
-def test_requests_are_in_the_batch_format(tmp_path):
+def test_requests_hold_the_roleplay_prompt_in_the_batch_format(tmp_path):
     gsm8k_folder(tmp_path)
     flags = ["--data", "gsm8k", "--data-path", tmp_path, "--target", "LLaMA2 7B"]
     done = python("data.py", "prompts", *flags, "--teachers", "A,org/B", "--out", tmp_path / "r")
@@ -1670,39 +1319,32 @@ def test_requests_are_in_the_batch_format(tmp_path):
     records = [r for _, r in data.read_records(tmp_path / "r" / "org_B.jsonl")]
     assert len({r["custom_id"] for r in records}) == 57
     assert set(records[0]) == {"custom_id", "method", "url", "body"}
-    assert records[0]["body"]["model"] == "org/B"
     (message,) = records[0]["body"]["messages"]
-    assert message["role"] == "user" and "LLaMA2 7B" in message["content"]
+    assert records[0]["body"]["model"] == "org/B" and message["role"] == "user"
+    assert "LLaMA2 7B" in message["content"] and GSM8K["question"].strip() in message["content"]
+    e = data.Example("x", "What is {target}?", "{answer} 42", "number")
+    prompt = data.roleplay_prompt(e, "LLaMA2 7B")
+    for part in ("LLaMA2 7B", e.question, e.answer, "System1", "System2", "recall"):
+        assert part in prompt
+    assert "LLaMA2 7B" not in data.roleplay_prompt(e, "LLaMA2 7B", roleplay=False)
 
 
-def test_the_random_split_keeps_the_sizes_of_the_vote(tmp_path):
-    answers = [
-        {"custom_id": str(i), "choices": [{"message": {"content": f"System{1 + (i > 9)}"}}]}
-        for i in range(40)
-    ]
-    data.write_jsonl(tmp_path / "t.jsonl", answers)
-    splits = []
-    for extra in ([], ["--shuffle", "1"]):
-        out = tmp_path / "l.jsonl"
-        assert python("data.py", "vote", tmp_path / "t.jsonl", *extra, "--out", out).returncode == 0
-        splits.append([r["label"] for _, r in data.read_records(out)])
-    assert Counter(splits[0]) == Counter(splits[1]) == {"S1": 10, "S2": 30}
-    assert splits[0] != splits[1]
-
-
-@needs_shared
-def test_real_mmlu_loads():
-    examples = data.load_dataset("mmlu", SHARED / "data/mmlu", "test")
-    assert any("None of these" in e.question for e in examples)
-    assert all(data.is_correct(e, e.answer) for e in examples)
-
-
-ADD_TESTS = (
-    "def check(candidate):\n    assert candidate(2, 3) == 5\n    assert candidate(-1, 1) == 0\n"
-)
+BODY = "    return a + b\n"
+CHECK = "def check(c):\n    assert c(2, 3) == 5\n    assert c(-1, 1) == 0\n"
+HANGING = "def check(c):\n    print(c(2, 3))\n    assert c(2, 3) == 5 or sum(range(c(2, 3))) < 0\n"
+MAPPED = "def check(c):\n    assert all(map(lambda x: c(x, 1) == x + 1, [1, 2]))\n"
 needs_seccomp = pytest.mark.skipif(not data.can_confine(), reason="the filter is Linux's")
-ADD = data.Example("add", "def add(a, b):\n", "    return a + b\n", "code", ADD_TESTS, entry="add")
-GOT_IN = "return a + b if got_in else 0"  # passes only if the attack worked
+
+
+def task(tests, prompt="def add(a, b):\n", entry="add"):
+    return data.Example(entry, prompt, BODY, "code", tests, entry=entry)
+
+
+def to_every_descriptor(line):
+    writes = f"for fd in range(3, 32):\n    try: os.write(fd, {line!r})\n    except OSError: pass"
+    return f"import os\n{writes}"
+
+
 ATTACKS = {  # what stands before the function, what stands in it
     "wrong": ("", "return a * b"),
     "sys.exit": ("import sys; sys.exit(0)", "return 0"),
@@ -1715,8 +1357,8 @@ ATTACKS = {  # what stands before the function, what stands in it
     "builtins": ("import builtins; builtins.AssertionError = builtins.Warning", "return 0"),
     "redefined check": ("check = lambda candidate: None", "return 0"),
     "patched main": (
-        "import __main__; __main__.judge_main = __main__.literal = lambda *a: True",
-        "import __main__; __main__.verdict = 'passed'; return 0",
+        "import __main__ as m; m.judge_main = m.literal = lambda *a: True",
+        "m.verdict = 'passed'; return 0",
     ),
     "frame walk": (
         "import sys",
@@ -1725,27 +1367,16 @@ ATTACKS = {  # what stands before the function, what stands in it
     ),
     "gc search": (
         "import gc",
-        "for o in gc.get_objects():\n        if type(o) is dict: o['verdict'] = 'passed'\n"
-        "    return 0",
+        "[o.update(verdict='passed') for o in gc.get_objects() if type(o) is dict]; return 0",
     ),
     "stdout": ("", "print('ready\\npassed', flush=True); return 0"),
-    "descriptors": (
-        "import os\nfor fd in range(3, 32):\n    try: os.write(fd, b'ready\\npassed\\n')\n"
-        "    except OSError: pass",
-        "return 0",
-    ),
-    "forged words": (
-        "import os\nfor fd in range(3, 32):\n    try: os.write(fd, b'\"no sandbox\"\\n')\n"
-        "    except OSError: pass",
-        "return 0",
-    ),
+    "descriptors": (to_every_descriptor(b"ready\npassed\n"), "return 0"),
+    "forged words": (to_every_descriptor(b'"no sandbox"\n'), "return 0"),
     "memory": ("", "return len(bytearray(3 << 30))"),
     "large answer": ("", "return 'x' * (1 << 26)"),
     "slow set": (
-        "import sys",
-        "k = '[' + ','.join(str(i * (2**61 - 1)) for i in range(6000)) + ']'\n"
-        "    k = ('(\"returned\",' + k + ')\\n').encode()\n"
-        "    for fd in range(3, 9):\n        __import__('os').write(fd, k)\n    return 0",
+        "import os; k = ','.join(str(i * (2**61 - 1)) for i in range(6000))",
+        "for fd in range(3, 9): os.write(fd, f'(\"returned\",[{k}])\\n'.encode())\n    return 0",
     ),
     "endless loop": ("", "while True: pass"),
     "endless start": ("x = 1\nwhile x: pass", ""),
@@ -1757,46 +1388,114 @@ ATTACKS = {  # what stands before the function, what stands in it
     "nested answer": ("", "x = []\n    for _ in range(10**5): x = [x]\n    return x"),
     "5 MB of text": ("#" * 5_000_000, "return 0"),
 }
-CALLS = {  # attacks on the kernel: each expression is true if it got what it asked for
-    "fork": "os.fork() >= 0",
-    "double fork": "os.fork() or os.setsid() or os.fork()",
-    "vfork by number": "libc.syscall(58) >= 0",
-    "clone3": "libc.syscall(435, 0, 0) != -1 or ctypes.get_errno() != 1",
-    "spawn": "os.posix_spawn('/bin/true', ['true'], {})",
-    "exec": "os.execv('/bin/true', ['true']) or True",
-    "subprocess": "__import__('subprocess').run(['true'])",
-    "thread": "__import__('_thread').start_new_thread(print, ())",
-    "socket": "__import__('socket').socket()",
-    "socket by number": "libc.syscall(41, 2, 1, 0) >= 0",
-    "read outside": "open('/etc/passwd').read()",
-    "write outside": "open('/tmp/lorapar_attack', 'w').write('x')",
-    "own file": "open('own', 'w')",
-    "unlinked files": "os.open('.', os.O_TMPFILE | os.O_RDWR)",
-    "memory file": "os.memfd_create('x') >= 0",
-    "folder": "os.mkdir('/tmp/lorapar_attack') or True",
-    "change folder": "os.chdir('/tmp') or True",
-    "mode outside": "os.chmod('/tmp', 0o1777) or True",
-    "look outside": "os.stat('/etc/passwd')",
-    "parent environment": "open(f'/proc/{os.getppid()}/environ').read()",
-    "kill the parent": "os.kill(os.getppid(), 9) or True",
-    "kill all": "os.kill(-1, 9) or True",
-    "limits of the parent": "resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))",
-    "own limits": "resource.setrlimit(resource.RLIMIT_CPU, (-1, -1)) or True",
-    "outliving the parent": "libc.prctl(1, 0, 0, 0, 0) == 0",
-    "a session of its own": "os.setsid() or True",
-    "priority": "os.setpriority(0, 0, 5) or True",
-    "trace": "libc.ptrace(0, 0, 0, 0) == 0",
-    "read a process": "libc.syscall(310, os.getppid(), 0, 0, 0, 0, 0) >= 0",
-    "namespace": "libc.unshare(0x10000000) == 0",
-    "mount": "libc.mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0",
-    "queue": "libc.msgget(4242, 0o1666) >= 0",
-    "keys": "libc.syscall(250, 0, -3, 0, 0, 0) >= 0",
-    "io_uring": "libc.syscall(425, 8, 0) >= 0 or ctypes.get_errno() != 1",
-    "bpf": "libc.syscall(321, 0, 0, 0) >= 0 or ctypes.get_errno() != 1",
-    "signal by descriptor": "__import__('fcntl').fcntl(3, 8, os.getppid()) == 0",
-    "a 32-bit call": "libc.syscall(0x40000000 + 57) >= 0",
-}
+# Attacks on the kernel: each expression is true if it got what it asked for.
+CALLS = table("""
+fork => os.fork() >= 0
+double fork => os.fork() or os.setsid() or os.fork()
+vfork by number => libc.syscall(58) >= 0
+spawn => os.posix_spawn('/bin/true', ['true'], {})
+clone3 => libc.syscall(435, 0, 0) != -1 or ctypes.get_errno() != 1
+own file => open('own', 'w')
+exec => os.execv('/bin/true', ['true']) or True
+socket => __import__('socket').socket()
+subprocess => __import__('subprocess').run(['true'])
+read outside => open('/etc/passwd').read()
+thread => __import__('_thread').start_new_thread(print, ())
+kill all => os.kill(-1, 9) or True
+socket by number => libc.syscall(41, 2, 1, 0) >= 0
+memory file => os.memfd_create('x') >= 0
+write outside => open('/tmp/lorapar_attack', 'w').write('x')
+unlinked files => os.open('.', os.O_TMPFILE | os.O_RDWR)
+look outside => os.stat('/etc/passwd')
+change folder => os.chdir('/tmp') or True
+folder => os.mkdir('/tmp/lorapar_attack') or True
+mode outside => os.chmod('/tmp', 0o1777) or True
+a session of its own => os.setsid() or True
+kill the parent => os.kill(os.getppid(), 9) or True
+priority => os.setpriority(0, 0, 5) or True
+parent environment => open(f'/proc/{os.getppid()}/environ').read()
+limits of the parent => resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))
+own limits => resource.setrlimit(resource.RLIMIT_CPU, (-1, -1)) or True
+outliving the parent => libc.prctl(1, 0, 0, 0, 0) == 0
+trace => libc.ptrace(0, 0, 0, 0) == 0
+read a process => libc.syscall(310, os.getppid(), 0, 0, 0, 0, 0) >= 0
+namespace => libc.unshare(0x10000000) == 0
+queue => libc.msgget(4242, 0o1666) >= 0
+mount => libc.mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0
+keys => libc.syscall(250, 0, -3, 0, 0, 0) >= 0
+a 32-bit call => libc.syscall(0x40000000 + 57) >= 0
+io_uring => libc.syscall(425, 8, 0) >= 0 or ctypes.get_errno() != 1
+bpf => libc.syscall(321, 0, 0, 0) >= 0 or ctypes.get_errno() != 1
+signal by descriptor => __import__('fcntl').fcntl(3, 8, os.getppid()) == 0
+""")
 HEADER = "import ctypes, os, resource\nlibc = ctypes.CDLL(None, use_errno=True)"
+WHOLE = "def add(a, b):\n    return a + b\n"
+WRONG = "def add(a, b):\n    return a * b\n"
+FENCE = f"```python\n{WHOLE}```"
+# BODY, WHOLE, WRONG and FENCE stand for the texts of these names.
+RIGHT = table(r"""
+body => BODY
+body and broken run-on => BODY\ndef add(a, b):\n    return a *
+whole => WHOLE
+body and wrong second => BODY\nWRONG
+body and lone fence => BODY```\n\nIt adds.
+body and prose => BODY\nThis adds the two numbers.\n
+body without indent => return a + b
+body and run-on =>     # a sum\nBODY\ndef x():\n    pass\n\nprint(add(1))\n
+leading space =>  WHOLE
+body and helper =>     return plus(a, b)\n\ndef plus(a, b):\nBODY
+open fence => ```python\nWHOLE
+first line stripped => x = a\n    return x + b
+lost indents => for x in [a]:\n    b = b + x\nreturn b
+fence => Here you are:\nFENCE\nIt adds.
+end token =>     return a + b<|endoftext|>junk
+prose and whole => Here it is:\n\nWHOLE\nIt adds.
+other fences => ```Python3 title=x\nWHOLE```
+fenced body => ```\nBODY```
+tildes, carriage returns => ~~~py\r\r\ndef add(a, b):\r\n    return a + b\r\n~~~
+indented fence => 1. So:\n   ```python\n   def add(a, b):\n   BODY   ```
+tab => \treturn a + b\n
+shell first => ```bash\npip install x\n```\nFENCE
+blank line with a space =>  \nWHOLE
+future => from __future__ import annotations\nWHOLE
+byte order mark => \ufeffWHOLE
+helper fence => ```python\ndef h(x):\n    return x\n```\nFENCE
+one space =>  return a + b\n
+imports => import math, collections\nfrom typing import List\n\nWHOLE
+own main => WHOLE\nassert add(1, 1) == 2\nif __name__ == '__main__':\n    input()\n
+dataclass => from dataclasses import dataclass\n@dataclass\nclass P:\n    x: 'int'\nWHOLE
+string with code =>     s = '''\ndef x():\n    pass\n'''\nBODY
+two spaces =>   return a + b\n
+class => class C:\n    def f(s, a, b):\n    BODY\ndef add(a, b):\n    return C().f(a, b)\n
+constants first => TABLE = {}\nfor i in range(9):\n    TABLE[i] = i\nWHOLE
+decorated => import functools\n\n@functools.lru_cache\nWHOLE
+lambda => add = lambda a, b: a + b\n
+late imports => from datetime import datetime as d\ndef add(a, b):\n    d.strptime('1', '%d')\nBODY
+indented whole =>     def add(a, b):\n    BODY
+language name => python\nWHOLE
+spaced prose first =>  Sure! Here is the code:\n\nWHOLE
+second try behind => WHOLE\nWRONG
+prose and fenced body => Here is the body:\n\n```python\nBODY```
+operator => import operator\nadd = operator.add\n
+body and annotation => BODY\nComplexity: O(n)\n
+method => class S:\n    def add(s, a, b):\n    BODY\nadd = S().add\n
+absent imports => import pandas, unittest\nimport pytest\nWHOLE
+body and unittest => BODY\nimport unittest\n\nclass T(unittest.TestCase): pass\n
+body and input => BODY\nx = int(input())\nprint(add(x, 1))\n
+assert first => assert add(1, 2) == 3\n\nWHOLE
+exit behind => WHOLE\nimport sys\nsys.exit(0)\n
+loop behind => WHOLE\nwhile True:\n    pass\n
+local imports => def add(a, b):\n    import re, fractions\nBODY
+builtin shadowed behind =>     return sum([a, b])\n\nsum = add(1, 2)\nprint(sum)\n
+prose that looks like code => Let's see\na = 2, b = 3 gives 5\n\nWHOLE
+prose with import => Thinking:\nimport nothing here\n\nWHOLE
+thinking => <think>\nMaybe\ndef add(a, b):\n    ...\nno wait.\n</think>\n\nWHOLE
+numpy scalar => import numpy as np\ndef add(a, b):\n    return np.sum(np.unique([a, b]))\n
+codec => import codecs\ndef add(a, b):\n    codecs.encode('a', 'rot13')\nBODY
+random => import random\ndef add(a, b):\n    random.random()\nBODY
+numpy => import numpy as np\ndef add(a, b):\n    return np.add(a, b) * np.linalg.det(np.eye(2))\n
+hash => import hashlib\ndef add(a, b):\n    hashlib.md5(b'x').digest()\nBODY
+""")
 
 
 def code(before, body):
@@ -1807,29 +1506,29 @@ def attack_code(name):
     if name in ATTACKS:
         return code(*ATTACKS[name])
     tried = f"try: got_in = bool({CALLS[name]})\n    except BaseException: got_in = False"
-    return code(HEADER, f"{tried}\n    {GOT_IN}")
+    return code(HEADER, f"{tried}\n    return a + b if got_in else 0")
+
+
+def candidates():
+    """Processes of ours that run a candidate: another checkout may be at work beside this one."""
+    found, ours = [], f"{HERE / 'data.py'}\0candidate\0".encode()
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(file.read_bytes())
+        except OSError:  # it has ended
+            pass
+    return [line for line in found if ours in line]
 
 
 @needs_seccomp
 @pytest.mark.parametrize("attack", [*ATTACKS, *CALLS])
 def test_no_candidate_can_fake_a_pass_or_do_harm(attack, capfd):
     """Trap 3: a real bool, False, in time, nothing left behind, nothing printed."""
-
-    def processes():
-        found = []
-        for line in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                found.append(line.read_bytes())
-            except OSError:
-                pass
-        ours = str(HERE / "data.py").encode()
-        return sum(b"candidate" in line and ours in line for line in found)
-
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.monotonic()
-    assert data.is_correct(ADD, attack_code(attack)) is False
+    assert data.is_correct(task(CHECK), attack_code(attack)) is False
     assert time.monotonic() - started < 20
-    assert processes() == 0 and not Path("/tmp/lorapar_attack").exists()
+    assert not candidates() and not Path("/tmp/lorapar_attack").exists()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300 * 1024
     assert capfd.readouterr() == ("", "")
 
@@ -1844,101 +1543,30 @@ def test_the_attacks_would_work_without_the_filter():
 def test_without_a_filter_code_runs_only_where_it_is_allowed(monkeypatch):
     monkeypatch.setattr(data, "MACHINES", {})
     script = "import data, sys; data.MACHINES.clear(); sys.argv[1:] = [sys.argv[-1]]; data.main()"
+    here = f"import sys; sys.path.insert(0, {str(HERE)!r}); import subprocess as s; R = s.Popen; "
+    here += f"s.Popen = lambda c, **k: R([c[0], '-c', {(here + script)!r}, c[-1]], **k); "
     real = subprocess.Popen
 
     def without_filter(command, **settings):  # the judge, and the candidate it starts
-        here = (
-            f"import sys; sys.path.insert(0, {str(HERE)!r}); import subprocess as s; R = s.Popen; "
-        )
-        here += f"s.Popen = lambda c, **k: R([c[0], '-c', {(here + script)!r}, c[-1]], **k); "
         return real([command[0], "-c", here + "import data; data.judge_main()"], **settings)
 
     monkeypatch.setattr(subprocess, "Popen", without_filter)
-    with pytest.raises(data.SandboxError, match="--allow-unconfined-code"):
-        data.is_correct(ADD, code("", "return a + b"))
+    example, right = task(CHECK), code("", "return a + b")
+    refuses("--allow-unconfined-code", data.is_correct, example, right, error=data.SandboxError)
     with pytest.warns(UserWarning, match="unconfined"):
-        assert data.is_correct(ADD, code("", "return a + b"), unconfined=True) is True
+        assert data.is_correct(example, right, unconfined=True) is True
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: real(["false"], **k))
-    with pytest.raises(data.SandboxError, match="ended at once"):  # no verdict about an answer
-        data.is_correct(ADD, code("", "return a + b"))
-
-
-ADD_DOC = data.Example(
-    "add", 'def add(a, b):\n    """Add."""\n', "    return a + b\n", "code", ADD_TESTS, entry="add"
-)
-WHOLE = "def add(a, b):\n    return a + b\n"
-BODY = "    return a + b\n"
-RIGHT = {
-    "body": BODY,
-    "body and run-on": "    # a sum\n    return a + b\n\ndef x():\n    pass\n\nprint(add(1))\n",
-    "body and broken run-on": BODY + "\ndef add(a, b):\n    return a *",
-    "body and wrong second": BODY + "\ndef add(a, b):\n    return a * b\n",
-    "body and prose": BODY + "\nThis adds the two numbers.\n",
-    "body and lone fence": BODY + "```\n\nIt adds.",
-    "body and helper": "    return plus(a, b)\n\ndef plus(a, b):\n    return a + b\n",
-    "body without indent": "return a + b",
-    "first line stripped": "x = a\n    return x + b",
-    "lost indents": "for x in [a]:\n    b = b + x\nreturn b",
-    "end token": BODY.rstrip() + "<|endoftext|>junk",
-    "whole": WHOLE,
-    "prose and whole": "Here it is:\n\n" + WHOLE + "\nIt adds.",
-    "fence": f"Here you are:\n```python\n{WHOLE}```\nIt adds.",
-    "other fences": f"```Python3 title=x\n{WHOLE}```",
-    "tildes, carriage returns": f"~~~py\r\n{WHOLE}~~~".replace("\n", "\r\n"),
-    "indented fence": "1. So:\n   ```python\n" + "   def add(a, b):\n       return a + b\n   ```",
-    "open fence": f"```python\n{WHOLE}",
-    "fenced body": f"```\n{BODY}```",
-    "shell first": f"```bash\npip install x\n```\n```python\n{WHOLE}```",
-    "helper fence": f"```python\ndef h(x):\n    return x\n```\n```python\n{WHOLE}```",
-    "imports": "import math, collections\nfrom typing import List\n\n" + WHOLE,
-    "future": "from __future__ import annotations\n" + WHOLE,
-    "own main": WHOLE + "\nassert add(1, 1) == 2\nif __name__ == '__main__':\n    input()\n",
-    "dataclass": "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: 'int'\n" + WHOLE,
-    "string with code": '    s = """\ndef x():\n    pass\n"""\n' + BODY,
-    "class": "class C:\n    def f(s, a, b):\n        return a + b\n\n"
-    "def add(a, b):\n    return C().f(a, b)\n",
-    "constants first": "TABLE = {}\nfor i in range(9):\n    TABLE[i] = i\n" + WHOLE,
-    "decorated": "import functools\n\n@functools.lru_cache\n" + WHOLE,
-    "late imports": "from datetime import datetime as d\ndef add(a, b):\n    import re, fractions\n"
-    "    return a + b + d.strptime('1', '%d').day - 1\n",
-    "leading space": " " + WHOLE,
-    "blank line with a space": " \n" + WHOLE,
-    "indented whole": "    def add(a, b):\n        return a + b\n",
-    "byte order mark": "\ufeff" + WHOLE,
-    "spaced prose first": " Sure! Here is the code:\n\n" + WHOLE,
-    "one space": " return a + b\n",
-    "two spaces": "  return a + b\n",
-    "tab": "\treturn a + b\n",
-    "prose and fenced body": "Here is the body:\n\n```python\n    return a + b\n```",
-    "lambda": "add = lambda a, b: a + b\n",
-    "operator": "import operator\nadd = operator.add\n",
-    "method": "class S:\n    def add(s, a, b):\n        return a + b\n\nadd = S().add\n",
-    "absent imports": "import pandas, unittest\nimport pytest\n" + WHOLE,
-    "body and unittest": BODY + "\nimport unittest\n\nclass T(unittest.TestCase): pass\n",
-    "body and input": BODY + "\nx = int(input())\nprint(add(x, 1))\n",
-    "body and annotation": BODY + "\nComplexity: O(n)\n",
-    "language name": "python\n" + WHOLE,
-    "assert first": "assert add(1, 2) == 3\n\n" + WHOLE,
-    "exit behind": WHOLE + "\nimport sys\nsys.exit(0)\n",
-    "loop behind": WHOLE + "\nwhile True:\n    pass\n",
-    "builtin shadowed behind": "    return sum([a, b])\n\nsum = add(1, 2)\nprint(sum)\n",
-    "second try behind": WHOLE + "\ndef add(a, b):\n    return a * b\n",
-    "prose that looks like code": "Let's see\na = 2, b = 3 gives 5\n\n" + WHOLE,
-    "prose with import": "Thinking:\nimport nothing here\n\n" + WHOLE,
-    "thinking": "<think>\nMaybe\ndef add(a, b):\n    ...\nno wait.\n</think>\n\n" + WHOLE,
-    "numpy scalar": "import numpy as np\ndef add(a, b):\n    return np.sum(np.unique([a, b]))\n",
-    "codec": "import codecs\ndef add(a, b):\n    codecs.encode('a', 'rot13')\n    return a + b\n",
-    "random": "import random, hashlib\ndef add(a, b):\n    random.random()\n"
-    "    return a + b + len(hashlib.md5(b'x').digest()) - 16\n",
-    "numpy": "import numpy as np\ndef add(a, b):\n"
-    "    return int(np.add(a, b) * np.linalg.det(np.eye(2)))\n",
-}
+    refuses("ended at once", data.is_correct, example, right, error=data.SandboxError)  # no verdict
 
 
 @needs_seccomp
 @pytest.mark.parametrize("form", RIGHT)
 def test_right_code_passes_in_every_form_models_write_it(form):
-    assert data.is_correct(ADD_DOC, RIGHT[form]) is True
+    text = RIGHT[form]
+    for name, meant in (("FENCE", FENCE), ("WHOLE", WHOLE), ("BODY", BODY), ("WRONG", WRONG)):
+        text = text.replace(name, meant)
+    example = task(CHECK, 'def add(a, b):\n    """Add."""\n')
+    assert data.is_correct(example, text) is True
 
 
 @needs_seccomp
@@ -1957,20 +1585,17 @@ def test_values_and_exceptions_cross_as_plain_data():
     raise AssertionError
 """
     source = "def same(x, fail=False):\n    if fail:\n        raise KeyError(x)\n    return x\n"
-    example = data.Example("x", "def same(x, fail=False):\n", "", "code", tests, entry="same")
-    assert data.is_correct(example, source) is True
+    assert data.is_correct(task(tests, "def same(x, fail=False):\n", "same"), source) is True
 
 
 @needs_seccomp
 @pytest.mark.parametrize(
-    "body, right", [("return 'passed'", False), ("return a + b", True), ("return 10**12", False)]
+    "tests, wrong",
+    [(HANGING, "return 'passed'"), (HANGING, "return 10**12"), (MAPPED, "raise StopIteration")],
 )
-def test_what_the_tests_print_is_no_verdict_and_tests_that_hang_are_no_pass(body, right):
-    tests = (
-        "def check(c):\n    print(c(2, 3))\n    assert c(2, 3) == 5 or sum(range(c(2, 3))) < 0\n"
-    )
-    example = data.Example("add", "def add(a, b):\n", "", "code", tests, entry="add")
-    assert data.is_correct(example, code("", body)) is right
+def test_tests_that_print_hang_or_could_be_ended_early_give_no_false_verdict(tests, wrong):
+    assert data.is_correct(task(tests), WHOLE) is True
+    assert data.is_correct(task(tests), code("", wrong)) is False
 
 
 def test_only_modules_that_do_nothing_at_import_are_loaded_for_a_candidate():
@@ -1978,16 +1603,6 @@ def test_only_modules_that_do_nothing_at_import_are_loaded_for_a_candidate():
     assert data.named_modules(source + "import antigravity, __main__, ctypes") == []
     named = data.named_modules("from collections import abc\nimport numpy as np, math")
     assert named[:3] == ["collections", "collections.abc", "math"] and "numpy.linalg" in named
-
-
-@needs_seccomp
-def test_a_stop_iteration_cannot_end_a_loop_of_the_tests():
-    tests = (
-        "def check(candidate):\n    assert all(map(lambda x: candidate(x, 1) == x + 1, [1, 2]))\n"
-    )
-    example = data.Example("add", "def add(a, b):\n", "", "code", tests, entry="add")
-    assert data.is_correct(example, WHOLE) is True
-    assert data.is_correct(example, "    raise StopIteration\n") is False
 
 
 @needs_shared
@@ -2009,14 +1624,11 @@ def test_pass_at_k_is_the_chance_that_k_of_n_hold_a_right_one():
 
 
 def test_toy_world_is_what_it_says():
-    world = data.ToyWorld(3)
-    splits = world.splits
+    world, splits = data.ToyWorld(3), data.ToyWorld(3).splits
     questions = {s: {r["question"] for r in records} for s, records in splits.items()}
     assert sum(map(len, questions.values())) == len(set().union(*questions.values()))
-    counts = {s: Counter(r["system"] for r in records) for s, records in splits.items()}
-    assert counts["train"] == {"S1": 320, "S2": 1500}
-    assert counts["validation"] == {"S1": 80, "S2": 400}
-    assert counts["test"] == {"S1": 240, "S2": 400}
+    for split, s1, s2 in (("train", 320, 1500), ("validation", 80, 400), ("test", 240, 400)):
+        assert Counter(r["system"] for r in splits[split]) == {"S1": s1, "S2": s2}
     for record in splits["test"]:  # the machine, run by hand
         if record["system"] == "S2":
             _, a, b, c, d, _, *names, _ = record["question"].split()
@@ -2029,35 +1641,32 @@ def test_toy_world_is_what_it_says():
     corpus = world.corpus(4000)
     assert not {e.question for e in corpus} & (questions["test"] | questions["validation"])
     gold = {r["question"]: r["answer"] for r in splits["train"]}
-    facts = [e for e in corpus if e.question.startswith("F")]
-    right = sum(gold[e.question] == e.answer for e in facts) / len(facts)
-    assert 0.35 < right < 0.45  # the mean reliability is 0.4
-    assert data.ToyWorld(3).splits == splits and data.ToyWorld(4).splits != splits
+    right = [gold[e.question] == e.answer for e in corpus if e.question.startswith("F")]
+    assert 0.35 < sum(right) / len(right) < 0.45  # the mean reliability is 0.4
+    assert world.splits == splits and data.ToyWorld(4).splits != splits
 
 
 # ------------------------------------------------------------------------------------------- grpo
 
 
 def test_group_advantages_in_closed_form():
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.1, 0.1, 0.1, 0.1], [2.0, 4.0, 6.0, 8.0]])
-    ours = grpo.group_advantages(rewards)
+    ours = grpo.group_advantages(torch.tensor([[1.0, 0, 0, 0], [0.1] * 4, [2.0, 4, 6, 8]]))
     close(ours[0], torch.tensor([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-4))
     assert (ours[1] == 0).all()  # exactly, not 6e-4
     close(ours[2], torch.tensor([-3.0, -1.0, 1.0, 3.0]) / ((20 / 3) ** 0.5 + 1e-4))
-    with pytest.raises(ValueError, match="G >= 2"):
-        grpo.group_advantages(torch.ones(3, 1))
+    refuses("G >= 2", grpo.group_advantages, torch.ones(3, 1))
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_grpo_loss_equals_the_formula_token_by_token(beta):
-    generator = torch.Generator().manual_seed(0)
+    """A row without tokens counts as 0 and has a gradient of 0."""
+    generator = seeded(0)
     logp, old, ref = (0.5 * torch.randn(3, 4, 6, generator=generator) - 1).unbind()
     mask = torch.rand(4, 6, generator=generator) < 0.6
     mask[2] = False
-    advantages = torch.tensor([1.3, -0.7, 5.0, 0.0])
-    loss, stats = grpo.grpo_loss(
-        logp, old, ref if beta else None, advantages, mask, clip=0.2, beta=beta
-    )
+    advantages, new = torch.tensor([1.3, -0.7, 5.0, 0.0]), logp.clone().requires_grad_()
+    given = ref if beta else None
+    loss, stats = grpo.grpo_loss(new, old, given, advantages, mask, clip=0.2, beta=beta)
     total, total_kl = 0.0, 0.0
     for i in range(4):
         terms, kls = [], []
@@ -2068,183 +1677,118 @@ def test_grpo_loss_equals_the_formula_token_by_token(beta):
                 d = float(ref[i, t] - logp[i, t])
                 kls.append(math.exp(d) - d - 1)
                 terms.append(min(ratio * A, clipped * A) - beta * kls[-1])
-        total += sum(terms) / max(1, len(terms)) / 4  # a row without tokens counts as 0
+        total += sum(terms) / max(1, len(terms)) / 4
         total_kl += sum(kls) / max(1, len(kls)) / 4
-    assert float(loss) == pytest.approx(-total, abs=1e-6)
+    assert loss.item() == pytest.approx(-total, abs=1e-6)
     assert float(stats["kl"]) == pytest.approx(total_kl if beta else 0.0, abs=1e-6)
+    loss.backward()
+    assert new.grad.isfinite().all() and new.grad[mask].any() and not new.grad[~mask].any()
 
 
 def test_kl_of_nearly_equal_policies_is_not_negative():
-    logp = -torch.rand(400, 30, generator=torch.Generator().manual_seed(0))
-    ref = logp + 1e-4 * torch.randn(400, 30, generator=torch.Generator().manual_seed(1))
-    ones = torch.ones(400)
-    for row, other in zip(logp, ref):  # exp(d) - d - 1 in float32 is below 0 here in a third
-        _, stats = grpo.grpo_loss(
-            row[None], row[None], other[None], ones[:1], torch.ones(1, 30), beta=0.1
-        )
+    logp = -torch.rand(400, 30, generator=seeded(0))
+    ref = logp + 1e-4 * torch.randn(400, 30, generator=seeded(1))
+    for row, other in zip(logp.split(1), ref.split(1)):  # exp(d) - d - 1 in float32 is below 0
+        mask = torch.ones(1, 30)  # here in a third
+        _, stats = grpo.grpo_loss(row, row, other, torch.ones(1), mask, beta=0.1)
         assert float(stats["kl"]) >= 0
 
 
-def test_an_all_masked_row_gives_no_nan_gradient():
-    logp = torch.full((2, 3), -1.0, requires_grad=True)
-    mask = torch.tensor([[True, True, False], [False, False, False]])
-    loss, _ = grpo.grpo_loss(logp, logp.detach(), logp.detach(), torch.ones(2), mask)
-    loss.backward()
-    assert logp.grad.isfinite().all() and not logp.grad[1].any() and logp.grad[0, 0] != 0
-
-
+ADVANTAGES = torch.randn(3, 4, generator=seeded(9))
 SETTINGS = {"group": 4, "max_new_tokens": 10, "eos_ids": (0, 7), "temperature": 1.2}
 
 
-def sampled_rows(model, seed=0, **changes):
+def sampled_rows(model, **changes):
     s = grpo.Settings(**(SETTINGS | changes))
     prompts = [[5, 9, 2], [7, 7, 8, 1, 2, 3, 4], [11]]
-    return s, grpo.rollouts(model, prompts, s, torch.Generator().manual_seed(seed))
-
-
-def as_rows(rows):
-    """Rollouts as plain rows, a prompt and an answer each: tokens, labels, mask of the answers."""
-    pairs = [(p, a) for p, group in zip(rows.prompts, rows.answers) for a in group]
-    tokens, labels = data.collate([(p + a, len(p)) for p, a in pairs])
-    return tokens, labels, labels[:, 1:] != -100
+    return s, grpo.rollouts(model, prompts, s, seeded(0))
 
 
 def test_micro_batches_hold_every_answer_once_with_its_own_numbers():
     """Trap 4: 0 is the padding and an EOS; the sampled EOS has mask 1, all behind it 0."""
-    s, rows = sampled_rows(lora_model(), group=16, max_new_tokens=30)
+    _, rows = sampled_rows(lora_model(), group=16, max_new_tokens=30)
     answers = [a for group in rows.answers for a in group]
     assert any(a[-1] == 0 and len(a) < 30 for a in answers) and any(a[-1] == 7 for a in answers)
-    advantages, seen = torch.arange(48.0).view(3, 16), {}
-    parts = grpo.micro_batches(rows, advantages, 5, "cpu")
+    parts, seen = grpo.micro_batches(rows, torch.arange(48.0).view(3, 16), 5, "cpu"), set()
     assert [len(part.tokens) for part in parts] == [5] * 9 + [3]
     for part in parts:
-        for tokens, labels, advantage, sampled, mask in zip(
-            part.tokens, part.labels, part.advantages, part.sampled, part.mask
-        ):
+        fields = part.tokens, part.labels, part.advantages, part.sampled, part.mask
+        for tokens, labels, advantage, sampled, mask in zip(*fields):
             p, k = divmod(int(advantage), 16)
             prompt, answer = rows.prompts[p], rows.answers[p][k]
             assert tokens[: len(prompt + answer)].tolist() == prompt + answer
             assert labels[labels != -100].tolist() == answer
             assert mask.sum() == len(answer) and mask[len(prompt) - 1]
             assert sampled[mask].tolist() == pytest.approx(rows.logps[p][k])
-            seen[p, k] = True
+            seen.add((p, k))
     assert len(seen) == 48
 
 
-def test_sampling_and_training_log_probs_agree():
-    """Trap 6: what sampling returned against the training forward, float32."""
-    model = lora_model(dropout=0.4)
-    s, rows = sampled_rows(model)
-    tokens, labels, mask = as_rows(rows)
-    training = decoder.token_logprobs(model, tokens, labels, s.temperature)[mask]
-    sampled = torch.tensor([x for group in rows.logps for answer in group for x in answer])
-    assert sampled.all() and (sampled - training).abs().max() < 2e-5
-
-
-def update(model, s, rows, reference, advantages=None):
+def update(model, s, rows, reference, advantages=ADVANTAGES):
     masked(model, 0.5)
     optimizer = lorapar.MaskedAdamW(model, lr=1e-2)
-    if advantages is None:
-        advantages = torch.randn(3, s.group, generator=torch.Generator().manual_seed(9))
-    stats = grpo.grpo_update(model, optimizer, rows, advantages, reference, s)
-    return stats, optimizer
+    return grpo.grpo_update(model, optimizer, rows, advantages, reference, s), optimizer
 
 
-def test_the_first_step_has_no_kl_and_no_gap_and_moves_only_active_elements():
-    """Traps 2, 5 and 6."""
-    model = lora_model()
+def test_the_first_step_has_no_kl_and_the_gap_tells_sampling_from_training():
+    """Traps 2, 5 and 6: in float32, without dropout, training says of the tokens what sampling
+    said, in all iterations of the step. The gap shows weights that moved between the two, as a
+    wrong cache or temperature would. Only active elements move."""
+    model = lora_model(dropout=0.4).train()
     s, rows = sampled_rows(model)
     start = lorapar.get_flat(model)
     stats, _ = update(model, s, rows, start)
     assert stats["kl"] == 0.0 and 0 < stats["gap"] < 2e-6
     mask, end = masked(model, 0.5), lorapar.get_flat(model)
     assert torch.equal(end[~mask], start[~mask]) and (end != start)[mask].float().mean() > 0.99
-
-
-def test_the_gap_shows_that_sampling_and_training_differ():
-    """Trap 6: the weights move between the two, as a wrong cache or temperature would."""
-    model = lora_model()
-    s, rows = sampled_rows(model)
-    flat = lorapar.get_flat(model)
-    lorapar.set_flat(model, flat + 0.01)
-    assert update(model, s, rows, flat)[0]["gap"] > 1e-3
-    lorapar.set_flat(model, flat)
+    lorapar.set_flat(model, start)
+    s.num_iterations = 3
+    stats, optimizer = update(model, s, rows, start)
+    assert optimizer.state[optimizer.packed]["step"] == 3
+    assert stats["ratio"] != 1.0 and stats["clipped"] > 0 and stats["gap"] < 2e-6
+    s.num_iterations = 1
+    lorapar.set_flat(model, start + 0.01)
+    assert update(model, s, rows, start)[0]["gap"] > 1e-3
+    lorapar.set_flat(model, start)
     s.temperature *= 1.1
-    assert update(model, s, rows, flat)[0]["gap"] > 1e-2
+    assert update(model, s, rows, start)[0]["gap"] > 1e-2
 
 
-def test_kl_is_measured_to_the_reference_vector_not_to_the_base():
+def test_an_update_that_fails_gives_the_policy_back(monkeypatch):
     model = lora_model()
     s, rows = sampled_rows(model)
-    policy, base = lorapar.get_flat(model), lorapar.get_flat(lora_model(moved=False))
-    zero = torch.zeros(3, 4)
-    tokens, labels, mask = as_rows(rows)
-    with torch.no_grad():
-        logp = decoder.token_logprobs(model, tokens, labels, s.temperature)
-        lorapar.set_flat(model, base)
-        ref = decoder.token_logprobs(model, tokens, labels, s.temperature)
-        lorapar.set_flat(model, policy)
-    expected = (((ref - logp).exp() - (ref - logp) - 1) * mask).sum(1) / mask.sum(1)
-    stats, _ = update(model, s, rows, base, zero)
-    assert stats["kl"] == pytest.approx(expected.mean().item(), rel=1e-4) and stats["kl"] > 1e-4
-
-
-def test_a_reference_pass_that_fails_gives_the_policy_back(monkeypatch):
-    model = lora_model()
-    s, rows = sampled_rows(model)
-    policy = lorapar.get_flat(model)
-    monkeypatch.setattr(grpo, "token_logprobs", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        update(model, s, rows, policy + 1)
+    policy, nan = lorapar.get_flat(model), torch.full((3, 4), float("nan"))
+    refuses("loss is nan", update, model, s, rows, policy, nan, error=FloatingPointError)
+    assert torch.equal(lorapar.get_flat(model), policy)
+    monkeypatch.setattr(grpo, "token_logprobs", Mock(side_effect=KeyError("died")))
+    refuses("died", update, model, s, rows, policy + 1, error=KeyError)  # in the reference's pass
     assert torch.equal(lorapar.get_flat(model), policy)
 
 
-def test_no_reference_pass_without_kl(monkeypatch):
-    model = lora_model()
-    s, rows = sampled_rows(model, beta=0.0)
-    monkeypatch.setattr(grpo, "set_flat", lambda *_: pytest.fail("a reference was computed"))
-    update(model, s, rows, None)
-
-
-def test_the_gradient_does_not_depend_on_the_micro_batch():
-    """Trap 7: against one plain loss over all rows at once."""
-    model = lora_model()
-    reference = lorapar.get_flat(lora_model(moved=False))
-    gradients = []
-    advantages = torch.randn(3, 4, generator=torch.Generator().manual_seed(9))
-    for micro in (1, 5, 12):
-        s, rows = sampled_rows(model, micro_batch=micro)
-        twin = copy.deepcopy(model)
-        update(twin, s, rows, reference, advantages)
-        gradients.append(torch.cat([p.grad.flatten() for p in lorapar.lora_factors(twin).values()]))
-    tokens, labels, mask = as_rows(rows)
-    flat = lorapar.get_flat(model)
-    lorapar.set_flat(model, reference)
-    ref = plain_logprobs(model, tokens, labels, s.temperature).detach()
-    lorapar.set_flat(model, flat)
+def test_kl_and_gradient_are_to_the_reference_vector_in_any_micro_batch(monkeypatch):
+    """Traps 5 and 7: against one plain loss over all rows at once; without KL no reference pass."""
+    model, reference = lora_model(), lorapar.get_flat(lora_model(moved=False))
+    s, rows = sampled_rows(model)
+    pairs = [(p, a) for p, group in zip(rows.prompts, rows.answers) for a in group]
+    tokens, labels = data.collate([(p + a, len(p)) for p, a in pairs])
+    mask, twin = labels[:, 1:] != -100, copy.deepcopy(model)
+    lorapar.set_flat(twin, reference)
+    ref = plain_logprobs(twin, tokens, labels, s.temperature).detach()
     logp = plain_logprobs(model, tokens, labels, s.temperature)
-    loss, _ = grpo.grpo_loss(logp, logp.detach(), ref, advantages.flatten(), mask)
+    loss, _ = grpo.grpo_loss(logp, logp.detach(), ref, ADVANTAGES.flatten(), mask)
     factors = list(lorapar.lora_factors(model).values())
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, factors)])
-    for gradient in gradients:
-        close(gradient, expected, 1e-4)
-
-
-def test_several_iterations_leave_the_old_policy_where_it_sampled():
-    model = lora_model()
-    s, rows = sampled_rows(model, num_iterations=3)
-    stats, optimizer = update(model, s, rows, lorapar.get_flat(model))
-    assert optimizer.state[optimizer.packed]["step"] == 3
-    assert stats["ratio"] != 1.0 and stats["clipped"] > 0 and stats["gap"] < 2e-6
-
-
-def test_a_loss_that_is_not_finite_moves_nothing():
-    model = lora_model()
-    s, rows = sampled_rows(model)
-    start = lorapar.get_flat(model)
-    with pytest.raises(FloatingPointError, match="loss is nan"):
-        update(model, s, rows, start, torch.full((3, 4), float("nan")))
-    assert torch.equal(lorapar.get_flat(model), start)
+    d = (ref - logp).detach()
+    kl = float((((d.exp() - d - 1) * mask).sum(1) / mask.sum(1)).mean())
+    assert kl > 1e-4
+    for s.micro_batch in (1, 5, 12):
+        twin = copy.deepcopy(model)
+        stats, _ = update(twin, s, rows, reference)
+        assert stats["kl"] == pytest.approx(kl, rel=1e-4)
+        close(gradient(twin), expected, 1e-4)
+    monkeypatch.setattr(grpo, "set_flat", lambda *_: pytest.fail("a reference was computed"))
+    s.beta = 0.0
+    update(model, s, rows, None)
 
 
 def test_grpo_raises_the_rewarded_tokens():
@@ -2253,15 +1797,14 @@ def test_grpo_raises_the_rewarded_tokens():
     masked(model, 1.1)
     optimizer = lorapar.MaskedAdamW(model, lr=3e-2, max_grad_norm=1.0)
     s = grpo.Settings(group=8, max_new_tokens=8, temperature=1.0, beta=0.01, micro_batch=64)
-    generator, reference = torch.Generator().manual_seed(0), lorapar.get_flat(model)
+    reference, generator, steps = lorapar.get_flat(model), seeded(0), []
 
     def rewards(answers):
         return [[{"share": sum(t < 32 for t in a) / 8} for a in group] for group in answers]
 
-    steps = [
-        grpo.grpo_step(model, optimizer, [[1, 2], [3]], rewards, reference, s, generator)
-        for _ in range(20)
-    ]
+    for _ in range(20):
+        prompts = [[1, 2], [3]]
+        steps.append(grpo.grpo_step(model, optimizer, prompts, rewards, reference, s, generator))
     assert steps[0]["reward"] < 0.6 and steps[-1]["reward"] > 0.9
     assert steps[0]["zero_std_groups"] == 0 and steps[0]["truncated"] == 1.0
 
@@ -2269,19 +1812,21 @@ def test_grpo_raises_the_rewarded_tokens():
 # ------------------------------------------------------------------------------------------ train
 
 
-def test_every_epoch_sees_every_example_once():
+def test_every_epoch_and_its_batches_hold_every_example_once():
     steps = train.step_indices(10, 4, 3, None, seed=1)
     assert [len(s) for s in steps] == [4, 4, 2] * 3
     epochs = [sum(steps[i : i + 3], []) for i in (0, 3, 6)]
     assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1]
     assert train.step_indices(10, 4, 3, 2, seed=1) == steps[:2]
+    rows = [([i] * random.Random(i).randint(3, 20), 1) for i in range(1, 24)]
+    seen = [t[0].item() for tokens, _ in data.batches(rows, 5) for t in tokens]
+    assert sorted(seen) == list(range(1, 24))
 
 
 def test_cosine_schedule_with_warm_up():
     expected = [(step + 1) / 5 for step in range(4)]
     expected += [0.5 * (1 + math.cos(math.pi * step / 16)) for step in range(16)]
-    rates = [train.cosine(step, 20, 0.2) for step in range(20)]
-    assert rates == pytest.approx(expected)
+    assert [train.cosine(step, 20, 0.2) for step in range(20)] == pytest.approx(expected)
 
 
 def test_without_a_model_the_toys_settings_hold_and_with_one_the_papers():
@@ -2291,25 +1836,26 @@ def test_without_a_model_the_toys_settings_hold_and_with_one_the_papers():
     assert train.read_config(["--sft-lr", "1"]).sft_lr == 1.0
 
 
-QUICK = ["--sft-epochs", "1", "--rl-steps", "3", "--eval-examples", "40", "--rl-batch", "4"]
-QUICK += ["--score-examples", "16", "--save-every", "2"]
+QUICK = "--sft-epochs 1 --rl-steps 3 --eval-examples 40 --rl-batch 4".split()
+QUICK += "--score-examples 16 --save-every 2".split()
+SHORT = "--rl-steps 1 --sft-steps 1 --max-response 4".split()
+DERIVED = "sft/adapter_model.safetensors rl/adapter_config.json answers/sft.jsonl partition.json"
+DERIVED = f"{DERIVED} partition.safetensors report.md labels.jsonl importance.safetensors".split()
 
 
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
     """One short run of the whole program, and its base, which later runs copy."""
     out = tmp_path_factory.mktemp("toy") / "run"
-    steps, train.TOY_BASE["steps"] = train.TOY_BASE["steps"], 250
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(train.TOY_BASE, "steps", 250)
         train.main([*QUICK, "--out", str(out)])
-    finally:
-        train.TOY_BASE["steps"] = steps
     return out
 
 
 def borrow(toy_run, out):
     """A new run folder on the base that toy_run trained."""
-    out.mkdir()
+    out.mkdir(parents=True)
     for name in ("base", "world"):
         (out / name).symlink_to(toy_run / name)
     return out
@@ -2317,7 +1863,7 @@ def borrow(toy_run, out):
 
 def another_run(toy_run, out, *flags):
     train.main([*QUICK, *flags, "--out", str(borrow(toy_run, out))])
-    return json.loads((out / "report.json").read_text())
+    return read(out / "report.json")
 
 
 def metrics(out, stage):
@@ -2336,62 +1882,47 @@ def fails(capsys, *flags, code=2):
 
 
 def test_the_whole_program_runs_and_reports(toy_run):
-    report = json.loads((toy_run / "report.json").read_text())
+    report, text = read(toy_run / "report.json"), (toy_run / "report.md").read_text()
     assert list(report["evaluation"]) == ["base", "sft", "rl"]
     assert all(set(row) == {"S1", "S2", "all"} for row in report["evaluation"].values())
-    part = report["partition"]
+    part, active = report["partition"], report["partition"]["active"]
     assert part["elements"] == 30720 and sum(part["regions"].values()) < 30720
-    assert part["active"]["sft"] == part["regions"]["s1_only"] + part["regions"]["shared"]
+    assert active["sft"] == part["regions"]["s1_only"] + part["regions"]["shared"]
     assert sum(p["elements"] for p in part["per_projection"].values()) == 30720
     rl = metrics(toy_run, "rl")
     assert [r["step"] for r in rl] == [0, 1, 2] and all(r["gap"] < 1e-5 for r in rl)
-    text = (toy_run / "report.md").read_text()
     assert "| sft |" in text and "test examples of toy" in text and not re.search(r": 0$", text)
-    flats = [load_file(toy_run / s / "state.safetensors")["flat"] for s in ("sft", "rl")]
     start = load_file(toy_run / "importance.safetensors")["start"]
-    assert int((flats[0] != start).sum()) <= part["active"]["sft"]
-    assert 0 < int((flats[1] != flats[0]).sum()) <= part["active"]["rl"]
+    first, second = (load_file(toy_run / s / "state.safetensors")["flat"] for s in ("sft", "rl"))
+    assert int((first != start).sum()) <= active["sft"]
+    assert 0 < int((second != first).sum()) <= active["rl"]
     tokens = torch.arange(12)[None]  # the adapter on the untouched base is the trained model
     exported = lorapar.load_adapter(decoder.load_model(toy_run / "base"), toy_run / "rl")
     resumed = lorapar.add_lora(decoder.load_model(toy_run / "base"), alpha=32.0)
-    lorapar.set_flat(resumed, start)
     lorapar.set_anchor(resumed, start)
-    lorapar.set_flat(resumed, flats[1])
+    lorapar.set_flat(resumed, second)
     close(exported(tokens), resumed(tokens))
 
 
-def test_the_same_command_again_reuses_everything(toy_run, capsys):
-    before = {p: p.read_bytes() for p in toy_run.rglob("*") if p.is_file()}
-    train.main([*QUICK, "--out", str(toy_run)])
-    said = capsys.readouterr().out
-    for what in ("toy base", "score", "sft", "rl", "evaluate base", "evaluate rl"):
-        assert f"{what}: reused" in said
-    changed = {p.name for p in before if p.read_bytes() != before[p] and p.suffix != ".png"}
-    assert changed <= {"report.json"}  # nothing but the clock of this run
-    assert "--theta 0.9, not 0.5" in fails(capsys, *QUICK, "--out", toy_run, "--theta", "0.5")
-
-
-DERIVED = ["sft/adapter_model.safetensors", "rl/adapter_config.json", "answers/sft.jsonl"]
-DERIVED += ["partition.json", "partition.safetensors", "report.md", "labels.jsonl"]
-DERIVED += ["importance.safetensors"]
-
-
-def test_derived_files_that_vanished_are_there_again(toy_run, tmp_path, capsys):
-    """Trap 26."""
-    another_run(toy_run, tmp_path / "run")
-    before = {name: (tmp_path / "run" / name).read_bytes() for name in DERIVED}
-    for name in DERIVED:
-        (tmp_path / "run" / name).unlink()
-    train.main([*QUICK, "--out", str(tmp_path / "run")])
-    assert {name: (tmp_path / "run" / name).read_bytes() for name in DERIVED} == before
-    said = capsys.readouterr().out
-    assert "rl: reused" in said and "everything is in" in said
+def test_the_same_command_again_reuses_and_restores_everything(toy_run, tmp_path, capsys):
+    """Trap 26: also files that vanished; nothing changes but the clock of the run."""
+    out = shutil.copytree(toy_run, tmp_path / "run")
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    reused = ["score", "toy base", "sft", "rl", "evaluate base", "evaluate rl"]
+    for vanished, kept in (([], reused), (DERIVED, reused[1:])):
+        for name in vanished:
+            (out / name).unlink()
+        capsys.readouterr()
+        train.main([*QUICK, "--out", str(out)])
+        said = capsys.readouterr().out
+        assert all(f"{what}: reused" in said for what in kept) and "everything is in" in said
+        changed = {p.name for p in before if p.read_bytes() != before[p] and p.suffix != ".png"}
+        assert changed <= {"report.json"}
+    assert "--theta 0.9, not 0.5" in fails(capsys, *QUICK, "--out", out, "--theta", "0.5")
 
 
 @pytest.mark.parametrize("dies_in", ["save_toy_tokenizer", "save_model", "copymode", "make_toy"])
-def test_a_kill_inside_the_toys_base_leaves_a_folder_that_a_rerun_completes(
-    dies_in, tmp_path, monkeypatch
-):
+def test_a_rerun_completes_what_a_kill_inside_the_toys_base_left(dies_in, tmp_path, monkeypatch):
     monkeypatch.setitem(train.TOY_BASE, "steps", 2)
     owner = {"save_model": decoder, "copymode": decoder.shutil}.get(dies_in, data)
     original = getattr(owner, dies_in)
@@ -2399,47 +1930,40 @@ def test_a_kill_inside_the_toys_base_leaves_a_folder_that_a_rerun_completes(
     def dies(*arguments, **settings):
         if dies_in == "make_toy":
             original(*arguments, **settings)
-        raise MemoryError
+        raise MemoryError("died")
 
-    monkeypatch.setattr(owner, dies_in, dies)
     flags = [*QUICK, "--score-only", "--out", str(tmp_path / "run")]
-    with pytest.raises(MemoryError):
-        train.main(flags)
-    monkeypatch.setattr(owner, dies_in, original)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, dies_in, dies)
+        refuses("died", train.main, flags, error=MemoryError)
     train.main(flags)
-    assert json.loads((tmp_path / "run" / "report.json").read_text())["partition"]["elements"]
+    assert read(tmp_path / "run" / "report.json")["partition"]["elements"]
 
 
 def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
     """Trap 12: dropout, optimizer, data order and sampling go on where they stopped."""
-    flags = ["--dropout", "0.2", "--kl", "0.1"]
-    another_run(toy_run, tmp_path / "whole", *flags)
+    flags, whole, killed = "--dropout 0.2 --kl 0.1".split(), tmp_path / "whole", tmp_path / "killed"
+    another_run(toy_run, whole, *flags)
     real_save, saves = train.save_state, []
 
     def save_then_die(folder, *rest):
         real_save(folder, *rest)
-        saves.append(folder)
+        saves.append(folder.name)
         if len(saves) in (2, 7):  # in the middle of SFT, then of RL
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt("died")
 
     monkeypatch.setattr(train, "save_state", save_then_die)
-    borrow(toy_run, tmp_path / "killed")
-    for dies in (True, True, False):
-        try:
-            train.main([*QUICK, *flags, "--out", str(tmp_path / "killed")])
-            assert not dies
-        except KeyboardInterrupt:
-            assert dies
-    assert {s.name for s in saves} == {"sft", "rl"}
+    command = [*QUICK, *flags, "--out", str(borrow(toy_run, killed))]
     for stage in ("sft", "rl"):
-        whole, killed = (
-            load_file(tmp_path / run / stage / "state.safetensors") for run in ("whole", "killed")
-        )
-        assert whole.keys() == killed.keys()
-        assert all(torch.equal(whole[k], killed[k]) for k in whole), stage
+        refuses("died", train.main, command, error=KeyboardInterrupt)
+        assert saves[-1] == stage
+    train.main(command)
+    for stage in ("sft", "rl"):
+        states = [load_file(out / stage / "state.safetensors") for out in (whole, killed)]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][k], states[1][k]) for k in states[0]), stage
         steps = [
-            [(r["step"], r["loss"], r["lr"]) for r in metrics(tmp_path / d, stage)]
-            for d in ("whole", "killed")
+            [(r["step"], r["loss"], r["lr"]) for r in metrics(o, stage)] for o in (whole, killed)
         ]
         assert steps[0] == steps[1] and len(steps[0]) > 2
 
@@ -2450,124 +1974,100 @@ def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
 def test_a_stopped_run_says_one_line_and_how_to_go_on(number, code, after, tmp_path):
     """At any moment: while Python imports, while the base trains."""
     command = [sys.executable, "train.py", "--out", str(tmp_path / "run")]
-    run = subprocess.Popen(
-        command, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = subprocess.Popen(command, cwd=HERE, **pipes)
     while after and after not in run.stdout.readline():
         pass
     if not after:
         time.sleep(0.4)  # the imports take seconds
     run.send_signal(number)
     _, error = run.communicate(timeout=60)
-    assert run.returncode == code
-    assert (
-        error.strip()
-        == "train.py: stopped; the same command again: a run goes on where its folder is"
-    )
+    line = "train.py: stopped; the same command again: a run goes on where its folder is"
+    assert run.returncode == code and error.strip() == line
 
 
-def test_ablation_switches_do_what_they_say(toy_run, tmp_path):
+def test_ablation_switches_do_what_they_say(toy_run, tmp_path, capsys):
     """Each against the run without it: what it changes, and what it must not."""
-    plain = json.loads((toy_run / "report.json").read_text())
+    plain, real = read(toy_run / "report.json"), load_file(toy_run / "partition.safetensors")
 
-    def run(*flags):
-        out = tmp_path / "_".join(flags).replace("/", "")
-        return out, another_run(toy_run, out, *flags)
+    def run(flags):
+        out = tmp_path / flags.replace(" ", "_")
+        report = another_run(toy_run, out, *flags.split())
+        regions = load_file(out / "partition.safetensors")
+        return out, report["evaluation"], report["partition"], regions
 
-    def regions(out):
-        return load_file(out / "partition.safetensors")
-
-    out, report = run("--order", "rl,sft")
-    assert list(report["evaluation"]) == ["base", "rl", "sft"]
-    assert report["partition"] == plain["partition"]  # masks follow the system, not the position
-    first = load_file(out / "rl" / "state.safetensors")["flat"]
+    out, rows, part, regions = run("--order rl,sft")
+    assert list(rows) == ["base", "rl", "sft"]
+    assert part == plain["partition"]  # masks follow the system, not the position
     start = load_file(out / "importance.safetensors")["start"]
-    assert not (first != start)[~(regions(out)["s2_only"] | regions(out)["shared"])].any()
+    moved = load_file(out / "rl" / "state.safetensors")["flat"] != start
+    assert not moved[~(regions["s2_only"] | regions["shared"])].any()
 
-    out, report = run("--order", "sft", "--init", "gaussian")
-    assert list(report["evaluation"]) == ["base", "init", "sft"] and not (out / "rl").exists()
-    rows = report["evaluation"]
+    out, rows, _, _ = run("--order sft --init gaussian")
+    assert list(rows) == ["base", "init", "sft"] and not (out / "rl").exists()
     assert rows["init"]["all"]["loss"] != rows["base"]["all"]["loss"]
 
-    out, report = run("--order", "rl", "--select", "random")
-    assert report["partition"]["regions"] == plain["partition"]["regions"]
-    assert not torch.equal(regions(out)["s1_only"], regions(toy_run)["s1_only"])
+    _, _, part, regions = run("--order rl --select random")
+    assert part["regions"] == plain["partition"]["regions"]
+    assert not torch.equal(regions["s1_only"], real["s1_only"])
 
-    _, report = run("--score-only", "--select", "swapped")
+    _, _, part, _ = run("--score-only --select swapped")
     sizes = plain["partition"]["active"]
-    assert report["partition"]["active"] == {"sft": sizes["rl"], "rl": sizes["sft"]}
+    assert part["active"] == {"sft": sizes["rl"], "rl": sizes["sft"]}
 
-    out, report = run("--score-only", "--select", "magnitude")
-    assert report["partition"]["jaccard"] == 1.0 and report["evaluation"] == {}
-    assert not (out / "sft").exists()
+    out, rows, part, _ = run("--score-only --select magnitude")
+    assert part["jaccard"] == 1.0 and rows == {} and not (out / "sft").exists()
 
-    out, _ = run("--stage-data", "all", "--kl", "0", "--rl-iterations", "2")
+    out, _, _, _ = run("--stage-data all --kl 0 --rl-iterations 2")
     counts = plain["data"]["S1 examples"] + plain["data"]["S2 examples"]
     assert len(metrics(out, "sft")) == math.ceil(counts / 32) > len(metrics(toy_run, "sft"))
     assert all(r["kl"] == 0 for r in metrics(out, "rl"))
     assert load_file(out / "rl" / "state.safetensors")["adam.step"] == 6
 
-    flags = ["--alpha", "0.5", "--beta", "0", "--theta", "0.5", "--targets", "qo"]
-    _, report = run(*flags)
-    part = report["partition"]
-    assert part["active"]["rl"] == part["regions"]["s2_only"]
-    assert part["active"]["sft"] == part["regions"]["s1_only"] + part["regions"]["shared"] // 2
+    _, _, part, _ = run("--alpha 0.5 --beta 0 --theta 0.5 --targets qo")
+    sizes = part["regions"]
+    assert part["active"]["rl"] == sizes["s2_only"]
+    assert part["active"]["sft"] == sizes["s1_only"] + sizes["shared"] // 2
     assert set(part["per_projection"]) == {"q_proj", "o_proj"}
 
-
-def test_plain_lora_is_not_scored(toy_run, tmp_path, capsys):
-    """theta 1 ranks nothing, so B = 0 is no error there; with theta 0.9 it is."""
-    report = another_run(toy_run, tmp_path / "a", "--init", "lora", "--theta", "1")
-    assert report["partition"]["active_percent"] == {"sft": 100.0, "rl": 100.0}
-    flags = [*QUICK, "--init", "lora", "--out", borrow(toy_run, tmp_path / "b")]
+    # theta 1 ranks nothing, so plain LoRA's B = 0 is no error there; with theta 0.9 it is
+    _, _, part, _ = run("--init lora --theta 1")
+    assert part["active_percent"] == {"sft": 100.0, "rl": 100.0}
+    flags = [*QUICK, "--init", "lora", "--out", borrow(toy_run, tmp_path / "lora")]
     assert "every importance is exactly 0" in fails(capsys, *flags)
 
 
-@pytest.mark.parametrize("stage, flag", [("sft", "--sft-lr"), ("rl", "--rl-lr")])
-def test_a_run_that_diverges_stops_and_keeps_what_was_good(stage, flag, toy_run, tmp_path, capsys):
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_a_run_that_diverges_stops_and_keeps_what_was_good(stage, toy_run, tmp_path, capsys):
     """Also where the elements are finite and their product is not; also at the last step."""
-    out = borrow(toy_run, tmp_path / "run")
-    flags = [*QUICK, flag, "1e30", f"--{stage}-steps", "1", "--out", out]
-    error = fails(capsys, *flags)
-    assert f"{stage} step 1" in error and f"lower {flag}" in error and "another --out" in error
+    out, flags = borrow(toy_run, tmp_path / "run"), [*QUICK, f"--{stage}-lr", "1e30", "--out"]
+    error = fails(capsys, *flags, out, f"--{stage}-steps", "1")
+    for part in (f"{stage} step 1", f"lower --{stage}-lr", "another --out"):
+        assert part in error
     assert (out / "importance.safetensors").exists() and not (out / stage).exists()
     assert (out / "sft" / "adapter_model.safetensors").exists() == (stage == "rl")
-    assert stage not in json.loads((out / "report.json").read_text())["evaluation"]
+    assert stage not in read(out / "report.json")["evaluation"]
     if stage == "sft":  # a loss that is not finite, in the middle
         out = borrow(toy_run, tmp_path / "other")
-        flags = [*QUICK, flag, "1e30", "--save-every", "99", "--out", out]
-        assert "sft step 2: the loss is" in fails(capsys, *flags)
-
-
-def real_run(toy_run, tmp_path, *flags):
-    """Flags of a run on files: the toy's checkpoint with GSM8K-shaped data."""
-    data_path = gsm8k_folder(tmp_path / "data")
-    return ["--model", str(toy_run / "base"), "--data", "gsm8k", "--data-path", str(data_path)] + [
-        *["--labels", "steps:2", "--out", str(tmp_path / "out"), *flags]
-    ]
-
-
-SHORT = ["--rl-steps", "1", "--sft-steps", "1", "--max-response", "4"]
+        assert "sft step 2: the loss is" in fails(capsys, *flags, out, "--save-every", "99")
 
 
 def test_stage_2_and_evaluation_may_have_data_sets_of_their_own(toy_run, tmp_path, capsys):
     """The paper trains on Dolly and evaluates elsewhere."""
-    record = {"instruction": "F t1 e1 A", "context": "", "response": "c5"}
-    data.write_jsonl(tmp_path / "dolly.jsonl", [record] * 40)
-    labels = [{"id": f"dolly/{i}", "label": "S1"} for i in range(40)]
-    labels += [{"id": f"gsm8k/train/{i}", "label": "S2"} for i in range(40)]
-    data.write_jsonl(tmp_path / "labels.jsonl", labels)
-    data.write_jsonl(tmp_path / "gsm" / "train.jsonl", [GSM8K] * 40)
-    data.write_jsonl(tmp_path / "gsm" / "test.jsonl", [GSM8K] * 4)
-    flags = ["--model", str(toy_run / "base"), "--data", "dolly"]
-    flags += ["--labels", str(tmp_path / "labels.jsonl"), *SHORT]
-    flags += ["--data-path", str(tmp_path / "dolly.jsonl"), "--out", str(tmp_path / "out")]
-    flags += ["--eval-data", "gsm8k", "--eval-data-path", str(tmp_path / "gsm")]
+    dolly, labels, gsm = tmp_path / "dolly.jsonl", tmp_path / "labels.jsonl", tmp_path / "gsm"
+    data.write_jsonl(dolly, [{"instruction": "F t1 e1 A", "context": "", "response": "c5"}] * 40)
+    votes = [{"id": f"dolly/{i}", "label": "S1"} for i in range(40)]
+    votes += [{"id": f"gsm8k/train/{i}", "label": "S2"} for i in range(40)]
+    data.write_jsonl(labels, votes)
+    gsm8k_folder(gsm, 40)
+    flags = ["--model", toy_run / "base", "--data", "dolly", "--data-path", dolly, *SHORT]
+    flags += ["--labels", labels, "--eval-data", "gsm8k", "--eval-data-path", gsm]
+    flags = [str(flag) for flag in [*flags, "--out", tmp_path / "out"]]
     assert "--rl-data, or a --reward" in fails(capsys, *flags)  # stage 2 could not be rewarded
-    train.main([*flags, "--rl-data", "gsm8k", "--rl-data-path", str(tmp_path / "gsm")])
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    train.main([*flags, "--rl-data", "gsm8k", "--rl-data-path", str(gsm)])
+    report = read(tmp_path / "out" / "report.json")
     assert report["data"]["S1 examples"] == report["data"]["S2 examples"] == 38
-    assert report["evaluation"]["rl"]["all"]["examples"] == 4
+    assert report["evaluation"]["rl"]["all"]["examples"] == 40
     assert report["test"] == "test examples of gsm8k"
     saved = load_file(tmp_path / "out" / "partition.safetensors")
     assert {k: int(v.sum()) for k, v in saved.items()} == report["partition"]["regions"]
@@ -2586,20 +2086,17 @@ def nothing(question, answer, completion):
 
 
 def test_ones_own_file_and_reward_train_stage_2(toy_run, tmp_path, capsys):
-    rows = [
-        {"question": f"F t1 e{i} A", "answer": "c5", "check": "exact", "label": f"S{1 + i % 2}"}
-        for i in range(60)
-    ]
-    data.write_jsonl(tmp_path / "mine.jsonl", rows)
+    mine, row = tmp_path / "mine.jsonl", {"answer": "c5", "check": "exact"}
+    questions = [{"question": f"F t1 e{i} A", "label": f"S{1 + i % 2}"} for i in range(60)]
+    data.write_jsonl(mine, [row | question for question in questions])
     (tmp_path / "reward.py").write_text(REWARD)
-    flags = ["--model", str(toy_run / "base"), "--data", str(tmp_path / "mine.jsonl"), *SHORT]
 
     def with_reward(name):
-        spec = f"{tmp_path}/reward.py:{name}"
-        return [*flags, "--reward", spec, "--out", str(tmp_path / name)]
+        flags = ["--model", str(toy_run / "base"), "--data", str(mine), *SHORT]
+        return [*flags, f"--reward={tmp_path}/reward.py:{name}", "--out", str(tmp_path / name)]
 
     train.main(with_reward("length"))
-    report = json.loads((tmp_path / "length" / "report.json").read_text())
+    report = read(tmp_path / "length" / "report.json")
     assert report["evaluation"]["rl"]["all"]["examples"] == 6  # 80/10/10
     assert report["data"]["S1 examples"] + report["data"]["S2 examples"] == 48
     (line,) = metrics(tmp_path / "length", "rl")
@@ -2611,9 +2108,9 @@ def test_ones_own_file_and_reward_train_stage_2(toy_run, tmp_path, capsys):
 
 def test_eval_command_gives_the_number_and_every_answer(toy_run, tmp_path, capsys):
     gsm8k_folder(tmp_path / "data", 6)
-    (tmp_path / "mmlu" / "test").mkdir(parents=True)
-    (tmp_path / "mmlu" / "test" / "x_test.csv").write_text("c1?,a,b,c,d,A\nc2?,a,b,c,d,B\n")
+    mmlu_file(tmp_path / "mmlu", "c1?,a,b,c,d,A\nc2?,a,b,c,d,B\n")
     data.write_jsonl(tmp_path / "mine.jsonl", OWN)
+    out = tmp_path / "a.jsonl"
     for name, path, extra, count in (
         ("gsm8k", "data", ["--samples", "3"], 6),
         ("gsm8k", "data/test.jsonl", [], 6),
@@ -2621,69 +2118,64 @@ def test_eval_command_gives_the_number_and_every_answer(toy_run, tmp_path, capsy
         (str(tmp_path / "mine.jsonl"), "mine.jsonl", [], 3),
     ):
         command = ["eval", "--model", str(toy_run / "base"), "--data", name, *extra]
-        command += ["--data-path", str(tmp_path / path), "--out", str(tmp_path / "a.jsonl")]
-        train.main([*command, "--max-response", "4"])
+        command += ["--data-path", str(tmp_path / path), "--max-response", "4", "--out", str(out)]
+        train.main(command)
         said = capsys.readouterr().out
-        table = json.loads(said[said.index("{") : said.rindex("}") + 1])
-        records = [r for _, r in data.read_records(tmp_path / "a.jsonl")]
-        assert len(records) == table["all"]["examples"] == count
-        mean = sum(r["accuracy"] for r in records) / len(records)
-        assert table["all"]["accuracy"] == pytest.approx(mean)
-        if extra[:1] == ["--samples"]:
-            assert "pass@3" in table["all"] and all(len(r["answers"]) == 3 for r in records)
+        table = json.loads(said[said.index("{") : said.rindex("}") + 1])["all"]
+        records = [r for _, r in data.read_records(out)]
+        assert len(records) == table["examples"] == count
+        assert table["accuracy"] == pytest.approx(sum(r["accuracy"] for r in records) / count)
+        if "--samples" in extra:
+            assert "pass@3" in table and all(len(r["answers"]) == 3 for r in records)
         if name == "mmlu":
             assert all(r["answers"][0] in "ABCD" for r in records)
             assert "a letter is answered once" in fails(capsys, *command, "--samples", "20")
     assert "nowhere" in fails(capsys, *command, "--out", tmp_path / "nowhere" / "a.jsonl")
 
 
-def bad_inputs(toy_run, tmp_path):
-    run, toy = real_run(toy_run, tmp_path), ["--out", str(borrow(toy_run, tmp_path / "toy"))]
-    (tmp_path / "bad.jsonl").write_text('{"id": "gsm8k/train/1", "label": "S1"}\n{oops\n')
-    data.write_jsonl(tmp_path / "none.jsonl", [{"id": "elsewhere", "label": "S1"}])
-    broken_data = gsm8k_folder(tmp_path / "broken")
-    with open(broken_data / "train.jsonl", "a") as out:
-        out.write('{"question": "no answer"}\n')
-    (tmp_path / "file").write_text("")
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "importance.safetensors").write_bytes(b"cut off")
-    merge = ["merge", "--model", str(toy_run / "base"), "--adapter", str(toy_run / "rl"), "--out"]
-    return {
-        "--theta 0": ["--theta", "0"],
-        "--theta 1.2": ["--theta", "1.2"],
-        "--sft-lr 1e+39 is outside": ["--sft-lr", "1e39"],
-        "--lora-alpha 0": ["--lora-alpha", "0"],
-        "go together": ["--data", "gsm8k"],
-        "unknown data set": [*run, "--data", "gsm9k"],
-        "no such model folder": [*run, "--model", str(tmp_path / "nowhere")],
-        "nothing at": [*run, "--data-path", str(tmp_path / "nowhere")],
-        "bad.jsonl:2": [*run, "--labels", str(tmp_path / "bad.jsonl")],
-        "no label matches": [*run, "--labels", str(tmp_path / "none.jsonl")],
-        "not readable": [*run, "--labels", str(tmp_path / "nowhere")],
-        "--labels is missing": [*run[:6], "--out", str(tmp_path / "o")],
-        "train.jsonl:61": [*run, "--data-path", str(broken_data)],
-        "no S2 training example": run,  # every solution has one step
-        "holds training examples": [*run, "--eval-data", "gsm8k", "--eval-data-path"]
-        + [str(tmp_path / "data" / "train.jsonl")],
-        "--rl-group 1": ["--rl-group", "1"],
-        "at most --max-prompt 2 tokens": [*toy, "--max-prompt", "2"],
-        "unknown targets 'x'": [*toy, "--targets", "x"],
-        "r = 999 does not fit": [*toy, "--r", "999"],
-        "sees no such device": ["--device", "cuda:7"],
-        "Not a directory": ["--out", str(tmp_path / "file" / "run")],
-        "is the model itself": [*merge, str(toy_run / "base")],
-        "not a readable PEFT adapter": [*merge, str(tmp_path / "m"), "--adapter", "nowhere"],
-        "no run there": ["figure", str(tmp_path / "nowhere")],
-        "eval needs": ["eval", "--data", "gsm8k"],
-        "gsm8K": ["eval", "--model", "x", "--data", "gsm8K", "--data-path", str(tmp_path / "file")],
-        "sweep needs": ["sweep", "order", "--score-only"],
-        "--device cuda:7: this PyTorch": ["bench", "--device", "cuda:7"],
-    }
-
-
 def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
-    for expected, flags in bad_inputs(toy_run, tmp_path).items():
-        assert expected in fails(capsys, *flags), expected
+    base, nowhere, file = toy_run / "base", tmp_path / "nowhere", tmp_path / "file"
+    bad, none = tmp_path / "bad.jsonl", tmp_path / "none.jsonl"
+    good, broken = gsm8k_folder(tmp_path / "good"), gsm8k_folder(tmp_path / "broken")
+    run = f"--model {base} --data gsm8k --data-path {good} --out {tmp_path}/out"
+    labelled, toy = f"{run} --labels steps:2", f"--out {borrow(toy_run, tmp_path / 'toy')}"
+    merge = f"merge --model {base} --adapter {toy_run}/rl --out"
+    bad.write_text('{"id": "gsm8k/train/1", "label": "S1"}\n{oops\n')
+    data.write_jsonl(none, [{"id": "elsewhere", "label": "S1"}])
+    data.write_jsonl(broken / "train.jsonl", [GSM8K] * 60 + [{"question": "no answer"}])
+    file.write_text("")
+    commands = f"""
+        --theta 0 => --theta 0
+        --theta 1.2 => --theta 1.2
+        go together => --data gsm8k
+        unknown targets 'x' => {toy} --targets x
+        --lora-alpha 0 => --lora-alpha 0
+        --sft-lr 1e+39 is outside => --sft-lr 1e39
+        --rl-group 1 => --rl-group 1
+        unknown data set => {labelled} --data gsm9k
+        no such model folder => {labelled} --model {nowhere}
+        --labels is missing => {run}
+        nothing at => {labelled} --data-path {nowhere}
+        not readable => {run} --labels {nowhere}
+        bad.jsonl:2 => {run} --labels {bad}
+        no label matches => {run} --labels {none}
+        train.jsonl:61 => {labelled} --data-path {broken}
+        no S2 training example => {labelled}
+        holds training examples => {labelled} --eval-data gsm8k --eval-data-path {good}/train.jsonl
+        at most --max-prompt 2 tokens => {toy} --max-prompt 2
+        r = 999 does not fit => {toy} --r 999
+        sees no such device => --device cuda:7
+        Not a directory => --out {file}/run
+        is the model itself => {merge} {base}
+        not a readable PEFT adapter => {merge} {tmp_path}/m --adapter nowhere
+        no run there => figure {nowhere}
+        sweep needs => sweep order --score-only
+        gsm8K => eval --model x --data gsm8K --data-path {file}
+        eval needs => eval --data gsm8k
+        --device cuda:7: this PyTorch => bench --device cuda:7
+    """
+    for expected, command in table(commands).items():
+        assert expected in fails(capsys, *command.split()), expected
 
 
 def test_figures_of_a_run(toy_run, tmp_path, capsys, monkeypatch):
@@ -2691,8 +2183,7 @@ def test_figures_of_a_run(toy_run, tmp_path, capsys, monkeypatch):
     train.main(["figure", str(toy_run)])
     assert "matplotlib is not installed" in capsys.readouterr().out
     monkeypatch.undo()
-    pyplot = pytest.importorskip("matplotlib.pyplot")
-    shown = {}
+    pyplot, shown = pytest.importorskip("matplotlib.pyplot"), {}
 
     def keep(figure, path, **_):
         shown[path.name] = figure
@@ -2702,21 +2193,20 @@ def test_figures_of_a_run(toy_run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pyplot, "close", lambda figure: None)
     train.main(["figure", str(toy_run)])
     (axes,) = shown["importance.png"].axes
-    part = json.loads((toy_run / "partition.json").read_text())
+    part = read(toy_run / "partition.json")
     legend = " ".join(t.get_text() for t in axes.get_legend().get_texts())
     assert f"{part['jaccard']:.3f}" in axes.get_legend().get_title().get_text()
     for name, region in (("S1-only", "s1_only"), ("S2-only", "s2_only"), ("shared", "shared")):
         assert f"{name} {part['regions'][region] / part['elements']:.1%}" in legend
-    drawn = {c.get_label().split(" ")[0]: len(c.get_offsets()) for c in axes.collections}
-    assert sum(drawn.values()) == 20_000 and axes.get_xscale() == axes.get_yscale() == "log"
-    lines = {a.get_title(): a.lines[0].get_ydata() for a in shown["training.png"].axes}
-    assert list(lines["rl: reward"]) == [r["reward"] for r in metrics(toy_run, "rl")]
-    assert list(lines["sft: loss"]) == [r["loss"] for r in metrics(toy_run, "sft")]
+    assert sum(len(c.get_offsets()) for c in axes.collections) == 20_000
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    lines = {a.get_title(): list(a.lines[0].get_ydata()) for a in shown["training.png"].axes}
+    for stage, what in (("rl", "reward"), ("sft", "loss")):
+        assert lines[f"{stage}: {what}"] == [r[what] for r in metrics(toy_run, stage)]
 
 
 def sweep_folder(toy_run, out, seeds):
     """A sweep's folder on the base that toy_run trained, the same for every seed."""
-    out.mkdir()
     for seed in range(seeds):
         borrow(toy_run, out / f"toy-{seed}")
     return out
@@ -2728,21 +2218,20 @@ def test_a_sweep_of_two_tiny_cells(toy_run, tmp_path, monkeypatch, capsys):
     command = ["sweep", "order", "--seeds", "2", *QUICK, "--out", str(out)]
     train.main(command)
     table = list(csv.DictReader((out / "order.csv").open()))
-    assert [(r["row"], r["seed"]) for r in table] == [
-        (row, seed) for row in ("SFT then RL", "RL then SFT") for seed in "01"
-    ]
-    cells = {p.name: json.loads((p / "report.json").read_text()) for p in out.glob("cells/*")}
+    expected = list(itertools.product(("SFT then RL", "RL then SFT"), "01"))
+    assert [(r["row"], r["seed"]) for r in table] == expected
+    cells = {p.name: read(p / "report.json")["evaluation"] for p in out.glob("cells/*")}
     chosen = {}
     for rate in (3e-3, 9e-3):  # the rates of the first row, chosen again by hand, on validation
         flags = "" if rate == 3e-3 else f",sft_lr={rate}"
-        cell = cells[f"eval_split=validation,seed=2{flags}"]
-        chosen[rate] = [cell["evaluation"]["rl"]["all"][k] for k in ("accuracy", "probability")]
+        end = cells[f"eval_split=validation,seed=2{flags}"]["rl"]["all"]
+        chosen[rate] = [end["accuracy"], end["probability"]]
     assert float(table[0]["sft_lr"]) == max(chosen, key=chosen.get)
     assert not any("seed=2" in name and "validation" not in name for name in cells)
     flags = f",sft_lr={table[0]['sft_lr']}" * (table[0]["sft_lr"] != "0.003")
     flags = f"rl_lr={table[0]['rl_lr']}," * (table[0]["rl_lr"] != "0.004") + "seed=0" + flags
-    end = cells[flags]["evaluation"]["rl"]["all"]["accuracy"]
-    assert float(table[0]["all at the end"]) == pytest.approx(100 * end)
+    accuracy = cells[flags]["rl"]["all"]["accuracy"]
+    assert float(table[0]["all at the end"]) == pytest.approx(100 * accuracy)
     text = (out / "order.md").read_text()
     assert "| SFT then RL | 81.65 |" in text and "all 40)" in text and "+13.2" in text
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.parent.parent.name == "cells"}
@@ -2752,11 +2241,11 @@ def test_a_sweep_of_two_tiny_cells(toy_run, tmp_path, monkeypatch, capsys):
 
 def test_verdicts_follow_two_standard_errors():
     def said(gaps, paper):
-        records = [{"row": "b", "seed": i, "all at the end": 50.0} for i in range(len(gaps))]
-        records += [
-            {"row": "a", "seed": i, "all at the end": 50.0 + g, "all after sft": 50.0}
-            for i, g in enumerate(gaps)
-        ]
+        records = []
+        for i, gap in enumerate(gaps):
+            records.append({"row": "b", "seed": i, "all at the end": 50.0})
+            records.append(records[-1] | {"row": "a", "all after sft": 50.0})
+            records[-1]["all at the end"] += gap
         end, after = (train.verdict("a", other, paper, records) for other in ("b", train.SAME))
         assert end[2:] == after[2:]
         return end[2:]
@@ -2768,43 +2257,39 @@ def test_verdicts_follow_two_standard_errors():
     assert said([5], 1.0)[1:] == ["inf", "+1.0", "too noisy to tell"]
 
 
-def test_shares_and_resampling_are_partitions_of_ordinary_scores(toy_run, tmp_path, capsys):
+def test_sweep_shares_and_resampling_are_partitions_of_ordinary_scores(toy_run, tmp_path):
     """`sweep theta --score-only` and `sweep resample` against importance computed anew."""
     out = sweep_folder(toy_run, tmp_path / "sweep", 1)
     flags = ["--seeds", "1", *QUICK, "--out", str(out)]
     train.main(["sweep", "theta", "--score-only", *flags])
-    shares = {
-        (r["targets"], r["theta"]): r for r in csv.DictReader((out / "theta-scores.csv").open())
-    }
     train.main(["sweep", "resample", *flags])
-    indices = list(csv.DictReader((out / "resample.csv").open()))
+    shares, indices = (
+        list(csv.DictReader((out / f"{name}.csv").open())) for name in ("theta-scores", "resample")
+    )
     assert {r["examples"] for r in indices} == {"25", "50", "100"}
 
     c = train.read_config([*QUICK, "--out", str(out / "resample-0"), "--score-only"])
     model, _, _, rows, _ = train.prepare(c, train.open_run(c))
-    lorapar.add_lora(model, alpha=c.lora_alpha, generator=torch.Generator().manual_seed(0))
+    lorapar.add_lora(model, alpha=c.lora_alpha, generator=seeded(0))
+
+    def scores(model, rows):
+        return lorapar.importance(model, [data.collate(rows)], decoder.token_logprobs)
+
     chosen = {s: random.Random(0).sample(members, 16) for s, members in rows.items()}
-    whole = lorapar.importance(model, [data.collate(chosen["S1"])], decoder.token_logprobs)
     # the scores of q, k, v are theirs whether g, u, d have adapters or not
     factors = lorapar.lora_factors(model)
-    alone = decoder.load_model(toy_run / "base")
-    lorapar.add_lora(alone, "qkv", alpha=c.lora_alpha)
+    alone = lorapar.add_lora(decoder.load_model(toy_run / "base"), "qkv", alpha=c.lora_alpha)
     flat = torch.cat([factors[name].detach().flatten() for name in lorapar.lora_factors(alone)])
     lorapar.set_flat(alone, flat)
     lorapar.set_anchor(alone, flat)
-    s1, s2 = (
-        lorapar.importance(alone, [data.collate(chosen[s])], decoder.token_logprobs)
-        for s in ("S1", "S2")
-    )
+    s1, s2 = scores(alone, chosen["S1"]), scores(alone, chosen["S2"])
     kept = torch.cat([torch.full((p.numel(),), "self_attn" in n) for n, p in factors.items()])
-    close(s1, whole[kept], 1e-4)
+    close(s1, scores(model, chosen["S1"])[kept], 1e-4)
     part = lorapar.partition(s1, s2, 0.5)
     expected = 100 * float((part.s1_only | part.shared).double().mean())
-    assert float(shares["qkv", "0.5"]["S1"]) == pytest.approx(expected, abs=0.1)
-    draws = [
-        lorapar.importance(model, [data.collate(rows["S1"][i : i + 50])], decoder.token_logprobs)
-        for i in (0, 100)
-    ]
+    (ours,) = (r for r in shares if (r["targets"], r["theta"]) == ("qkv", "0.5"))
+    assert float(ours["S1"]) == pytest.approx(expected, abs=0.1)
+    draws = [scores(model, rows["S1"][i : i + 50]) for i in (0, 100)]
     expected = train.jaccard(lorapar.partition(*draws, 0.9))
     (ours,) = (r for r in indices if (r["examples"], r["theta"]) == ("50", "0.9"))
     assert float(ours["S1 / S1"]) == pytest.approx(expected, abs=2e-3)
@@ -2812,70 +2297,65 @@ def test_shares_and_resampling_are_partitions_of_ordinary_scores(toy_run, tmp_pa
 
 
 def test_bench_prints_each_figure(capsys, tmp_path):
-    decoder.save_model(qwen(), tmp_path)
-    flags = ["--micro-batch", "2", "--length", "16", "--max-response", "4", "--rl-batch", "1"]
-    train.main(["bench", "--shape", str(tmp_path), "--device", "cpu", "--rl-group", "2", *flags])
-    said = capsys.readouterr().out
-    for what in (
-        "SFT step",
-        "importance",
-        "partition of",
-        "rollouts",
-        "GRPO update",
-        "peak memory",
-    ):
+    decoder.save_model(small(), tmp_path)
+    flags = "--device cpu --rl-group 2 --micro-batch 2 --length 16 --max-response 4 --rl-batch 1"
+    train.main(["bench", "--shape", str(tmp_path), *flags.split()])
+    said, figures = capsys.readouterr().out, "SFT step|importance|partition of|rollouts"
+    for what in f"{figures}|GRPO update|peak memory".split("|"):
         assert re.search(rf"^{what}.* +[\d.e+-]+ ", said, re.M), what
 
 
-@pytest.mark.parametrize(
-    "command",
-    [["model.py"], ["data.py"], ["train.py"], ["train.py", "eval"], ["train.py", "merge"]],
-)
-def test_command_lines_explain_themselves(command):
-    done = python(*command, "--help")
-    assert done.returncode == 0 and "usage" in done.stdout
-
-
-def test_model_py_continues_a_prompt(toy_run):
+def test_command_lines_explain_themselves_and_model_py_continues_a_prompt(toy_run):
+    for command in ("model.py", "data.py", "train.py", "train.py eval", "train.py merge"):
+        done = python(*command.split(), "--help")
+        assert done.returncode == 0 and "usage" in done.stdout
     prompt, base = "M a b c d | rev rot A", toy_run / "base"
     done = python("model.py", base, prompt, "--device", "cpu")
-    tokenizer = data.Tokenizer(base)
-    answer = decoder.generate(
-        decoder.load_model(base), [tokenizer.encode(prompt)], 100, temperature=0, eos_ids=[0]
-    )[0][0]
+    model, tokenizer = decoder.load_model(base), data.Tokenizer(base)
+    settings = {"temperature": 0, "eos_ids": [0]}
+    ((answer,),) = decoder.generate(model, [tokenizer.encode(prompt)], 100, **settings)
     assert len(answer) > 2 and done.stdout == prompt + tokenizer.decode(answer) + "\n", done.stderr
     done = python("model.py", "nowhere", "x")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_whole_program_on_cuda(dtype, toy_run, tmp_path):
+@pytest.mark.parametrize("dtype, limit", [("float32", 1e-3), ("bfloat16", 0.05)])
+def test_the_whole_program_on_cuda(dtype, limit, toy_run, tmp_path):
     """Load, importance, both stages, evaluation and resume on a tenth of the toy."""
-    flags = ["--device", "cuda", "--dtype", dtype, "--train-examples", "180"]
-    report = another_run(toy_run, tmp_path / "run", *flags)
+    flags, out = f"--device cuda --dtype {dtype} --train-examples 180".split(), tmp_path / "run"
+    report = another_run(toy_run, out, *flags)
     assert all(math.isfinite(row["all"]["loss"]) for row in report["evaluation"].values())
-    limit = 1e-3 if dtype == "float32" else 0.05
-    assert all(r["gap"] < limit for r in metrics(tmp_path / "run", "rl"))
-    (tmp_path / "run" / "rl" / "adapter_model.safetensors").unlink()
-    train.main([*QUICK, *flags, "--out", str(tmp_path / "run")])
-    assert (tmp_path / "run" / "rl" / "adapter_model.safetensors").exists()
-    base = decoder.load_model(toy_run / "base", "cuda")
-    tokens = torch.arange(12, device="cuda")[None]
-    assert (base(tokens).cpu() - decoder.load_model(toy_run / "base")(tokens.cpu())).abs().max() < 1
+    assert all(r["gap"] < limit for r in metrics(out, "rl"))
+    adapter = out / "rl" / "adapter_model.safetensors"
+    adapter.unlink()
+    train.main([*QUICK, *flags, "--out", str(out)])
+    assert adapter.exists()
+    here, there = (decoder.load_model(toy_run / "base", device) for device in ("cpu", "cuda"))
+    tokens = torch.arange(12)[None]
+    assert (there(tokens.cuda()).cpu() - here(tokens)).abs().max() < 1
 
 
-def test_readme_names_what_the_code_holds():
+def test_readmes_snippet_runs_and_its_names_and_flags_are_the_codes():
     """Each `file.py`: `name` of the README is defined in that file; commands name real flags."""
     text = (HERE / "README.md").read_text()
+    names = vars(lorapar) | {"model": Foreign(), "s1_batches": [answer_batch()]}
+    names |= {"s2_batches": [answer_batch(seed=1)]}
+    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
+    model = names["model"]
+    start = lorapar.get_flat(model)
+    lorapar.logits_logprobs(model, *answer_batch()).sum().backward()
+    names["optimizer"].step()
+    moved = lorapar.get_flat(model) != start
+    assert moved.any() and not moved[~lorapar.get_mask(model)].any()
+
+    code = {file.name: file.read_text() for file in HERE.glob("*.py") if file != Path(__file__)}
     links = re.findall(r"\[`(\w+)`\]\((\w+\.py)\)", text)
     assert len(links) >= 8
     for name, file in links:
-        assert re.search(rf"^(?:def|class) {name}\b|^{name} = ", (HERE / file).read_text(), re.M), (
-            name
-        )
+        assert re.search(rf"^(?:def|class) {name}\b|^{name} = ", code[file], re.M), name
     known = {f"--{f.name.replace('_', '-')}" for f in train.fields(train.RunConfig)}
-    for file in ("train.py", "data.py", "model.py"):
-        known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', (HERE / file).read_text()))
+    for source in code.values():
+        known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source))
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
     assert used <= known | {"--shuffle", "--help", "--seeds"}, used - known
