@@ -73,7 +73,7 @@ class Tokenizer:
                 bpe = tokenizers.Tokenizer.from_file(str(file))
                 self._ids = lambda text: bpe.encode(text, add_special_tokens=False).ids
                 self._text = lambda ids: bpe.decode(ids, skip_special_tokens=False)
-                bos, eos, pad = (bpe.token_to_id(name or "") for name in names)
+                bos, eos, pad = (bpe.token_to_id(name) if name else None for name in names)
                 puts_bos = bpe.encode("x").ids[:1] == [bos]
             else:
                 import sentencepiece

@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from lorapar import get_flat, set_flat
 from model import generate, token_logprobs
@@ -113,31 +114,30 @@ class MicroBatch:
     ref: torch.Tensor | None = None  # (B, T-1): log-probs of the reference
 
 
-def micro_batches(rows: Rollouts, advantages, size: int, device) -> list[MicroBatch]:
+def micro_batches(rollout: Rollouts, advantages, size: int, device) -> list[MicroBatch]:
     """Rollouts, sorted by length and cut into `size` answers each. advantages (P, G)."""
-    answers = [
+    samples = [
         (prompt, *answer)
-        for prompt, *group in zip(rows.prompts, rows.answers, rows.logps, advantages)
+        for prompt, *group in zip(rollout.prompts, rollout.answers, rollout.logps, advantages)
         for answer in zip(*group)
     ]
-    answers.sort(key=lambda a: -len(a[0] + a[1]))
+    samples.sort(key=lambda sample: -len(sample[0] + sample[1]))
+
+    def padded(rows, fill):
+        return pad_sequence([torch.tensor(row) for row in rows], True, fill)
+
     batches = []
-    for chosen in (answers[i : i + size] for i in range(0, len(answers), size)):
-        T = max(len(prompt + answer) for prompt, answer, *_ in chosen)
-        tokens = torch.zeros(len(chosen), T, dtype=torch.long)
-        labels, sampled = torch.full_like(tokens, -100), torch.zeros(len(chosen), T - 1)
-        for i, (prompt, answer, logps, _) in enumerate(chosen):
-            start, end = len(prompt), len(prompt + answer)
-            tokens[i, :end] = torch.tensor(prompt + answer)
-            labels[i, start:end] = tokens[i, start:end]
-            sampled[i, start - 1 : end - 1] = torch.tensor(logps)
+    for chosen in (samples[i : i + size] for i in range(0, len(samples), size)):
+        tokens = padded([prompt + answer for prompt, answer, *_ in chosen], 0)
+        labels = padded([[-100] * len(prompt) + answer for prompt, answer, *_ in chosen], -100)
+        sampled = padded([[0.0] * (len(prompt) - 1) + logps for prompt, _, logps, _ in chosen], 0.0)
         advantage = torch.stack([advantage for *_, advantage in chosen])
         tensors = (tokens, labels, advantage, sampled, labels[:, 1:] != -100)
         batches.append(MicroBatch(*(t.to(device) for t in tensors)))
     return batches
 
 
-def grpo_update(model, optimizer, rows: Rollouts, advantages, reference, s: Settings) -> dict:
+def grpo_update(model, optimizer, rollout: Rollouts, advantages, reference, s: Settings) -> dict:
     """`s.num_iterations` optimizer steps on one batch of rollouts -> statistics, means over them.
 
     advantages (P, G); reference: the flat vector (N,) of the policy that the KL holds on to. At
@@ -148,7 +148,7 @@ def grpo_update(model, optimizer, rows: Rollouts, advantages, reference, s: Sett
     parameter.
     """
     model.eval()
-    batches = micro_batches(rows, advantages, s.micro_batch, next(model.parameters()).device)
+    batches = micro_batches(rollout, advantages, s.micro_batch, next(model.parameters()).device)
     n_tokens = sum(int(b.mask.sum()) for b in batches)
 
     def logprobs(b):
@@ -171,9 +171,7 @@ def grpo_update(model, optimizer, rows: Rollouts, advantages, reference, s: Sett
             if b.old is None:
                 b.old = logp.detach()
                 totals["gap"] += (b.old - b.sampled).abs().sum() / n_tokens
-            loss, stats = grpo_loss(
-                logp, b.old, b.ref, b.advantages, b.mask, clip=s.clip, beta=s.beta
-            )
+            loss, stats = grpo_loss(logp, b.old, b.ref, b.advantages, b.mask, s.clip, s.beta)
             share = len(b.tokens) / advantages.numel()
             (loss * share).backward()
             for name, value in (stats | {"loss": loss.detach()}).items():
@@ -188,28 +186,27 @@ def grpo_step(model, optimizer, prompts, rewards, reference, s: Settings, genera
     """One step of GRPO: sample, reward, compare within groups, update -> statistics.
 
     prompts: lists of ids; rewards(answers [P][G][tokens]) -> [P][G] dicts of reward parts, whose
-    sum is an answer's reward. Dropout is off. The statistics are what a researcher watches.
+    sum is an answer's reward. The model stays in eval mode, without dropout. The statistics are
+    what a researcher watches.
     """
     started = time.perf_counter()
-    rows = rollouts(model, prompts, s, generator)
+    rollout = rollouts(model, prompts, s, generator)
     sampled = time.perf_counter()
-    rewarded = rewards(rows.answers)
+    rewarded = rewards(rollout.answers)
     totals = torch.tensor([[float(sum(parts.values())) for parts in group] for group in rewarded])
-    stats = grpo_update(model, optimizer, rows, group_advantages(totals), reference, s)
-    answers = [answer for group in rows.answers for answer in group]
+    stats = grpo_update(model, optimizer, rollout, group_advantages(totals), reference, s)
+    answers = [answer for group in rollout.answers for answer in group]
     flat = [parts for group in rewarded for parts in group]
     names = dict.fromkeys(name for parts in flat for name in parts)
-    return (
-        stats
-        | {
-            "reward": totals.mean().item(),
-            "reward_std": totals.std().item(),  # over all answers, not within groups
-            "parts": {n: sum(parts.get(n, 0.0) for parts in flat) / len(flat) for n in names},
-            "zero_std_groups": int((totals == totals[:, :1]).all(1).sum()),
-            "length": sum(map(len, answers)) / len(answers),
-            "truncated": sum(a[-1] not in s.eos_ids for a in answers) / len(answers),
-            "grad_norm": optimizer.grad_norm.item(),
-            "rollout_s": round(sampled - started, 4),
-            "update_s": round(time.perf_counter() - sampled, 4),
-        }
-    )
+    stats |= {
+        "reward": totals.mean().item(),
+        "reward_std": totals.std().item(),  # over all answers, not within groups
+        "parts": {n: sum(parts.get(n, 0.0) for parts in flat) / len(flat) for n in names},
+        "zero_std_groups": int((totals == totals[:, :1]).all(1).sum()),
+        "length": sum(map(len, answers)) / len(answers),
+        "truncated": sum(a[-1] not in s.eos_ids for a in answers) / len(answers),
+        "grad_norm": optimizer.grad_norm.item(),
+        "rollout_s": round(sampled - started, 4),
+        "update_s": round(time.perf_counter() - sampled, 4),
+    }
+    return stats

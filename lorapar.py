@@ -11,7 +11,8 @@ I_j = |g_j phi_j - 1/2 F_jj phi_j^2|, and a stage trains only the elements its s
 
 The file stands alone: it works on any `nn.Module` that maps tokens (B, T) to logits (B, T, V) and
 whose target linears get (B, T, in). Paper: Huang et al., LoRA-PAR, Findings of EMNLP 2025.
-Left out: DoRA, adapters on embeddings, quantised bases; load_adapter refuses them by name.
+Left out: DoRA, adapters on embeddings, quantised bases (load_adapter refuses them by name), and a
+linear that the model holds under two names.
 """
 
 import json
@@ -48,7 +49,7 @@ class LoRALinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias  # the same tensors, not copies
-        self.scale, self.dropout = scale, dropout
+        self.scale, self.dropout, self.training = scale, dropout, linear.training
         self.held = None  # used instead of A, B: set by hold and per_example_gradients
         device = linear.weight.device
         self.lora_A = nn.Parameter(A.to(device, torch.float32).contiguous())
@@ -74,12 +75,13 @@ class LoRALinear(nn.Linear):
     def hold(self, on: bool):
         """Keeps the cast factors for decoding, which would compute them anew for every token;
         while on, A and B must not change."""
-        factors = self.factors(self.lora_A, self.lora_B)
-        self.held = [f.to(self.weight.dtype) for f in factors] if on else None
+        self.held = None
+        if on:
+            self.held = [f.to(self.weight.dtype) for f in self.factors(self.lora_A, self.lora_B)]
 
     def forward(self, x):  # (.., in) -> (.., out)
         A, B = self.held or self.factors(self.lora_A, self.lora_B)
-        if A.ndim == 3 != x.ndim:  # factors of every example: per_example_gradients
+        if A.ndim == 3 and x.ndim != 3:  # factors of every example: per_example_gradients
             raise ValueError(f"importance needs inputs (B, T, in), a linear got {tuple(x.shape)}")
         low = F.dropout(x, self.dropout, self.training) @ A.to(x.dtype).mT * self.scale  # (.., R)
         return F.linear(x, self.weight, self.bias) + low @ B.to(x.dtype).mT
@@ -101,11 +103,8 @@ def lora_layers(model) -> dict[str, LoRALinear]:
 
 def lora_factors(model) -> dict[str, nn.Parameter]:
     """name -> factor in flat order: in each layer A (r, in), then B (out, r)."""
-    return {
-        f"{name}.lora_{f}": getattr(layer, f"lora_{f}")
-        for name, layer in lora_layers(model).items()
-        for f in "AB"
-    }
+    layers = lora_layers(model).items()
+    return {f"{name}.lora_{f}": getattr(layer, f"lora_{f}") for name, layer in layers for f in "AB"}
 
 
 def start_factors(weight, init: str, r: int, scale: float, std: float, generator):
@@ -131,10 +130,9 @@ def start_factors(weight, init: str, r: int, scale: float, std: float, generator
 def target_linears(model, targets, r: int) -> dict[str, nn.Linear]:
     """The model's plain linears that `targets` names: letters of q k v o g u d, or module names.
     ValueError where a name finds none, or rank r does not fit one."""
-    unknown = [t for t in targets if t not in PROJECTIONS] if isinstance(targets, str) else []
-    if unknown or not targets:
+    names = [PROJECTIONS.get(t) for t in targets] if isinstance(targets, str) else list(targets)
+    if not names or None in names:
         raise ValueError(f"unknown targets {targets!r}; letters of q k v o g u d, or module names")
-    names = [PROJECTIONS[t] for t in targets] if isinstance(targets, str) else list(targets)
     modules = [(n, n.rpartition(".")[2], m) for n, m in model.named_modules()]
     there = {leaf for _, leaf, m in modules if type(m) is nn.Linear}  # a subclass computes its own
     for name in names:
@@ -147,6 +145,8 @@ def target_linears(model, targets, r: int) -> dict[str, nn.Linear]:
     for name, linear in linears.items():
         if not 1 <= r <= min(linear.weight.shape):
             raise ValueError(f"r = {r} does not fit {name} of shape {tuple(linear.weight.shape)}")
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            raise ValueError(f"{name}: nn.TransformerEncoderLayer's fast path reads weights alone")
     return linears
 
 
@@ -170,14 +170,17 @@ def add_lora(
     model.requires_grad_(False)
     for name, linear in linears.items():
         A, B = start_factors(linear.weight.detach(), init, r, alpha / r, std, generator)
-        layer = LoRALinear(linear, A, B, alpha / r, dropout, anchored=init in ANCHORED)
-        put(model, name, layer.train(model.training))
+        put(model, name, LoRALinear(linear, A, B, alpha / r, dropout, anchored=init in ANCHORED))
     return model
 
 
 def get_flat(model) -> torch.Tensor:
     """(N,) float32: a copy of all LoRA factors, in the order of `lora_factors`, row-major."""
     return torch.cat([p.detach().flatten() for p in lora_factors(model).values()])
+
+
+def _buffers(model, kind: str) -> list[torch.Tensor]:
+    return [getattr(x, f"{kind}_{f}") for x in lora_layers(model).values() for f in "AB"]
 
 
 @torch.no_grad()
@@ -196,24 +199,19 @@ def set_flat(model, vector):
 
 def set_anchor(model, vector):
     """Writes (N,) into the anchors A0, B0: what a resumed run needs besides `set_flat`."""
-    layers = lora_layers(model).values()
-    _write_flat([t for x in layers for t in (x.anchor_A, x.anchor_B)], vector, "anchor")
-
-
-def _masks(model) -> list[torch.Tensor]:
-    return [m for layer in lora_layers(model).values() for m in (layer.mask_A, layer.mask_B)]
+    _write_flat(_buffers(model, "anchor"), vector, "anchor")
 
 
 def get_mask(model) -> torch.Tensor:
     """(N,) bool: a copy of the layers' masks, in flat order."""
-    return torch.cat([m.flatten() for m in _masks(model)])
+    return torch.cat([m.flatten() for m in _buffers(model, "mask")])
 
 
 def set_mask(model, mask):
     """Writes a bool (N,) mask into the layers: True elements are the ones a stage trains."""
     if mask.dtype != torch.bool:
         raise ValueError(f"the mask has dtype {mask.dtype}, not bool")
-    _write_flat(_masks(model), mask, "mask")
+    _write_flat(_buffers(model, "mask"), mask, "mask")
 
 
 # ------------------------------------------------------------------------------------- importance
@@ -238,27 +236,24 @@ def logits_logprobs(model, tokens, labels):
     if logits.ndim != 3 or logits.shape[:2] != (B, T):
         shape = tuple(logits.shape)
         raise ValueError(f"logits must be ({B}, {T}, V), at every position; the model gave {shape}")
-    logp = logits.float().log_softmax(-1).gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0]
-    return torch.where(labels[:, 1:] != -100, logp, 0.0)
+    targets = labels[:, 1:].flatten()
+    return -F.cross_entropy(logits.float().flatten(0, 1), targets, reduction="none").view(B, T)
 
 
 def per_example_gradients(model, tokens, labels, logprobs) -> list[torch.Tensor]:
-    """The gradient of each example's loss, a tensor (B, *factor) for each LoRA factor.
+    """The gradient of each example's loss: for each factor a tensor, a row an example.
 
     One ordinary backward: each of the E examples gets a copy of the factors, A (E, r, in) and
     B (E, out, r), that it alone passes through, so the gradient of the summed loss with respect to
     the copies is each example's own. Fused attention and checkpointing work as in training.
     """
-    layers = lora_layers(model).values()
-    copies = [
-        factor.detach().expand(len(tokens), -1, -1).requires_grad_()
-        for factor in lora_factors(model).values()
-    ]
+    layers, factors = lora_layers(model).values(), lora_factors(model).values()
+    copies = [f.detach().expand(len(tokens), -1, -1).requires_grad_() for f in factors]
     try:
         for layer, A, B in zip(layers, copies[::2], copies[1::2]):
             layer.held = layer.factors(A, B)
         loss = -logprobs(model, tokens, labels).sum(1) / (labels[:, 1:] != -100).sum(1)  # (B,)
-        return torch.autograd.grad(loss.sum(), copies)
+        return torch.autograd.grad(loss.sum(), copies, materialize_grads=True)
     finally:
         for layer in layers:
             layer.held = None
@@ -273,9 +268,9 @@ def gradient_moments(model, batches, logprobs=logits_logprobs, chunk_tokens=512)
     model.eval()
     try:
         for tokens, labels in batches:
-            answers = (labels[:, 1:] != -100).sum(1)
-            if not answers.all():
-                raise ValueError(f"example {count + int(answers.argmin())} has no answer token")
+            lengths = (labels[:, 1:] != -100).sum(1)
+            if not lengths.all():
+                raise ValueError(f"example {count + int(lengths.argmin())} has no answer token")
             rows = max(1, chunk_tokens // tokens.shape[1])
             for t, y in zip(tokens.split(rows), labels.split(rows)):
                 gradients = per_example_gradients(model, t, y, logprobs)
@@ -384,7 +379,7 @@ def shuffle_scores(model, s1, s2, select: str, generator):
     """The control: scores whose order no longer says which element they belong to.
 
     "random" moves both vectors by one permutation of all N elements, "random-in-tensor" permutes
-    inside each factor; so every region keeps its size. ValueError on another word.
+    inside each factor; so every region keeps its size (ties aside). ValueError on another word.
     """
     if select not in ("random", "random-in-tensor"):
         raise ValueError(f"unknown select {select!r}; random or random-in-tensor")
@@ -537,11 +532,11 @@ def read_adapter(folder):
             raise ValueError(f"{folder}: tensor {key} is not a LoRA factor of an nn.Linear")
         pairs.setdefault(match[1], {})[match[2]] = tensor.float()
     for name, pair in pairs.items():
-        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
-            raise ValueError(f"{folder}: {name} has no A (r, in) and B (out, r) of one rank")
-        rank = len(pair["A"])
+        A, B, rank = pair.get("A"), pair.get("B"), config.get("r")
+        if A is None or B is None or A.ndim != 2 or B.ndim != 2 or not rank == len(A) == B.shape[1]:
+            raise ValueError(f"{folder}: {name} has no A (r, in) and B (out, r) of r = {rank}")
         scale = config["lora_alpha"] / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        pairs[name] = (pair["A"], pair["B"], scale)
+        pairs[name] = (A, B, scale)
     if not pairs:
         raise ValueError(f"{folder}: the adapter file holds no tensors")
     return pairs, config.get("lora_dropout", 0.0)
@@ -564,8 +559,7 @@ def load_adapter(model, folder):
             raise ValueError(f"{folder}: {name} is for a linear of {shape}, which is {there} here")
     model.requires_grad_(False)
     for name, (A, B, scale) in pairs.items():
-        layer = LoRALinear(linears[name], A, B, scale, dropout, anchored=False)
-        put(model, name, layer.train(model.training))
+        put(model, name, LoRALinear(linears[name], A, B, scale, dropout, anchored=False))
     return model
 
 

@@ -140,7 +140,7 @@ class KVCache:
     """The keys and values of every layer, each (rows, kv heads, slots, head_dim).
 
     A row is one answer: its prompt, then its own tokens, token t in slot t. Slots beyond a row's
-    position hold zeros or another prompt's padding and are masked.
+    position hold zeros or its prompt's padding and are masked.
     """
 
     def __init__(self, c: ModelConfig, rows: int, slots: int, like):
@@ -160,7 +160,7 @@ class KVCache:
         self.values[layer].scatter_(2, slot, v)
 
     def keep(self, rows):
-        """Only these rows go on."""
+        """Only these rows go on. Layer by layer, so that one old layer at a time lives on."""
         for kept in (self.keys, self.values):
             for layer in range(len(kept)):
                 kept[layer] = kept[layer][rows]
@@ -203,7 +203,7 @@ class Attention(nn.Module):
             k, v = cache.keys[self.layer], cache.values[self.layer]
             q = q.view(B, k.shape[1], -1, self.head_dim)  # the queries of a key head are its rows
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            y = y.view(B, -1, 1, self.head_dim)
+            y = y.reshape(B, -1, 1, self.head_dim)  # no view: CUDA's kernel has its own layout
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -256,8 +256,8 @@ class Decoder(nn.Module):
             steps = positions[:, None]  # (B, 1)
             slots = torch.arange(cache.keys[0].shape[2], device=tokens.device)
             mask = torch.where(slots <= steps, 0.0, -torch.inf).to(x.dtype)[:, None, None]
-        inv_freq = self.inv_freq.to(tokens.device)
-        angles = steps[:, None, :, None] * inv_freq  # (B or 1, 1, T, head_dim / 2)
+        self.inv_freq = self.inv_freq.to(tokens.device)  # once: a copy in each step would wait
+        angles = steps[:, None, :, None] * self.inv_freq  # (B or 1, 1, T, head_dim / 2)
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
@@ -303,7 +303,7 @@ class HeadLogprobs(torch.autograd.Function):
     W's dtype: W[target] - p W in bf16 would cancel to noise where p is near 1.
     """
 
-    LOGITS = 1 << 25  # float32 logits that exist at any moment (128 MB)
+    LOGITS = 1 << 25  # of one chunk: 128 MB in float32, of which up to three exist at a time
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
@@ -346,8 +346,7 @@ def token_logprobs(model, tokens, labels, temperature=1.0):
     answer = targets != -100
     h, t = hidden[answer], targets[answer]  # (M, H), (M,)
     if weight.requires_grad:  # training the base itself: let autograd see the head
-        logp = (F.linear(h, weight).float() / temperature).log_softmax(-1)
-        logp = logp.gather(-1, t[:, None])[:, 0]
+        logp = -F.cross_entropy(F.linear(h, weight).float() / temperature, t, reduction="none")
     else:
         logp = HeadLogprobs.apply(h, weight, t, temperature)
     return torch.zeros(targets.shape, device=logp.device).index_put((answer,), logp)
@@ -455,11 +454,8 @@ def generate(
     """
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and no empty one (add a BOS token?)")
-    if (
-        min(max_new_tokens, samples_per_prompt, batch_rows) < 1
-        or temperature < 0
-        or not 0 < top_p <= 1
-    ):
+    counts_fit = min(max_new_tokens, samples_per_prompt, batch_rows) >= 1
+    if not (counts_fit and temperature >= 0 and 0 < top_p <= 1):
         raise ValueError(
             f"generate: max_new_tokens {max_new_tokens}, samples_per_prompt {samples_per_prompt}, "
             f"batch_rows {batch_rows}, temperature {temperature} or top_p {top_p} is out of range"
@@ -577,7 +573,6 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = torch.float32) ->
     with torch.device("meta"):
         model = Transformer(config)
     waiting = dict(model.named_parameters())
-    loaded = set()
     for file in weight_files(folder):
         with open_tensors(file, device) as tensors:
             for name in tensors.keys():
@@ -587,20 +582,17 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = torch.float32) ->
                     continue  # tied heads are sometimes stored as well
                 if name not in waiting:
                     raise ValueError(f"{file}: unexpected tensor {name}")
-                tensor, expected = tensors.get_tensor(name), waiting[name]
+                tensor, expected = tensors.get_tensor(name), waiting.pop(name)
                 if tensor.shape != expected.shape:
                     shapes = f"{tuple(tensor.shape)}, config.json says {tuple(expected.shape)}"
                     raise ValueError(f"{file}: {name} has shape {shapes}")
                 if not tensor.is_floating_point() or tensor.element_size() < 2:
                     raise ValueError(f"{file}: {name} is {tensor.dtype}, quantised weights?")
-                owner, _, leaf = name.rpartition(".")
+                parent, _, leaf = name.rpartition(".")
                 parameter = nn.Parameter(tensor.to(dtype or tensor.dtype), requires_grad=False)
-                setattr(model.get_submodule(owner), leaf, parameter)
-                loaded.add(name)
-    missing = sorted(set(waiting) - loaded)
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} tensors are missing, first {missing[0]}")
-    model.model.inv_freq = rope_frequencies(config).to(device)
+                setattr(model.get_submodule(parent), leaf, parameter)
+    if waiting:
+        raise ValueError(f"{folder}: {len(waiting)} tensors are missing, first {min(waiting)}")
     return model.eval()
 
 
@@ -610,6 +602,9 @@ def save_model(model: Transformer, folder, **extra):
     Each is written under a temporary name and renamed, the weights last: a folder that holds them
     is whole.
     """
+    state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    if any(".lora_" in name for name in state):
+        raise ValueError("save_model writes plain weights: merge the adapters first")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = asdict(model.config) | {"architectures": [ARCHITECTURES[model.config.model_type]]}
@@ -617,9 +612,6 @@ def save_model(model: Transformer, folder, **extra):
     config |= {"sliding_window": None} | extra
     (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
     os.replace(folder / "config.json.tmp", folder / "config.json")
-    state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    if any(".lora_" in name for name in state):
-        raise ValueError("save_model writes plain weights: merge the adapters first")
     temporary = folder / "model.safetensors.tmp"
     save_file(state, temporary, metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", temporary)  # save_file's own mode is 0600

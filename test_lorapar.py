@@ -313,6 +313,18 @@ def test_one_step_of_decoding_is_a_static_graph():
     assert len(set(token.tolist())) > 1
 
 
+def test_decoding_takes_attention_in_any_memory_layout(monkeypatch):
+    """CUDA's kernel for masks gives grouped heads back in a layout of its own."""
+    model, attention = small("llama3"), F.scaled_dot_product_attention
+    expected = decoder.generate(model, PROMPTS, 8, temperature=0)
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda *a, **k: attention(*a, **k).transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    assert decoder.generate(model, PROMPTS, 8, temperature=0) == expected
+
+
 def test_samples_follow_the_tempered_distribution_and_top_p():
     logits, draws = torch.tensor([2.0, 1.0, 0.0, -1.0, -30.0]).log_softmax(-1), 40_000
     uniform = torch.rand(draws, dtype=torch.float64, generator=seeded(0))
@@ -557,6 +569,7 @@ def test_rslora_scales_by_the_root_of_the_rank_and_what_we_cannot_run_is_refused
         "not LORA": {"peft_type": "IA3"},
         "PEFT changes the base": {"init_lora_weights": "pissa_niter_16"},
         "no lora_alpha": {"lora_alpha": None},
+        "of r = 16": {"r": 16},
     }.items():
         config.write_text(good)
         rewrite(config, **fields)
@@ -604,6 +617,7 @@ class Foreign(nn.Module):
         super().__init__()
         self.embed, self.q_proj, self.head = nn.Embedding(64, 8), nn.Linear(8, 8), nn.Linear(8, 64)
         self.conv, self.wrap = nn.Conv1d(8, 8, 1), wrap
+        self.spare = nn.Sequential(nn.Linear(8, 8))  # no token reaches it
         # a linear that computes its own way: no layer of ours may stand in for it
         self.own = type("Doubled", (nn.Linear,), {"forward": lambda s, x: 2 * x})(4, 4)
 
@@ -621,7 +635,7 @@ def test_add_lora_refuses_bad_calls():
         (small, "lora_alpha = 0", {"alpha": 0}),
         (
             Foreign,
-            "nothing has that name; the model's linears are head, q_proj",
+            "nothing has that name; the model's linears are 0, head, q_proj",
             {"targets": ["x"]},
         ),
         (Foreign, "it is a Conv1d", {"targets": ["conv"]}),
@@ -640,12 +654,15 @@ def test_what_would_be_wrong_in_silence_is_refused(tmp_path):
     model = lora_model().to(torch.bfloat16)
     refuses("small steps need float32", lorapar.MaskedAdamW, model)
     refuses("merge the adapters first", decoder.save_model, model, tmp_path)
+    assert not list(tmp_path.iterdir())
     heads = Foreign(lambda logits: logits[:, 0])
     heads.embed.forward = lambda t: F.one_hot(t % 8, 8).float()[:, None].expand(-1, 2, -1, -1)
     last = Foreign(lambda logits: (logits[:, -1:], None))
     for model, named in ((heads, "importance needs inputs (B, T, in)"), (last, "every position")):
         lorapar.add_lora(model, ["q_proj"], r=2)
         refuses(named, lorapar.importance, model, [answer_batch(2)])
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    refuses("fast path", lorapar.add_lora, nn.TransformerEncoder(layer, 1), ["linear1"], r=2)
     refuses("rank_by", lorapar.importance, lora_model(), [answer_batch()], rank_by="typo")
 
 
@@ -654,7 +671,7 @@ def test_what_would_be_wrong_in_silence_is_refused(tmp_path):
 )
 def test_importance_works_on_any_model(wrap):
     torch.manual_seed(0)
-    model = lorapar.add_lora(Foreign(wrap), ["q_proj", "head"], r=2)
+    model = lorapar.add_lora(Foreign(wrap), ["q_proj", "head", "0"], r=2)
     scores = lorapar.importance(model, [answer_batch()])
     model.wrap = lambda logits: logits
     close(scores.double(), scores_by_loop(model, [answer_batch()])["importance"])
@@ -674,7 +691,8 @@ def scores_by_loop(model, batches):
             end = int((y != -100).nonzero().max()) + 1
             logp = plain_logprobs(model, t[None, :end], y[None, :end])
             loss = -logp.sum() / (y[1:end] != -100).sum()
-            gradients.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, factors)]))
+            of_one = torch.autograd.grad(loss, factors, materialize_grads=True)
+            gradients.append(torch.cat([g.flatten() for g in of_one]))
     gradients = torch.stack(gradients).double()
     g, fisher = gradients.mean(0), gradients.square().mean(0)
     scores = {"importance": g * phi - 0.5 * fisher * phi**2, "first-order": g * phi}

@@ -1327,7 +1327,6 @@ def random_model(name, device, dtype):
     model.to_empty(device=device).to(dtype).requires_grad_(False)
     for p in model.parameters():
         p.normal_(std=0.02) if p.ndim == 2 else p.fill_(1.0)
-    model.model.inv_freq = decoder.rope_frequencies(config).to(device)
     return model.eval()
 
 
