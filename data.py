@@ -934,13 +934,15 @@ def judge_main():
 
     def answer():
         line = candidate.stdout.readline(MESSAGE)
-        if not line.endswith(b"\n"):
-            raise EOFError("the candidate has ended, or says too much")
+        if not line.endswith(b"\n"):  # the candidate has ended, or says too much
+            os._exit(0)  # not an exception, which the tests might catch
         return ast.literal_eval(line.decode("ascii"))
 
     def ask(message):
-        candidate.stdin.write(literal(message).encode() + b"\n")
-        candidate.stdin.flush()
+        line = literal(message).encode() + b"\n"
+        with suppress(BrokenPipeError):  # then the answer is missing
+            candidate.stdin.write(line)
+            candidate.stdin.flush()
         return answer()
 
     def call(*args, **kwargs):

@@ -1350,6 +1350,9 @@ def test_requests_hold_the_roleplay_prompt_in_the_batch_format(tmp_path):
 BODY = "    return a + b\n"
 CHECK = "def check(c):\n    assert c(2, 3) == 5\n    assert c(-1, 1) == 0\n"
 HANGING = "def check(c):\n    print(c(2, 3))\n    assert c(2, 3) == 5 or sum(range(c(2, 3))) < 0\n"
+CATCHING = (
+    "def check(c):\n    try:\n        assert c(2, 3) == 5\n    except EOFError:\n        pass\n"
+)
 MAPPED = "def check(c):\n    assert all(map(lambda x: c(x, 1) == x + 1, [1, 2]))\n"
 needs_seccomp = pytest.mark.skipif(not data.can_confine(), reason="the filter is Linux's")
 
@@ -1609,7 +1612,12 @@ def test_values_and_exceptions_cross_as_plain_data():
 @needs_seccomp
 @pytest.mark.parametrize(
     "tests, wrong",
-    [(HANGING, "return 'passed'"), (HANGING, "return 10**12"), (MAPPED, "raise StopIteration")],
+    [
+        (HANGING, "return 'passed'"),
+        (HANGING, "return 10**12"),
+        (MAPPED, "raise StopIteration"),
+        (CATCHING, "import os; os._exit(0)"),
+    ],
 )
 def test_tests_that_print_hang_or_could_be_ended_early_give_no_false_verdict(tests, wrong):
     assert data.is_correct(task(tests), WHOLE) is True
