@@ -198,7 +198,8 @@ def write_jsonl(path, records):
 
 @dataclass(frozen=True)
 class Example:
-    """One question. `answer` is what SFT trains on; `gold` what a reply is checked against."""
+    """One question. `answer` is what SFT trains on; `gold` what a reply is checked against (code:
+    the tests that it must pass)."""
 
     id: str
     question: str
@@ -582,7 +583,8 @@ def label_examples(examples: list[Example], labels: str) -> list[Example]:
             where = f"{labels}:{number}"
             raise ValueError(f'{where}: needs "{key}" and a label of System 1 or System 2')
         known[str(record[key]).strip()] = label
-    return [replace(e, label=known[getattr(e, key)]) for e in examples if getattr(e, key) in known]
+    labels = [(e, known.get(getattr(e, key).strip())) for e in examples]
+    return [replace(e, label=label) for e, label in labels if label]
 
 
 # ---------------------------------------------------------------------------- tokens and batches

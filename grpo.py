@@ -2,7 +2,7 @@
 
 A step samples G answers to each of P prompts, scores them, and compares each answer with its own
 group: advantage = (r - mean) / std. The update raises the log-probs of answers that beat their
-group, clipped (PPO) and held near the SFT checkpoint by a KL penalty. Rewards come in as a
+group, clipped (PPO) and held near the policy as RL began by a KL penalty. Rewards come in as a
 function, so this file knows nothing of data sets.
 
 Left out: reward models, a value network, importance-sampling corrections for stale rollouts. The
@@ -138,7 +138,7 @@ def micro_batches(rollout: Rollouts, advantages, size: int, device) -> list[Micr
 
 
 def grpo_update(model, optimizer, rollout: Rollouts, advantages, reference, s: Settings) -> dict:
-    """`s.num_iterations` optimizer steps on one batch of rollouts -> statistics, means over them.
+    """`s.num_iterations` optimizer steps on one batch of rollouts -> their mean statistics.
 
     advantages (P, G); reference: the flat vector (N,) of the policy that the KL holds on to. At
     most s.micro_batch answers go through the model at a time; the gradient does not depend on it.

@@ -31,7 +31,7 @@ from torch import nn
 
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 PROJECTIONS |= {"g": "gate_proj", "u": "up_proj", "d": "down_proj"}
-ANCHORED = ("anchored", "pissa", "olora")  # the starts that leave the model as it was
+ANCHORED = ("anchored", "pissa", "olora")  # the starts that keep a frozen copy of themselves
 
 # ------------------------------------------------------------------------------------ LoRA layers
 
@@ -298,13 +298,13 @@ def scores_from(g_sum, f_sum, count: int, phi, rank_by="importance"):
     return scores
 
 
-def importance(model, batches, logprobs=logits_logprobs, *, rank_by="importance", **settings):
+def importance(model, batches, logprobs=logits_logprobs, *, rank_by="importance", chunk_tokens=512):
     """I = |g * phi - 1/2 * F * phi^2| for every LoRA element -> (N,) float32 (paper, eq. 3).
 
     g is the mean over the examples of the per-example gradient, F (the diagonal of the Fisher
     matrix) the mean of its square; an example's loss is the mean cross-entropy of its answer
     tokens. batches: iterable of (tokens, labels), int64 (B, T), right padded, labels[t] = tokens[t]
-    at answer positions (EOS included) and -100 elsewhere. At most chunk_tokens=512 tokens (and at
+    at answer positions (EOS included) and -100 elsewhere. At most chunk_tokens tokens (and at
     least one row) pass through the model at once; the result does not depend on it.
     `logprobs(model, tokens, labels)` gives (B, T-1) log-probs. rank_by: a name in `SCORES`.
     Runs in eval mode and restores it. Raises ValueError on an example without answer tokens, on
@@ -312,7 +312,7 @@ def importance(model, batches, logprobs=logits_logprobs, *, rank_by="importance"
     """
     if rank_by not in SCORES:
         raise ValueError(f"unknown rank_by {rank_by!r}; one of {', '.join(SCORES)}")
-    moments = gradient_moments(model, batches, logprobs, **settings)
+    moments = gradient_moments(model, batches, logprobs, chunk_tokens)
     return scores_from(*moments, get_flat(model), rank_by)
 
 

@@ -1983,6 +1983,8 @@ def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
     for stage in ("sft", "rl"):
         refuses("died", train.main, command, error=KeyboardInterrupt)
         assert saves[-1] == stage
+        with open(killed / "metrics.jsonl", "a") as file:
+            file.write('{"stage')  # killed inside a line
     train.main(command)
     for stage in ("sft", "rl"):
         states = [load_file(out / stage / "state.safetensors") for out in (whole, killed)]
@@ -2169,12 +2171,17 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
     bad.write_text('{"id": "gsm8k/train/1", "label": "S1"}\n{oops\n')
     data.write_jsonl(none, [{"id": "elsewhere", "label": "S1"}])
     data.write_jsonl(broken / "train.jsonl", [GSM8K] * 60 + [{"question": "no answer"}])
+    mine, half = tmp_path / "mine.jsonl", {"question": "F t1 e1 A", "answer": "c5", "label": "S2"}
+    owned = f"--model {base} --data {mine} --out {tmp_path}/own"
+    for copied in (mine, good / "mine.jsonl"):
+        data.write_jsonl(copied, [half, half | {"label": "S1", "check": "exact"}] * 40)
     file.write_text("")
     commands = f"""
         --theta 0 => --theta 0
         --theta 1.2 => --theta 1.2
         go together => --data gsm8k
-        unknown targets 'x' => {toy} --targets x
+        --targets x: letters of => --targets x
+        --labels teachers:6: in the toy => --labels teachers:6
         --lora-alpha 0 => --lora-alpha 0
         --sft-lr 1e+39 is outside => --sft-lr 1e39
         --rl-group 1 => --rl-group 1
@@ -2196,6 +2203,11 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         not a readable PEFT adapter => {merge} {tmp_path}/m --adapter nowhere
         no run there => figure {nowhere}
         sweep needs => sweep order --score-only
+        sweep order sets --order itself => sweep order --order=sft
+        named after their file => {owned} --rl-data {good}/mine.jsonl
+        has no validation split => {labelled} --eval-data {mine} --eval-split validation
+        no label matches an example => eval --model {base} --data {mine} --labels {none}
+        no answer of System 2 can be checked => {owned}
         gsm8K => eval --model x --data gsm8K --data-path {file}
         eval needs => eval --data gsm8k
         --device cuda:7: this PyTorch => bench --device cuda:7
@@ -2263,6 +2275,21 @@ def test_a_sweep_of_two_tiny_cells(toy_run, tmp_path, monkeypatch, capsys):
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.parent.parent.name == "cells"}
     train.main(command)  # finished cells are reused
     assert before == {p: p.stat().st_mtime_ns for p in before} and len(before) > 10
+
+
+def test_a_rate_is_lost_by_diverging_alone(monkeypatch):
+    def cell(base, changes):
+        if changes.get("sft_lr") == 9e-3:
+            raise error
+        row = {"accuracy": changes["sft_lr"], "probability": 0.5}
+        return base, {"evaluation": {"sft": {"all": row}}}
+
+    monkeypatch.setattr(train, "run_cell", cell)
+    base, error = train.read_config([]), train.Diverged("not finite")
+    best, words = train.tuned_rates(base, {"order": "sft"}, 5)
+    assert best == {"sft_lr": 3e-3} and words == "0.003"
+    error = ValueError("another run is there")
+    refuses("another run", train.tuned_rates, base, {"order": "sft"}, 5)
 
 
 def test_verdicts_follow_two_standard_errors():

@@ -15,7 +15,7 @@ import signal
 
 
 def stop(number, frame):
-    """Ctrl-C or SIGTERM at any moment: one line, no traceback. Every file is written whole."""
+    """Ctrl-C or SIGTERM at any moment: one line, no traceback. Files are renamed into place."""
     os.write(2, b"\ntrain.py: stopped; the same command again: a run goes on where its folder is\n")
     os._exit(128 + number)
 
@@ -39,7 +39,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal, get_args
@@ -53,6 +53,10 @@ import data
 import grpo
 import lorapar
 import model as decoder
+
+
+class Diverged(ValueError):
+    """Training or its result is no longer finite."""
 
 
 def run(c: "RunConfig") -> dict:
@@ -111,7 +115,8 @@ def backward(model, rows, micro_batch: int, device) -> float:
 
 def score(c, model, rows):
     """Importance of every LoRA element for both systems, before any training -> s1, s2 (N,) on the
-    CPU. Kept with the start of the factors, which a resumed run puts back."""
+    CPU; ones where no element is left out. Kept with the start of the factors, which a resumed run
+    puts back."""
     path = Path(c.out) / "importance.safetensors"
     if path.exists():
         kept = read_tensors(path)
@@ -124,10 +129,10 @@ def score(c, model, rows):
     rank_by = c.select if c.select in lorapar.SCORES else "importance"
     needs_ranking = c.theta < 1 or c.alpha not in (0, 1) or c.beta not in (0, 1)
     for name in ("s1", "s2"):
-        scores[name] = torch.ones_like(scores["start"])  # where everything is taken
+        scores[name] = torch.ones_like(scores["start"])
         if needs_ranking:
-            system = rows[name.upper()]
-            chosen = random.Random(c.seed).sample(system, min(c.score_examples, len(system)))
+            members = rows[name.upper()]
+            chosen = random.Random(c.seed).sample(members, min(c.score_examples, len(members)))
             batches = bar(data.batches(chosen, c.micro_batch, c.device), f"score {name}")
             scores[name] = lorapar.importance(
                 model, batches, decoder.token_logprobs, rank_by=rank_by
@@ -176,17 +181,19 @@ def sft(c, model, rows, mask):
     model.eval()
 
 
-def judged(c, tokenizer, judge, examples, answers):
-    """Answers [P][G] -> their texts [P][G], judge(example, text, ..) of each, on all cores."""
+def graded(c, tokenizer, grade, examples, answers):
+    """Answers [P][G] -> their texts [P][G], grade(example, text, ..) of each, on all cores."""
     texts = [[tokenizer.decode(ids) for ids in group] for group in answers]
     pairs = [(e, text) for e, group in zip(examples, texts) for text in group]
-    found = iter(data.in_parallel(judge, [(*pair, c.allow_unconfined_code) for pair in pairs]))
+    found = iter(data.in_parallel(grade, [(*pair, c.allow_unconfined_code) for pair in pairs]))
     return texts, [[next(found) for _ in group] for group in texts]
 
 
 def rl_prompts(c, tokenizer, examples) -> list:
     """[(example, its prompt's ids)] of what a reward can check and --max-prompt lets in."""
     checked = [e for e in examples if c.reward or e.kind != "text"]
+    if not checked:
+        raise ValueError("rl: no answer of System 2 can be checked: name a --rl-data or --reward")
     asked = [(e, data.example_ids(e, tokenizer, c.prompt)[0]) for e in checked]
     kept = [(e, prompt) for e, prompt in asked if len(prompt) <= c.max_prompt]
     if not kept:
@@ -218,7 +225,7 @@ def rl(c, model, tokenizer, examples, mask):
         batch = [prompts[i] for i in chosen]
 
         def rewards(answers):
-            return judged(c, tokenizer, reward, [e for e, _ in batch], answers)[1]
+            return graded(c, tokenizer, reward, [e for e, _ in batch], answers)[1]
 
         asked = [prompt for _, prompt in batch]
         values = grpo.grpo_step(model, optimizer, asked, rewards, reference, sampling, generator)
@@ -237,14 +244,14 @@ def run_stage(c, stage, model, mask, rows, one_step, betas):
     """The loop of both stages: `one_step(optimizer, chosen rows, generator)` -> (values, words).
 
     A step's seed is its own, so a resumed run needs no state of a random generator. Raises
-    ValueError, one line, where training diverges; what was saved before stays.
+    Diverged, one line, where the numbers are not finite; what was saved before stays.
     """
     names = ("lr", "batch", "epochs", "steps", "warmup", "weight_decay", "grad_norm")
     lr, batch, epochs, limit, warmup, decay, norm = (getattr(c, f"{stage}_{n}") for n in names)
     lorapar.set_mask(model, mask)
     optimizer = lorapar.MaskedAdamW(model, lr, betas, weight_decay=decay, max_grad_norm=norm)
-    steps, folder = step_indices(len(rows), batch, epochs, limit, c.seed), Path(c.out) / stage
-    first, total = load_state(folder, model, optimizer), len(steps)
+    schedule, folder = step_indices(len(rows), batch, epochs, limit, c.seed), Path(c.out) / stage
+    first, total = load_state(folder, model, optimizer), len(schedule)
     if first:
         print(f"{stage}: " + (f"reused from {folder}" if first == total else f"after step {first}"))
     metrics, started = Path(c.out) / "metrics.jsonl", time.perf_counter()  # a line a step
@@ -254,12 +261,13 @@ def run_stage(c, stage, model, mask, rows, one_step, betas):
         torch.manual_seed(seed)  # dropout, on every device
         optimizer.param_groups[0]["lr"] = rate = lr * cosine(step, total, warmup)
         try:
-            values, words = one_step(optimizer, steps[step], torch.Generator().manual_seed(seed))
+            generator = torch.Generator().manual_seed(seed)
+            values, words = one_step(optimizer, schedule[step], generator)
             saves = (step + 1) % c.save_every == 0 or step + 1 == total
-            if saves and not is_finite(model, rows[steps[step][0]], c.device):
+            if saves and not is_finite(model, rows[schedule[step][0]], c.device):
                 raise FloatingPointError("the model's log-probs are not finite")
         except FloatingPointError as error:
-            raise ValueError(
+            raise Diverged(
                 f"{stage} step {step + 1}: {error}: lower --{stage}-lr {lr} and name another --out "
                 f"({c.out} keeps what was good)"
             ) from None
@@ -321,16 +329,16 @@ def answer(c, model, tokenizer, examples, prompts, samples: int, generator):
         generator=generator,
         batch_rows=c.batch_rows,
     )
-    texts, verdicts = judged(c, tokenizer, data.is_correct, examples, answers)
+    texts, verdicts = graded(c, tokenizer, data.is_correct, examples, answers)
     return [list(zip(*pair)) for pair in zip(texts, verdicts)]
 
 
 def evaluate(c, model, tokenizer, examples, what, samples=1):
     """-> a table {system: {"accuracy", "probability", "loss", "examples"}} of S1, S2 and all, and a
-    record an example that a person can read. Greedy, or pass@1 and pass@k of `samples` answers.
+    record per example that a person can read. Greedy, or pass@1 and pass@k of `samples` answers.
 
     probability is the mean over examples of p(reference answer, EOS included | question), loss the
-    mean cross-entropy of its tokens. "all" is every example, labelled or not. Raises ValueError
+    mean cross-entropy of its tokens. "all" is every example, labelled or not. Raises Diverged
     where the model no longer gives numbers.
     """
     is_letter = [e.kind == "letter" for e in examples]
@@ -363,7 +371,7 @@ def evaluate(c, model, tokenizer, examples, what, samples=1):
             with torch.no_grad():
                 logp = decoder.token_logprobs(model, tokens, labels).sum(1)
             if not logp.isfinite().all():
-                raise ValueError(f"evaluate {what}: the model's log-probs are not finite")
+                raise Diverged(f"evaluate {what}: the model's log-probs are not finite")
             counts = (labels[:, 1:] != -100).sum(1)
             for i, p, n in zip(part, logp.tolist(), counts.tolist()):
                 records[i] |= {"probability": math.exp(p), "loss": -p / n}
@@ -467,6 +475,7 @@ class RunConfig:
 
 TOY = {f.name: f.metadata["toy"] for f in fields(RunConfig) if f.metadata["toy"] is not None}
 TOY_BASE = {"steps": 1000, "batch": 96}
+TEACHERS = r"teachers:([1-5])(:shuffled)?"  # the toy's --labels
 
 
 def option(name: str) -> str:
@@ -514,6 +523,10 @@ def check_ranges(c: RunConfig):
     """Raises ValueError, naming the flag, on a value out of range."""
     if not 0 < c.theta <= 1:
         raise ValueError(f"--theta {c.theta} is outside (0, 1]")
+    if not c.targets or set(c.targets) - set(lorapar.PROJECTIONS):
+        raise ValueError(f"--targets {c.targets}: letters of q k v o g u d")
+    if c.data == "toy" and not re.fullmatch(TEACHERS, c.labels or "teachers:5"):
+        raise ValueError(f'--labels {c.labels}: in the toy "teachers:1" to "teachers:5"')
     for name in ("alpha", "beta", "dropout", "sft_warmup", "rl_warmup"):
         if not 0 <= getattr(c, name) <= 1:
             raise ValueError(f"{option(name)} {getattr(c, name)} is outside [0, 1]")
@@ -571,9 +584,7 @@ def load_labels(c: RunConfig, data_path, examples, report: dict) -> list[dict]:
     """The label records of `examples`: the teachers' votes in the toy, what --labels says, or the
     labels of one's own file."""
     if c.data == "toy":
-        said = re.fullmatch(r"teachers:([1-5])(:shuffled)?", c.labels or "teachers:5")
-        if not said:
-            raise ValueError(f'--labels {c.labels}: in the toy "teachers:1" to "teachers:5"')
+        said = re.fullmatch(TEACHERS, c.labels or "teachers:5")
         files = sorted((Path(data_path) / "answers").glob("*.jsonl"))[: int(said[1])]
         records, votes = data.count_votes(data.read_answers(files), len(files))
         report["data"] |= {f"votes: {k}": v for k, v in votes.items()}
@@ -594,22 +605,24 @@ def read_sets(c: RunConfig, data_path) -> dict:
     first = (c.data, data_path)
     second = (c.rl_data, c.rl_data_path) if c.rl_data else first
     test = (c.eval_data, c.eval_data_path) if c.eval_data else first
-    graded = "rl" in c.order and not c.reward
+    own = {name for name, _ in (first, second, test) if name.endswith(data.OWN_NAMES)}
+    if len({Path(name).stem for name in own}) < len(own):
+        raise ValueError(f"{' and '.join(own)}: examples are named after their file: rename one")
+    rl_grades = "rl" in c.order and not c.reward
     sets = {}
     for name, source, split, others, cure in (
         ("S1", first, "train", [test], None),
-        ("S2", second, "train", [test], "--rl-data, or a --reward" if graded else None),
+        ("S2", second, "train", [test], "--rl-data, or a --reward" if rl_grades else None),
         ("eval", test, c.eval_split, [first, second], "--eval-data"),
     ):
         alone = data.in_one_file(*source) and source not in others
+        if alone and split == "validation":
+            raise ValueError(f"{source[0]} is evaluated whole: it has no validation split")
         sets[name] = data.load_dataset(*source, "all" if alone else split)
         if cure and not c.score_only and all(e.kind == "text" for e in sets[name]):
             raise ValueError(f"answers of {source[0]} cannot be checked: name a {cure}")
     if {e.id for e in sets["eval"]} & {e.id for name in ("S1", "S2") for e in sets[name]}:
-        raise ValueError(
-            f"{c.eval_data}: the evaluation holds training examples (by their ids: the file's name "
-            "and the line)"
-        )
+        raise ValueError(f"{test[0]}: the evaluation holds training examples (by their ids)")
     return sets
 
 
@@ -780,11 +793,14 @@ def load_state(folder, model, optimizer) -> int:
 
 
 def forget_metrics(path: Path, stage: str, first_step: int):
-    """Drops the lines of metrics.jsonl that a resumed stage will write again."""
-    if path.exists():
-        lines = [r for _, r in data.read_records(path)]
-        kept = [r for r in lines if r["stage"] != stage or r["step"] < first_step]
-        data.write_jsonl(path, kept)
+    """Drops the lines of metrics.jsonl that a resumed stage will write again, and a torn one."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if record["stage"] != stage or record["step"] < first_step:
+                kept.append(record)
+    data.write_jsonl(path, kept)
 
 
 def clock(seconds: float) -> str:
@@ -872,6 +888,8 @@ def run_eval(arguments):
         raise ValueError(f"answers of {c.data} cannot be checked")
     if c.labels:
         known = {e.id: e for e in data.label_examples(examples, c.labels)}
+        if not known:
+            raise ValueError(f"--labels {c.labels}: no label matches an example of {c.data}")
         examples = [known.get(e.id, e) for e in examples]
     random.Random(c.seed).shuffle(examples)
     path = decoder.find_model(c.model)
@@ -1039,7 +1057,9 @@ def run_sweep(arguments):
     """Repeats a table or figure of the paper: each cell an ordinary run in a folder of its own
     under --out (default runs/sweep), with any flag of a run. Writes NAME.md, NAME.csv and, where
     the paper has a figure and matplotlib is installed, NAME.png. Finished cells are reused."""
-    parser = argparse.ArgumentParser("train.py sweep", description=run_sweep.__doc__)
+    parser = argparse.ArgumentParser(
+        "train.py sweep", description=run_sweep.__doc__, allow_abbrev=False
+    )
     parser.add_argument("name", choices=[*SWEEPS, "resample"])
     parser.add_argument("--seeds", type=int, default=5, help="0 .. N-1; seed N chooses the rates")
     args, rest = parser.parse_known_args(arguments)
@@ -1051,11 +1071,14 @@ def run_sweep(arguments):
     if base.score_only:
         return active_shares(replace(base, score_only=False), args.seeds)
     records, rates, rows = [], {}, SWEEPS[args.name]
+    for name in {k for row in rows.values() for k, v in row.items() if not callable(v)}:
+        if any(word.partition("=")[0] == option(name) for word in rest):
+            raise ValueError(f"sweep {args.name} sets {option(name)} itself")
     for row, changes in rows.items():
-        chosen, rates[row] = tuned_rates(base, changes, args.seeds)
+        best, rates[row] = tuned_rates(base, changes, args.seeds)
         for seed in range(args.seeds):
-            _, report = run_cell(base, changes | chosen | {"seed": seed})
-            records.append({"row": row, "seed": seed} | chosen | cell_facts(report))
+            _, report = run_cell(base, changes | best | {"seed": seed})
+            records.append({"row": row, "seed": seed} | best | cell_facts(report))
         print(f"{row}: {spread(r['all at the end'] for r in records[-args.seeds :])}")
     columns = ["% active in sft", "% active in rl", "S1 after sft", "S2 after sft"]
     columns += ["S1 at the end", "S2 at the end", "all at the end"]
@@ -1128,7 +1151,7 @@ def tuned_rates(base: RunConfig, changes: dict, seed: int):
                 _, report = run_cell(base, trial | {"eval_split": "validation"})
                 row = list(report["evaluation"].values())[-1]["all"]
                 tried[rate] = row["accuracy"], row["probability"]
-            except ValueError:  # it diverged
+            except Diverged:
                 tried[rate] = -1.0, 0.0
         best = max(tried, key=tried.get)
         rates[f"{stage}_lr"] = best
@@ -1189,7 +1212,7 @@ def active_shares(base: RunConfig, seeds: int):
     and GUD are those of all six, ranked alone."""
     records, rows, kept = [], [], []
     for seed in range(seeds):
-        c, report = run_cell(base, {"seed": seed, "score_only": True})
+        c, report = run_cell(base, {"seed": seed, "score_only": True, "theta": 0.9})
         scores = read_tensors(Path(c.out) / "importance.safetensors")
         kept.append((report["partition"]["factors"], scores["s1"], scores["s2"]))
     for targets, theta in itertools.product(TARGETS, (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)):
