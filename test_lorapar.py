@@ -2010,7 +2010,7 @@ def test_a_stopped_run_says_one_line_and_how_to_go_on(number, code, after, tmp_p
         time.sleep(0.4)  # the imports take seconds
     run.send_signal(number)
     _, error = run.communicate(timeout=60)
-    line = "train.py: stopped; the same command again: a run goes on where its folder is"
+    line = "train.py: stopped; repeat the command (a run goes on from its folder)"
     assert run.returncode == code and error.strip() == line
 
 

@@ -16,7 +16,7 @@ import signal
 
 def stop(number, frame):
     """Ctrl-C or SIGTERM at any moment: one line, no traceback. Files are renamed into place."""
-    os.write(2, b"\ntrain.py: stopped; the same command again: a run goes on where its folder is\n")
+    os.write(2, b"\ntrain.py: stopped; repeat the command (a run goes on from its folder)\n")
     os._exit(128 + number)
 
 
