@@ -845,20 +845,23 @@ def program(prompt: str, completion: str, entry: str) -> str:
     """The candidate's source, from whatever form a model answers in: a body that continues the
     prompt, a whole function, or Markdown with fenced blocks around either. Of the ways to read it
     the one counts that keeps most of the text up to the first syntax error."""
-    reply = "\n".join(completion.lstrip("\ufeff").splitlines())
+    reply = re.sub(r"\r+\n?", "\n", completion.lstrip("\ufeff"))
     text, *rest = re.split(r"^[^\S\n]*(?:```|~~~).*\n?", reply, flags=re.M)
-    fenced = [textwrap.dedent(block) for block in rest[::2]]
+    fenced = [textwrap.dedent(block) for block in rest[::2]][:9]
     name = re.escape(entry)
     defines = re.compile(rf"^(?:(?:async )?def {name}\b|{name} *(?::[^=\n]+)?=(?!=))", re.M)
-    whole = [i for i, block in enumerate(fenced) if defines.search(block)]
-    codes = [text, *fenced[:1]]
-    if whole:  # with the blocks before it that are code: helpers, imports
-        codes = ["\n".join(b for b in fenced[: whole[-1] + 1] if longest_that_parses(b) == b)]
+    whole = [block for block in fenced if defines.search(longest_that_parses(block))]
+    codes = [text, *fenced]
+    if whole:  # the last that parses to its end, else the first, behind the blocks of helpers
+        parses = [block for block in fenced if longest_that_parses(block) == block]
+        chosen = ([block for block in whole if block in parses] or whole[:1])[-1]
+        before = fenced[: fenced.index(chosen)]
+        codes = ["\n".join([*(b for b in before if b in parses and b not in whole), chosen])]
     # (characters kept, source, which definition of the entry counts: the prompt's own, continued,
     # or the one behind its stub)
     readings = []
     for code in codes:
-        code = re.split(r"<\||</s>|\[/PYTHON\]", code, maxsplit=1)[0]
+        code = re.split(r"<\||</s>|\[/PYTHON\]|\0|```[ \t]*$", code, maxsplit=1, flags=re.M)[0]
         first = re.compile(r"^from __future__ .*\n", re.M)  # must be the first statement of a file
         head, code = "".join(first.findall(code)) + prompt, first.sub("", code)
         code = re.sub(r"\A(?:[ \t]*\n)+", "", code)
@@ -884,8 +887,9 @@ def longest_that_parses(source: str) -> str:
         try:
             compile("\n".join(lines), "candidate", "exec")
             break
-        except SyntaxError as error:
-            del lines[max(0, min(error.lineno or 1, len(lines)) - 1) :]
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            line = getattr(error, "lineno", None) or len(lines)  # too deep: no line is named
+            del lines[max(0, min(line, len(lines)) - 1) :]
     return "\n".join(lines)
 
 
@@ -895,14 +899,20 @@ def without_run_on(source: str, entry: str, which: int) -> str:
     kept, seen = [], 0
     for node in ast.parse(source).body:
         targets = getattr(node, "targets", [getattr(node, "target", None)])
-        names = {getattr(node, "name", None), *(getattr(t, "id", None) for t in targets)}
-        helper = isinstance(node, ast.Import | ast.ImportFrom) or names - {None}
+        stored = [n for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)]
+        names = {getattr(node, "name", None)}
+        names |= {n.id for n in stored if isinstance(n.ctx, ast.Store)}
+        kinds = ast.Import | ast.ImportFrom | ast.Assign | ast.AugAssign  # "f.cache = {}" too
+        helper = isinstance(node, kinds) or names - {None}
         seen += entry in names
         if seen <= which or (entry in names and seen == which + 1):
             kept.append(node)
         elif helper and not isinstance(node, ast.For) and not names & {entry, *dir(builtins)}:
             kept.append(node)
-    return ast.unparse(ast.Module(kept, []))
+    # the text itself: ast.unparse fails on deep expressions and some f-strings
+    parts = [part for node in kept for part in (*getattr(node, "decorator_list", ()), node)]
+    texts = [ast.get_source_segment(source, part) for part in parts]
+    return "\n".join("@" * isinstance(p, ast.expr) + t for p, t in zip(parts, texts))
 
 
 def literal(x) -> str:
@@ -929,7 +939,8 @@ def judge_main():
     """The trusted process: prints "failed" as soon as its candidate runs, then "passed" if it did,
     or why it could not be confined. The last line counts."""
     job = json.loads(sys.stdin.buffer.read())
-    set_limit("RLIMIT_AS", 2 * MEMORY)
+    for name, value in (("AS", 2 * MEMORY), ("CPU", SECONDS + 5), ("CORE", 0)):
+        set_limit(f"RLIMIT_{name}", value)
     verdicts = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the tests print is no verdict
     candidate = _start("candidate")
@@ -937,6 +948,8 @@ def judge_main():
     def answer():
         line = candidate.stdout.readline(MESSAGE)
         if not line.endswith(b"\n"):  # the candidate has ended, or says too much
+            candidate.kill()
+            candidate.wait()
             os._exit(0)  # not an exception, which the tests might catch
         return ast.literal_eval(line.decode("ascii"))
 
@@ -983,7 +996,8 @@ gc graphlib hashlib heapq html io itertools json keyword math numbers numpy oper
 random re secrets statistics string struct sys textwrap time timeit traceback types typing
 unicodedata weakref zlib""".split()
 # What these load late, when the filter stands already.
-LATE = ["_strptime", "typing", *(f"encodings.{c}" for c in ("rot_13", "cp1252", "utf_8_sig"))]
+LATE = "_strptime typing encodings.rot_13 encodings.cp1252 encodings.utf_8_sig".split()
+LATE += ["encodings.hex_codec", "encodings.unicode_escape"]
 NUMPY = [f"numpy.{m}" for m in "linalg random ma fft polynomial char strings".split()]
 
 
@@ -1090,6 +1104,7 @@ def confine() -> bool:
     buffer = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in code))
     filter_program = struct.pack("HxxxxxxQ", len(code), ctypes.addressof(buffer))
     libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG: it dies with the judge
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     set_mode_filter, all_threads = 1, 1
     return libc.syscall(seccomp, set_mode_filter, all_threads, ctypes.c_char_p(filter_program)) == 0

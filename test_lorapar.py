@@ -1511,6 +1511,18 @@ builtin shadowed behind =>     return sum([a, b])\n\nsum = add(1, 2)\nprint(sum)
 prose that looks like code => Let's see\na = 2, b = 3 gives 5\n\nWHOLE
 prose with import => Thinking:\nimport nothing here\n\nWHOLE
 thinking => <think>\nMaybe\ndef add(a, b):\n    ...\nno wait.\n</think>\n\nWHOLE
+cut off in a fence => ```python\nWHOLE\nprint(add(1,
+prose in a fence => ```python\nWHOLE\nThis adds two numbers.\n```
+session in a fence => ```python\nWHOLE\n>>> add(1, 2)\n3\n```
+fence closed on the last line => ```python\ndef add(a, b):\n    return a + b```
+stub in a fence first => ```python\ndef add(a, b):\n    pass\n```\nFilled in:\nFENCE
+draft in a fence first => <think>\n```python\nWRONG```\n</think>\nFENCE
+shell, then a body => ```bash\npip install x\n```\n```python\nBODY```
+deep run-on => BODY\nx = 1 + 1 + 1\na.b.c.d.e = -----------x\n# \ud800
+NUL behind => BODY\n\0
+cache of its own => def add(a, b):\n    add.cache[a] = b\n    return a + b\n\nadd.cache = {}\n
+several constants behind =>     return a + b + X\n\nX, Y = 0, 1\n
+hard space in an f-string => def add(a, b):\n    f"{'\u00a0'.join(['a'])}"\nBODY
 numpy scalar => import numpy as np\ndef add(a, b):\n    return np.sum(np.unique([a, b]))\n
 codec => import codecs\ndef add(a, b):\n    codecs.encode('a', 'rot13')\nBODY
 random => import random\ndef add(a, b):\n    random.random()\nBODY
@@ -1588,6 +1600,14 @@ def test_right_code_passes_in_every_form_models_write_it(form):
         text = text.replace(name, meant)
     example = task(CHECK, 'def add(a, b):\n    """Add."""\n')
     assert data.is_correct(example, text) is True
+
+
+@needs_seccomp
+@pytest.mark.parametrize(
+    "junk", ["1 + " * 400 + "1", "a + " * 3000 + "1", "-" * 10_000 + "x", "0x" + "f" * 5000]
+)
+def test_a_run_on_too_deep_for_the_parser_spoils_no_answer(junk):
+    assert data.is_correct(task(CHECK), f"{BODY}\n\nx = {junk}") is True
 
 
 @needs_seccomp
