@@ -2224,6 +2224,7 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         no run there => figure {nowhere}
         sweep needs => sweep order --score-only
         sweep order sets --order itself => sweep order --order=sft
+        sweep theta sets --theta itself => sweep theta --score-only --theta 1
         named after their file => {owned} --rl-data {good}/mine.jsonl
         has no validation split => {labelled} --eval-data {mine} --eval-split validation
         no label matches an example => eval --model {base} --data {mine} --labels {none}

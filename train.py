@@ -1066,14 +1066,15 @@ def run_sweep(arguments):
     base = read_config(["--out", "runs/sweep", *rest])
     if args.seeds < 1 or (base.score_only and args.name != "theta"):
         raise ValueError("sweep needs --seeds of at least 1, and --score-only goes with theta")
+    rows = SWEEPS.get(args.name, {})
+    for name in {k for row in rows.values() for k, v in row.items() if not callable(v)}:
+        if any(word.partition("=")[0] == option(name) for word in rest):
+            raise ValueError(f"sweep {args.name} sets {option(name)} itself")
     if args.name == "resample":
         return resample(base, args.seeds)
     if base.score_only:
         return active_shares(replace(base, score_only=False), args.seeds)
-    records, rates, rows = [], {}, SWEEPS[args.name]
-    for name in {k for row in rows.values() for k, v in row.items() if not callable(v)}:
-        if any(word.partition("=")[0] == option(name) for word in rest):
-            raise ValueError(f"sweep {args.name} sets {option(name)} itself")
+    records, rates = [], {}
     for row, changes in rows.items():
         best, rates[row] = tuned_rates(base, changes, args.seeds)
         for seed in range(args.seeds):
@@ -1212,7 +1213,7 @@ def active_shares(base: RunConfig, seeds: int):
     and GUD are those of all six, ranked alone."""
     records, rows, kept = [], [], []
     for seed in range(seeds):
-        c, report = run_cell(base, {"seed": seed, "score_only": True, "theta": 0.9})
+        c, report = run_cell(base, {"seed": seed, "score_only": True})
         scores = read_tensors(Path(c.out) / "importance.safetensors")
         kept.append((report["partition"]["factors"], scores["s1"], scores["s2"]))
     for targets, theta in itertools.product(TARGETS, (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)):
