@@ -177,7 +177,7 @@ def read_records(path, columns=None):
                         if not isinstance(record, dict):
                             raise ValueError(f"{path}:{number}: not a JSON object")
                         yield number, record
-    except json.JSONDecodeError as error:
+    except json.JSONDecodeError as error:  # of a line, or of the whole array
         raise ValueError(f"{path}:{number + error.lineno - 1}: not JSON ({error.msg})") from None
     except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: not readable ({error})") from None
@@ -376,20 +376,26 @@ def _instructions(name: str, fields: str, repository: str, file: str | None = No
     return Source(_in_file(make, "*.json*"), "train", home, (repository, file) if file else ())
 
 
-_DOLLY = "databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl"
-_FEEDBACK = "CodeFeedback-Filtered-Instruction"
 DATASETS = {
     "toy": Source(_in_file(_toy), "train validation test", "made by make_toy"),
     "gsm8k": Source(_in_file(_gsm8k), "train test", "github.com/openai/grade-school-math"),
     "mmlu": Source(_mmlu, "train validation test", "github.com/hendrycks/test"),
     "humaneval": Source(_in_file(_humaneval, "Human*"), "test", "github.com/openai/human-eval"),
-    "dolly": _instructions("dolly", "instruction context response", *_DOLLY),
+    "dolly": _instructions(
+        "dolly",
+        "instruction context response",
+        "databricks/databricks-dolly-15k",
+        "databricks-dolly-15k.jsonl",
+    ),
     "platypus": _instructions("platypus", "instruction input output", "garage-bAInd/Open-Platypus"),
     "codealpaca": _instructions(
         "codealpaca", "instruction input output", "sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json"
     ),
     "codefeedback": _instructions(
-        "codefeedback", "query - answer", f"m-a-p/{_FEEDBACK}", f"{_FEEDBACK}.jsonl"
+        "codefeedback",
+        "query - answer",
+        "m-a-p/CodeFeedback-Filtered-Instruction",
+        "CodeFeedback-Filtered-Instruction.jsonl",
     ),
 }
 OWN, OWN_NAMES = Source(_in_file(_own), "train", "your own file"), (".jsonl", ".jsonl.gz")
@@ -893,6 +899,10 @@ def longest_that_parses(source: str) -> str:
     return "\n".join(lines)
 
 
+HELPERS = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+HELPERS |= ast.Assign | ast.AnnAssign | ast.AugAssign  # constants; also "f.cache = {}"
+
+
 def without_run_on(source: str, entry: str, which: int) -> str:
     """A base model runs on: behind the definition that counts only helpers, imports and constants
     stay; prints, tests and second tries go."""
@@ -902,12 +912,10 @@ def without_run_on(source: str, entry: str, which: int) -> str:
         stored = [n for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)]
         names = {getattr(node, "name", None)}
         names |= {n.id for n in stored if isinstance(n.ctx, ast.Store)}
-        kinds = ast.Import | ast.ImportFrom | ast.Assign | ast.AugAssign  # "f.cache = {}" too
-        helper = isinstance(node, kinds) or names - {None}
         seen += entry in names
         if seen <= which or (entry in names and seen == which + 1):
             kept.append(node)
-        elif helper and not isinstance(node, ast.For) and not names & {entry, *dir(builtins)}:
+        elif isinstance(node, HELPERS) and not names & {entry, *dir(builtins)}:
             kept.append(node)
     # the text itself: ast.unparse fails on deep expressions and some f-strings
     parts = [part for node in kept for part in (*getattr(node, "decorator_list", ()), node)]

@@ -745,7 +745,7 @@ def test_importance_keeps_no_more_for_its_backward_than_training_does():
     """Counted in bytes of saved activations: fused attention, one chunk of tokens at a time."""
     model, (tokens, labels), logprobs = lora_model(r=1), answer_batch(8, 60), decoder.token_logprobs
 
-    def saved(work, *arguments):
+    def kept_bytes(work, *arguments):
         storages = {}
 
         def pack(tensor):
@@ -756,9 +756,9 @@ def test_importance_keeps_no_more_for_its_backward_than_training_does():
             work(model, *arguments)
         return sum(storages.values())
 
-    training = saved(logprobs, tokens, labels)
-    scoring = saved(lorapar.importance, [(tokens, labels)], logprobs)
-    one = saved(lorapar.per_example_gradients, tokens[:1], labels[:1], logprobs)
+    training = kept_bytes(logprobs, tokens, labels)
+    scoring = kept_bytes(lorapar.importance, [(tokens, labels)], logprobs)
+    one = kept_bytes(lorapar.per_example_gradients, tokens[:1], labels[:1], logprobs)
     assert scoring < 1.3 * training and one < training / 4  # a smaller chunk, less memory
 
 
@@ -2169,12 +2169,12 @@ def test_eval_command_gives_the_number_and_every_answer(toy_run, tmp_path, capsy
         command += ["--data-path", str(tmp_path / path), "--max-response", "4", "--out", str(out)]
         train.main(command)
         said = capsys.readouterr().out
-        table = json.loads(said[said.index("{") : said.rindex("}") + 1])["all"]
+        averages = json.loads(said[said.index("{") : said.rindex("}") + 1])["all"]
         records = [r for _, r in data.read_records(out)]
-        assert len(records) == table["examples"] == count
-        assert table["accuracy"] == pytest.approx(sum(r["accuracy"] for r in records) / count)
+        assert len(records) == averages["examples"] == count
+        assert averages["accuracy"] == pytest.approx(sum(r["accuracy"] for r in records) / count)
         if "--samples" in extra:
-            assert "pass@3" in table and all(len(r["answers"]) == 3 for r in records)
+            assert "pass@3" in averages and all(len(r["answers"]) == 3 for r in records)
         if name == "mmlu":
             assert all(r["answers"][0] in "ABCD" for r in records)
             assert "a letter is answered once" in fails(capsys, *command, "--samples", "20")
@@ -2276,21 +2276,21 @@ def test_a_sweep_of_two_tiny_cells(toy_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "RATES", (1, 3))
     command = ["sweep", "order", "--seeds", "2", *QUICK, "--out", str(out)]
     train.main(command)
-    table = list(csv.DictReader((out / "order.csv").open()))
+    records = list(csv.DictReader((out / "order.csv").open()))
     expected = list(itertools.product(("SFT then RL", "RL then SFT"), "01"))
-    assert [(r["row"], r["seed"]) for r in table] == expected
+    assert [(r["row"], r["seed"]) for r in records] == expected
     cells = {p.name: read(p / "report.json")["evaluation"] for p in out.glob("cells/*")}
     chosen = {}
     for rate in (3e-3, 9e-3):  # the rates of the first row, chosen again by hand, on validation
         flags = "" if rate == 3e-3 else f",sft_lr={rate}"
         end = cells[f"eval_split=validation,seed=2{flags}"]["rl"]["all"]
         chosen[rate] = [end["accuracy"], end["probability"]]
-    assert float(table[0]["sft_lr"]) == max(chosen, key=chosen.get)
+    assert float(records[0]["sft_lr"]) == max(chosen, key=chosen.get)
     assert not any("seed=2" in name and "validation" not in name for name in cells)
-    flags = f",sft_lr={table[0]['sft_lr']}" * (table[0]["sft_lr"] != "0.003")
-    flags = f"rl_lr={table[0]['rl_lr']}," * (table[0]["rl_lr"] != "0.004") + "seed=0" + flags
+    flags = f",sft_lr={records[0]['sft_lr']}" * (records[0]["sft_lr"] != "0.003")
+    flags = f"rl_lr={records[0]['rl_lr']}," * (records[0]["rl_lr"] != "0.004") + "seed=0" + flags
     accuracy = cells[flags]["rl"]["all"]["accuracy"]
-    assert float(table[0]["all at the end"]) == pytest.approx(100 * accuracy)
+    assert float(records[0]["all at the end"]) == pytest.approx(100 * accuracy)
     text = (out / "order.md").read_text()
     assert "| SFT then RL | 81.65 |" in text and "all 40)" in text and "+13.2" in text
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.parent.parent.name == "cells"}

@@ -351,7 +351,7 @@ def evaluate(c, model, tokenizer, examples, what, samples=1):
     size = max(1, c.batch_rows // samples)  # prompts whose answers are decoded together
     batches = [
         chosen[start : start + size]
-        for chosen in (list(kind) for _, kind in itertools.groupby(order, is_letter.__getitem__))
+        for chosen in (list(kind) for _, kind in itertools.groupby(order, lambda i: is_letter[i]))
         for start in range(0, len(chosen), size)
     ]
     ks = [k for k in (10, 100, samples) if 1 < k <= samples]
@@ -375,16 +375,16 @@ def evaluate(c, model, tokenizer, examples, what, samples=1):
             counts = (labels[:, 1:] != -100).sum(1)
             for i, p, n in zip(part, logp.tolist(), counts.tolist()):
                 records[i] |= {"probability": math.exp(p), "loss": -p / n}
-    table = {}
+    averages = {}
     for system in ("S1", "S2", "all"):
         members = [r for r in records if system in ("all", r["label"])]
         names = ["accuracy", *(f"pass@{k}" for k in ks), "probability", "loss"]
         if members:
-            table[system] = {k: sum(r[k] for r in members) / len(members) for k in names}
-            table[system]["examples"] = len(members)
-    shown = "  ".join(f"{system} {row['accuracy']:.1%}" for system, row in table.items())
+            averages[system] = {k: sum(r[k] for r in members) / len(members) for k in names}
+            averages[system]["examples"] = len(members)
+    shown = "  ".join(f"{system} {row['accuracy']:.1%}" for system, row in averages.items())
     print(f"evaluate {what}: {shown}")
-    return table, records
+    return averages, records
 
 
 # ----------------------------------------------------------------------------------------- settings
@@ -475,7 +475,7 @@ class RunConfig:
 
 TOY = {f.name: f.metadata["toy"] for f in fields(RunConfig) if f.metadata["toy"] is not None}
 TOY_BASE = {"steps": 1000, "batch": 96}
-TEACHERS = r"teachers:([1-5])(:shuffled)?"  # the toy's --labels
+TOY_LABELS = r"teachers:([1-5])(:shuffled)?"  # what --labels may say there
 
 
 def option(name: str) -> str:
@@ -525,7 +525,7 @@ def check_ranges(c: RunConfig):
         raise ValueError(f"--theta {c.theta} is outside (0, 1]")
     if not c.targets or set(c.targets) - set(lorapar.PROJECTIONS):
         raise ValueError(f"--targets {c.targets}: letters of q k v o g u d")
-    if c.data == "toy" and not re.fullmatch(TEACHERS, c.labels or "teachers:5"):
+    if c.data == "toy" and not re.fullmatch(TOY_LABELS, c.labels or "teachers:5"):
         raise ValueError(f'--labels {c.labels}: in the toy "teachers:1" to "teachers:5"')
     for name in ("alpha", "beta", "dropout", "sft_warmup", "rl_warmup"):
         if not 0 <= getattr(c, name) <= 1:
@@ -584,7 +584,7 @@ def load_labels(c: RunConfig, data_path, examples, report: dict) -> list[dict]:
     """The label records of `examples`: the teachers' votes in the toy, what --labels says, or the
     labels of one's own file."""
     if c.data == "toy":
-        said = re.fullmatch(TEACHERS, c.labels or "teachers:5")
+        said = re.fullmatch(TOY_LABELS, c.labels or "teachers:5")
         files = sorted((Path(data_path) / "answers").glob("*.jsonl"))[: int(said[1])]
         records, votes = data.count_votes(data.read_answers(files), len(files))
         report["data"] |= {f"votes: {k}": v for k, v in votes.items()}
@@ -740,7 +740,7 @@ def open_run(c: RunConfig) -> dict:
     report = {"evaluation": {}, "partition": {}, "data": {}, "seconds": {}, "peak_gb": {}}
     if (out / "report.json").exists():
         report |= decoder.read_json(out / "report.json")
-    report["clock"] = time.perf_counter()
+    report["since"] = time.perf_counter()  # the last `done`; never written
     return report
 
 
@@ -748,10 +748,10 @@ def done(c: RunConfig, report: dict, what: str):
     """Notes the seconds since the last call and the peak memory, and saves the report. The first
     time counts: a reused result took no time."""
     now = time.perf_counter()
-    report["seconds"].setdefault(what, round(now - report["clock"], 2))
+    report["seconds"].setdefault(what, round(now - report["since"], 2))
     report["peak_gb"].setdefault(what, round(peak_memory(c.device) / 1e9, 2))
-    report["clock"] = now
-    kept = {name: value for name, value in report.items() if name != "clock"}
+    report["since"] = now
+    kept = {name: value for name, value in report.items() if name != "since"}
     lorapar.write_json(Path(c.out) / "report.json", kept)
 
 
@@ -766,7 +766,9 @@ def peak_memory(device) -> int:
 
 def read_tensors(path) -> dict[str, torch.Tensor]:
     try:
-        return {name: t.clone() for name, t in load_file(path).items()}  # not a map of the file
+        return {
+            name: t.clone() for name, t in load_file(path).items()
+        }  # a copy, for the file is mapped
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not readable ({error}); delete it to redo this part") from None
 
@@ -899,8 +901,8 @@ def run_eval(arguments):
     if own.adapter:
         lorapar.load_adapter(model, own.adapter)
     examples = [e for e in examples if e.kind != "text"][: c.eval_examples]
-    table, records = evaluate(c, model, tokenizer, examples, c.data, own.samples)
-    print(json.dumps(table, indent=2))
+    averages, records = evaluate(c, model, tokenizer, examples, c.data, own.samples)
+    print(json.dumps(averages, indent=2))
     data.write_jsonl(own.out, records)
     print(f"every answer is in {own.out}")
 
@@ -1198,11 +1200,11 @@ def verdict(better: str, worse: str, paper: float | None, records: list[dict]) -
 
 def write_sweep(base: RunConfig, name: str, records: list[dict], lines: list[str]):
     """NAME.csv, all facts of all cells, and NAME.md, which is also printed."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, list(dict.fromkeys(k for r in records for k in r)))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(k for r in records for k in r)))
     writer.writeheader()
     writer.writerows(records)
-    lorapar.write_file(Path(base.out) / f"{name}.csv", table.getvalue().encode())
+    lorapar.write_file(Path(base.out) / f"{name}.csv", text.getvalue().encode())
     lorapar.write_file(Path(base.out) / f"{name}.md", ("\n".join(lines) + "\n").encode())
     print("\n".join(["", *lines, "", f"written: {base.out}/{name}.md and .csv"]))
 
