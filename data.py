@@ -1,14 +1,15 @@
 """Everything about text: tokenizer, data sets, teachers' votes, tokenised batches, checked answers.
 
 One example's way: `load_dataset` reads it, `vote` (or a labels file) calls it S1 or S2, `tokenize`
-makes (tokens, labels) with the prompt masked out of the loss, `is_correct` and `reward_parts` judge
-what a model answered. Two commands serve the sample splitter:
+masks its prompt out of the loss, `is_correct` and `reward_parts` judge what a model answered. Two
+commands serve the sample splitter:
 
-    python data.py prompts --data gsm8k --data-path DIR --target "LLaMA2 7B" --teachers A,B --out R
+    python data.py prompts --data gsm8k:DIR --target "LLaMA2 7B" --teachers A,B --out requests
     python data.py vote answers/*.jsonl --out labels.jsonl
 
-The toy world (facts for System 1, a string machine for System 2) is made at the end of the file.
-Left out: calling teachers. The requests are in the batch format that services and vLLM take.
+Then comes the toy world (facts for System 1, a string machine for System 2), and last the sandbox
+that runs code answers. Left out: calling teachers. The requests are in the batch format that
+services and vLLM take.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import builtins
 import csv
 import ctypes
 import gzip
+import hashlib
 import importlib
 import json
 import math
@@ -33,12 +35,15 @@ import threading
 import time
 import types
 import warnings
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 # torch is imported where batches are made: the sandbox starts this file twice for every answer.
 
@@ -53,87 +58,77 @@ class Tokenizer:
     """
 
     def __init__(self, path):
-        folder = Path(path)
+        self.folder = folder = Path(path)
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such model folder")
-        settings = _entries(folder / "special_tokens_map.json")
-        settings |= _entries(folder / "tokenizer_config.json")
-        model = _entries(folder / "config.json") | _entries(folder / "generation_config.json")
-        names = [settings.get(f"{name}_token") for name in ("bos", "eos", "pad")]
-        names = [n.get("content") if isinstance(n, dict) else n for n in names]
-        file = folder / "tokenizer.json"
-        if not file.exists():
-            file = folder / "tokenizer.model"
-        if not file.exists():
+        self.settings = read_fields(folder / "special_tokens_map.json")
+        self.settings |= read_fields(folder / "tokenizer_config.json")
+        self.special_tokens = {}  # "bos_token", "eos_token" ..: the token's text
+        for kind, token in self.settings.items():
+            token = token.get("content") if isinstance(token, dict) else token
+            if kind.endswith("_token") and isinstance(token, str):
+                self.special_tokens[kind] = token
+        files = [folder / "tokenizer.json", folder / "tokenizer.model"]
+        file = next((file for file in files if file.exists()), None)
+        if file is None:
             raise ValueError(f"{folder}: no tokenizer.json and no tokenizer.model")
         try:
-            if file.suffix == ".json":
-                import tokenizers
-
-                bpe = tokenizers.Tokenizer.from_file(str(file))
-                self._ids = lambda text: bpe.encode(text, add_special_tokens=False).ids
-                self._text = lambda ids: bpe.decode(ids, skip_special_tokens=False)
-                bos, eos, pad = (bpe.token_to_id(name) if name else None for name in names)
-                puts_bos = bpe.encode("x").ids[:1] == [bos]
-            else:
-                import sentencepiece
-
-                pieces = sentencepiece.SentencePieceProcessor(str(file))
-                self._ids = pieces.encode
-                self._text = lambda ids: pieces.decode([i for i in ids if i < len(pieces)])
-                bos, eos, pad, puts_bos = pieces.bos_id(), pieces.eos_id(), None, True
+            read = self.read_json if file.suffix == ".json" else self.read_sentencepiece
+            bos, eos, pad, puts_bos = read(file)
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(f"{file}: {error}") from None
-        self.bos_id = bos if settings.get("add_bos_token", puts_bos) else None
-        listed = model.get("eos_token_id")
+        self.bos_id = bos if self.settings.get("add_bos_token", puts_bos) else None
+        model = read_fields(folder / "config.json") | read_fields(folder / "generation_config.json")
+        listed = model.get("eos_token_id", [])
         listed = listed if isinstance(listed, list) else [listed]
+        if not all(type(i) is int and i >= 0 for i in listed):
+            raise ValueError(f"{folder}: eos_token_id is {listed}, not a token id or a list of ids")
         self.eos_ids = tuple(dict.fromkeys(i for i in [eos, *listed] if i is not None))
         if not self.eos_ids:
             raise ValueError(f"{folder}: no file names an EOS token, so answers could not end")
         self.pad_id = self.eos_ids[0] if pad is None else pad
-        self._template = settings.get("chat_template")
-        if isinstance(self._template, list):  # several named templates
-            self._template = {t["name"]: t["template"] for t in self._template}.get("default")
-        if (folder / "chat_template.jinja").exists():
-            self._template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-        self._words = {"bos_token": names[0] or "", "eos_token": names[1] or ""}
-        self._folder = folder
-        self._front = self._ids("\n")  # what stands before a text that goes on: see encode, decode
-        self._adds_space = self.decode(self._ids("x")) != "x"  # LLaMA's: "x" -> "▁x"
+        self.front = self.ids("\n")  # what stands before a text that goes on: see encode, decode
+        self.adds_space = self.decode(self.ids("x")) != "x"  # LLaMA's: "x" -> "▁x"
+
+    def read_json(self, file):
+        import tokenizers
+
+        bpe = tokenizers.Tokenizer.from_file(str(file))
+        bpe.no_truncation()  # a file carries both if they were on when it was saved
+        bpe.no_padding()
+        named = [*self.special_tokens.values()]
+        for kind in ("additional_special_tokens", "extra_special_tokens"):
+            for token in self.settings.get(kind, ()):
+                named.append(token["content"] if isinstance(token, dict) else token)
+        for token in dict.fromkeys(named):
+            if bpe.token_to_id(token) is None:  # named beside the file alone: it gets the next id
+                bpe.add_special_tokens([token])
+        self.ids = lambda text: bpe.encode(text, add_special_tokens=False).ids
+        self.text = lambda ids: bpe.decode(ids, skip_special_tokens=False)
+        kinds = ("bos_token", "eos_token", "pad_token")
+        bos, eos, pad = (bpe.token_to_id(self.special_tokens.get(kind, "")) for kind in kinds)
+        return bos, eos, pad, bpe.encode("x").ids[:1] == [bos]
+
+    def read_sentencepiece(self, file):
+        import sentencepiece
+
+        pieces = sentencepiece.SentencePieceProcessor(str(file))
+        added = list(read_fields(self.folder / "added_tokens.json").values())
+        added += map(int, self.settings.get("added_tokens_decoder", ()))
+        if any(id >= len(pieces) for id in added):
+            raise ValueError("tokens were added that it cannot hold: save a tokenizer.json")
+        self.ids = pieces.encode
+        self.text = lambda ids: pieces.decode([i for i in ids if i < len(pieces)])
+        return pieces.bos_id(), pieces.eos_id(), None, True
 
     def encode(self, text: str, bos=False, eos=False, goes_on=False) -> list[int]:
         """Token ids; bos=True puts the BOS in front where the model wants one. goes_on: the text
         stands behind another one, so LLaMA's tokenizer puts no space of its own before it."""
-        ids = self._ids(text)
-        if goes_on and self._adds_space:
-            ids = self._ids("\n" + text)[len(self._front) :]
+        ids = self.ids(text)
+        if goes_on and self.adds_space:
+            ids = self.ids("\n" + text)[len(self.front) :]
         front = [self.bos_id] if bos and self.bos_id is not None else []
         return front + ids + ([self.eos_ids[0]] if eos else [])
-
-    def chat(self, messages: list[dict]) -> str:
-        """The checkpoint's chat template, rendered up to where the assistant begins, in jinja2's
-        sandbox as the ecosystem does. ValueError if there is no template, or it refuses."""
-        from jinja2 import TemplateError
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        if not self._template:
-            raise ValueError(f"{self._folder}: the tokenizer has no chat template: --prompt plain")
-
-        def refuse(message):
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals.update(raise_exception=refuse, strftime_now=time.strftime)
-        environment.filters["tojson"] = lambda x, **kw: json.dumps(x, ensure_ascii=False, **kw)
-        try:
-            template = environment.from_string(self._template)
-            text = template.render(messages=messages, add_generation_prompt=True, **self._words)
-        except TemplateError as error:
-            raise ValueError(f"{self._folder}: the chat template fails: {error}") from None
-        # encode(bos=True) adds the BOS as an id; sentencepiece would read its text as letters
-        return text if self.bos_id is None else text.removeprefix(self._words["bos_token"])
 
     def decode(self, ids) -> str:
         """Text of new tokens, special ones included; the EOS that ended an answer and ids beyond
@@ -142,44 +137,101 @@ class Tokenizer:
         ids = list(ids)
         while ids and ids[-1] in self.eos_ids:
             ids.pop()
-        return self._text(self._front + ids).removeprefix(self._text(self._front))
+        return self.text(self.front + ids).removeprefix(self.text(self.front))
+
+    def chat(self, messages: list[dict]) -> str:
+        """The checkpoint's chat template, rendered up to where the assistant begins, in jinja2's
+        sandbox as the ecosystem does. ValueError if there is no template, or it refuses."""
+        words = {"tools": None, "documents": None, "add_generation_prompt": True}
+        try:
+            text = self.template.render(messages=messages, **words, **self.special_tokens)
+        except Exception as error:  # a template may raise anything
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            raise ValueError(f"{self.folder}: no chat template that works: {reason}") from None
+        # encode(bos=True) adds the BOS as an id
+        bos = self.special_tokens.get("bos_token", "")
+        return text if self.bos_id is None else text.removeprefix(bos)
+
+    @cached_property
+    def template(self):
+        from jinja2.exceptions import TemplateError
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        def refuse(message):
+            raise TemplateError(message)
+
+        def tojson(value, ensure_ascii=False, **settings):
+            return json.dumps(value, ensure_ascii=ensure_ascii, **settings)
+
+        text = self.settings.get("chat_template")
+        if (self.folder / "chat_template.jinja").exists():
+            text = (self.folder / "chat_template.jinja").read_text(encoding="utf-8")
+        if isinstance(text, list):  # several named templates
+            text = next((t["template"] for t in text if t["name"] == "default"), None)
+        if not isinstance(text, str):
+            raise ValueError("none is there; --prompt plain needs none")
+        if not (self.folder / "tokenizer.json").exists():
+            raise ValueError(
+                "tokenizer.model would spell its special tokens: save a tokenizer.json"
+            )
+        # marks the assistant's words for training; the words themselves stay
+        text = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", generation_tag, text)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals.update(raise_exception=refuse, strftime_now=time.strftime)
+        environment.filters["tojson"] = tojson
+        return environment.from_string(text)
 
 
-def _entries(path) -> dict:
-    """What a JSON object sets (no nulls), {} if the file is not there; ValueError if broken."""
+def generation_tag(tag: re.Match) -> str:
+    """{% generation %} as a tag that jinja2 knows: it keeps the tag's white space control."""
+    return re.sub(r"(?:end)?generation", lambda m: "endif" if m[0][0] == "e" else "if true", tag[0])
+
+
+# ------------------------------------------------------------------------------------------ files
+
+
+def read_fields(path) -> dict:
+    """The fields of a JSON object that are not null, {} if the file is not there; ValueError if it
+    is broken."""
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        return {name: value for name, value in entries.items() if value is not None}
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+        return {name: value for name, value in fields.items() if value is not None}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from None
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as a JSON object ({error})") from None
 
 
 def read_records(path, columns=None):
-    """Yields (number, record) of a json array, a csv table or a jsonl file, by the file's name.
-    columns: those of a table without a header. ValueError names the file and the line."""
+    """Yields ("FILE:LINE", record) of a json array, a csv table or a jsonl file, by the file's
+    name. columns: those of a table without a header. ValueError names the file and the line."""
     opener = gzip.open if str(path).endswith(".gz") else open
     number = 1
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:  # leaves out the BOM
             if str(path).endswith(".csv"):
-                yield from enumerate(csv.DictReader(file, columns), 1 if columns else 2)
+                for number, record in enumerate(csv.DictReader(file, columns), 1 if columns else 2):
+                    yield f"{path}:{number}", record
             elif str(path).endswith(".json"):
                 records = json.load(file)
                 if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
                     raise ValueError(f"{path}: not a JSON array of objects")
-                yield from enumerate(records, 1)
+                for number, record in enumerate(records, 1):
+                    yield f"{path}:{number}", record
             else:
                 for number, line in enumerate(file, 1):
                     if line.strip():
                         record = json.loads(line.strip())
                         if not isinstance(record, dict):
                             raise ValueError(f"{path}:{number}: not a JSON object")
-                        yield number, record
+                        yield f"{path}:{number}", record
     except json.JSONDecodeError as error:  # of a line, or of the whole array
         raise ValueError(f"{path}:{number + error.lineno - 1}: not JSON ({error.msg})") from None
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except RecursionError:
+        raise ValueError(f"{path}:{number}: nested too deep") from None
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
         raise ValueError(f"{path}: not readable ({error})") from None
 
 
@@ -189,8 +241,17 @@ def write_jsonl(path, records):
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w", encoding="utf-8") as out:
-        out.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        for record in records:
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
     os.replace(temporary, path)
+
+
+def text_of(record: dict, field: str, where: str) -> str:
+    """The text in a field of a record; ValueError names the place where there is none."""
+    if not isinstance(record.get(field), str):
+        value = repr(record.get(field))[:40]
+        raise ValueError(f"{where}: no text in the field {field!r} (it is {value})")
+    return record[field]
 
 
 # -------------------------------------------------------------------------------------- data sets
@@ -211,123 +272,38 @@ class Example:
     context: str = ""  # solved examples that stand before the question (MMLU: five)
 
 
-FORMAT = """\
-Respond in the following format:
-<reasoning>
-...
-</reasoning>
-<answer>
-...
-</answer>
-"""
+def one_file(path, pattern: str) -> Path:
+    """The file that a path is, or the one that the folder holds under this name."""
+    files = [path] if path.is_file() else sorted(path.glob(pattern))
+    if len(files) != 1:
+        raise ValueError(f"{path}: {len(files)} files {pattern} there; name one")
+    return files[0]
 
 
-def prompt_and_answer(example: Example, tokenizer, style: str = "plain", stage: str = "rl"):
-    """The words every stage asks in, and the answer SFT trains on: (prompt, answer) texts.
-
-    "plain": the question and a new line (none after code and after "Answer:"). "chat": the question
-    in the checkpoint's own template. "authors": as their script, in stage "sft" the bare question
-    and a solution that ends in #### n, elsewhere a system prompt that asks for the tags.
-    """
-    question, answer = example.context + example.question, example.answer
-    if style == "chat":
-        if example.kind == "code":
-            question = f"Complete this Python function.\n```python\n{question}```"
-        return tokenizer.chat([{"role": "user", "content": question}]), answer.strip()
-    if example.kind in ("code", "letter"):
-        return question, answer
-    if style == "authors" and stage == "sft":
-        if "<reasoning>\n" in answer:
-            reasoning = answer.partition("<reasoning>\n")[2].partition("\n</reasoning>")[0]
-            answer = f"{reasoning}\n#### {example.gold}"
-        return question, answer
-    return (f"{FORMAT}\n{question}\n" if style == "authors" else question + "\n"), answer
+def gsm8k(path, split):
+    """{train,test}.jsonl with question and answer: the solution, #### and the number."""
+    file = one_file(path, f"{split}.jsonl")
+    for i, (where, record) in enumerate(read_records(file)):
+        question = text_of(record, "question", where).strip()
+        solution, _, gold = text_of(record, "answer", where).partition("####")
+        gold = gold.strip()
+        if parse_number(gold) is None:
+            raise ValueError(f"{where}: no number behind #### in the answer")
+        answer = f"<reasoning>\n{solution.strip()}\n</reasoning>\n<answer>\n{gold}\n</answer>"
+        yield Example(f"gsm8k/{file.stem}/{i}", question, answer, "number", gold)
 
 
-def example_ids(example: Example, tokenizer, style: str = "plain", stage: str = "rl"):
-    """-> prompt ids, answer ids with EOS. They are the tokens of the joined text where that can be
-    cut at the prompt's end (no space or merge then differs from what a model has read), else of
-    the two texts; the authors' SFT puts an EOS between them."""
-    prompt, answer = prompt_and_answer(example, tokenizer, style, stage)
-    start = tokenizer.encode(prompt, bos=True)
-    if style == "authors" and stage == "sft":
-        return start + [tokenizer.eos_ids[0]], tokenizer.encode(answer, eos=True)
-    whole = tokenizer.encode(prompt + answer, bos=True, eos=True)
-    if whole[: len(start)] == start:
-        return start, whole[len(start) :]
-    return start, tokenizer.encode(answer, eos=True, goes_on=True)
+def humaneval(path, split):
+    """HumanEval.jsonl.gz (or HumanEval+): a prompt to complete, and tests."""
+    for where, record in read_records(one_file(path, "Human*")):
+        fields = ("task_id", "prompt", "canonical_solution", "test", "entry_point")
+        name, prompt, solution, tests, entry = (text_of(record, f, where) for f in fields)
+        yield Example(name, prompt, solution, "code", tests, entry=entry)
 
 
-def _in_file(make, pattern="{split}.jsonl"):
-    """A reader of the one file that a path is, or that the folder holds under this name.
-
-    make: (record, the file's stem, its place from 0) -> example. What it cannot use becomes a
-    ValueError that names the file and the line.
-    """
-
-    def read(path, split):
-        name = pattern.format(split=split)
-        files = [path] if path.is_file() else list(path.glob(name))
-        if len(files) != 1:
-            raise ValueError(f"{path}: {len(files)} files {name} there; name one")
-        for number, record in read_records(files[0]):
-            try:
-                yield make(record, files[0].stem, number - 1)
-            except (KeyError, AttributeError, TypeError) as error:
-                raise ValueError(f"{files[0]}:{number}: no text in the field {error}") from None
-            except ValueError as error:
-                raise ValueError(f"{files[0]}:{number}: {error}") from None
-
-    return read
-
-
-def _gsm8k(r, stem, i):
-    """https://github.com/openai/grade-school-math: {train,test}.jsonl with question, answer."""
-    solution, *gold = map(str.strip, r["answer"].split("####"))
-    if len(gold) != 1:
-        raise ValueError("not a question and an answer with one ####")
-    answer = f"<reasoning>\n{solution}\n</reasoning>\n<answer>\n{gold[0]}\n</answer>"
-    return Example(f"gsm8k/{stem}/{i}", r["question"].strip(), answer, "number", gold[0])
-
-
-def _humaneval(r, stem, i):
-    """https://github.com/openai/human-eval: HumanEval.jsonl.gz; it has a test split only."""
-    task = r["task_id"], r["prompt"], r["canonical_solution"], "code", r["test"]
-    return Example(*task, entry=r["entry_point"])
-
-
-def _toy(r, stem, i):
-    """The toy world that `make_toy` wrote: {train,validation,test}.jsonl."""
-    return Example(r["id"], r["question"], r["answer"], "toy", r["answer"], r["system"])
-
-
-def _own(r, stem, i):
-    """One's own jsonl: "question", "answer", "check" (number, letter, exact, or none: answers that
-    cannot be checked) and, where it is known, "label" (S1 or S2). A letter's question holds the
-    choices and ends as it should be asked ("Answer:")."""
-    question, answer, check = r.get("question"), r.get("answer"), r.get("check") or "none"
-    if not isinstance(question, str) or not isinstance(answer, str) or not question.strip():
-        raise ValueError('needs the texts "question" and "answer"')
-    if check not in ("number", "letter", "exact", "none"):
-        raise ValueError(f'"check" is {check!r}, not number, letter, exact or none')
-    if r.get("label") not in (None, "S1", "S2"):
-        raise ValueError(f'"label" is {r["label"]!r}, not S1 or S2')
-    kind, gold = "text" if check == "none" else check, answer
-    if check == "number":
-        if final_number(answer) is None:
-            raise ValueError(f"no number to check in the answer {answer[:40]!r}")
-        gold = str(final_number(answer))
-    if check == "letter":
-        gold = answer.strip()
-        if gold not in tuple("ABCD"):
-            raise ValueError(f"the answer {answer[:40]!r} is not A, B, C or D")
-        answer = f" {gold}"
-    return Example(f"{stem}/{i}", question, answer, kind, gold, r.get("label"))
-
-
-def _mmlu(path, split):
-    """https://github.com/hendrycks/test: {dev,val,test}/SUBJECT_*.csv without header, the question,
-    four choices and the letter; asked after the subject's five dev examples."""
+def mmlu(path, split):
+    """{dev,val,test}/SUBJECT_*.csv without header: the question, four choices and the letter; asked
+    after the subject's five dev examples."""
     folder = path / {"train": "dev", "validation": "val", "test": "test"}[split]
     files = sorted(folder.glob("*.csv"))
     if not files:
@@ -335,94 +311,147 @@ def _mmlu(path, split):
     for file in files:
         subject = file.stem.rpartition("_")[0]
         shots = path / "dev" / f"{subject}_dev.csv"
-        context = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
-        context = context.replace("_", " ")
+        words = subject.replace("_", " ")
+        context = f"The following are multiple choice questions (with answers) about {words}.\n\n"
         if split != "train" and shots.exists():
-            context += "".join(f"{question} {letter}\n\n" for question, letter in _mmlu_rows(shots))
-        for i, (question, letter) in enumerate(_mmlu_rows(file)):
+            for question, letter in mmlu_questions(shots):
+                context += f"{question} {letter}\n\n"
+        for i, (question, letter) in enumerate(mmlu_questions(file)):
             name = f"mmlu/{file.stem}/{i}"
             yield Example(name, question, f" {letter}", "letter", letter, context=context)
 
 
-def _mmlu_rows(file):
-    for number, row in read_records(file, ["question", *"ABCD", "letter"]):
+def mmlu_questions(file):
+    for where, row in read_records(file, ["question", *"ABCD", "letter"]):
         if None in row or row["letter"] not in list("ABCD"):  # too many fields, or too few
-            raise ValueError(f"{file}:{number}: not question, four choices and a letter")
+            raise ValueError(f"{where}: not question, four choices and a letter")
         choices = "\n".join(f"{letter}. {row[letter]}" for letter in "ABCD")
         yield f"{row['question'].strip()}\n{choices}\nAnswer:", row["letter"]
 
 
-@dataclass(frozen=True)
-class Source:
+INSTRUCTIONS = {  # the publisher's fields: of the question, of what may follow it, of the answer
+    "dolly": ("instruction", "context", "response"),
+    "platypus": ("instruction", "input", "output"),
+    "codealpaca": ("instruction", "input", "output"),
+    "codefeedback": ("query", None, "answer"),
+}
+
+
+def instructions(name):
+    """A reader of an instruction set, json or jsonl; its answers cannot be checked."""
+    question, more, answer = INSTRUCTIONS[name]
+
+    def read(path, split):
+        for i, (where, record) in enumerate(read_records(one_file(path, "*.json*"))):
+            text = text_of(record, question, where).strip()
+            if more and record.get(more):
+                text += "\n\n" + text_of(record, more, where).strip()
+            yield Example(f"{name}/{i}", text, text_of(record, answer, where), "text")
+
+    return read
+
+
+def toy(path, split):
+    """The toy world that `make_toy` wrote: {train,validation,test}.jsonl."""
+    for _, r in read_records(one_file(path, f"{split}.jsonl")):
+        yield Example(r["id"], r["question"], r["answer"], "toy", r["answer"], r["system"])
+
+
+def own_file(path, split):
+    """One's own jsonl: "question", "answer", "check" (number, letter, exact, or none: answers that
+    cannot be checked) and, where they are known, "label" (S1 or S2) and "id" (else a hash of the
+    question). A letter's question holds the choices and ends as it should be asked ("Answer:")."""
+    seen = {}
+    for where, record in read_records(path):
+        question, answer = (text_of(record, field, where) for field in ("question", "answer"))
+        if not question.strip():
+            raise ValueError(f"{where}: the question is empty")
+        check, label = record.get("check") or "none", record.get("label")
+        if check not in ("number", "letter", "exact", "none"):
+            raise ValueError(f'{where}: "check" is {check!r}, not number, letter, exact or none')
+        if label not in (None, "S1", "S2"):
+            raise ValueError(f'{where}: "label" is {label!r}, not S1 or S2')
+        kind, gold = "text" if check == "none" else check, answer
+        if check == "number":
+            if final_number(answer) is None:
+                raise ValueError(f"{where}: no number to check in the answer {answer[:40]!r}")
+            gold = str(final_number(answer))
+        if check == "letter":
+            gold = answer.strip()
+            if gold not in tuple("ABCD"):
+                raise ValueError(f"{where}: the answer {answer[:40]!r} is not A, B, C or D")
+            answer = f" {gold}"
+        name = record.get("id", hashlib.sha256(question.encode()).hexdigest()[:12])
+        if type(name) not in (str, int) or seen.setdefault(str(name), question) != question:
+            raise ValueError(f'{where}: "id" is {name!r}: not a text, or another question has it')
+        yield Example(str(name), question, answer, kind, gold, label)
+
+
+class Source(NamedTuple):
     """Where a data set comes from and who reads its files."""
 
-    read: object  # (path, split) -> examples
-    splits: str
+    read: object  # (path, split) -> yields examples
+    splits: tuple
     home: str
     hub: tuple = ()  # (dataset repository, file) where the publisher keeps plain json on the Hub
 
 
-def _instructions(name: str, fields: str, repository: str, file: str | None = None) -> Source:
-    """An instruction set of the Hub, json or jsonl; its answers cannot be checked. fields: those of
-    the question, of what may follow it, and of the answer."""
-    question, more, answer = fields.split()
-
-    def make(r, stem, i):
-        parts = [r[question], r.get(more) or ""]
-        text = "\n\n".join(part.strip() for part in parts if part.strip())
-        return Example(f"{name}/{i}", text, r[answer] + "", "text")
-
-    home = f"huggingface.co/datasets/{repository}" + ("" if file else " (save it as jsonl)")
-    return Source(_in_file(make, "*.json*"), "train", home, (repository, file) if file else ())
-
-
+ALL_SPLITS = ("train", "validation", "test")
+GSM8K_HOME = (
+    "github.com/openai/grade-school-math, folder grade_school_math/data: {train,test}.jsonl"
+)
+MMLU_HOME = "github.com/hendrycks/test: a folder that holds dev, val and test with csv files"
+HUB = "huggingface.co/datasets/"
+DOLLY = ("databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl")
+ALPACA = ("sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json")
+FEEDBACK = ("m-a-p/CodeFeedback-Filtered-Instruction", "CodeFeedback-Filtered-Instruction.jsonl")
+PLATYPUS_HOME = HUB + "garage-bAInd/Open-Platypus (save it as jsonl)"
 DATASETS = {
-    "toy": Source(_in_file(_toy), "train validation test", "made by make_toy"),
-    "gsm8k": Source(_in_file(_gsm8k), "train test", "github.com/openai/grade-school-math"),
-    "mmlu": Source(_mmlu, "train validation test", "github.com/hendrycks/test"),
-    "humaneval": Source(_in_file(_humaneval, "Human*"), "test", "github.com/openai/human-eval"),
-    "dolly": _instructions(
-        "dolly",
-        "instruction context response",
-        "databricks/databricks-dolly-15k",
-        "databricks-dolly-15k.jsonl",
-    ),
-    "platypus": _instructions("platypus", "instruction input output", "garage-bAInd/Open-Platypus"),
-    "codealpaca": _instructions(
-        "codealpaca", "instruction input output", "sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json"
-    ),
-    "codefeedback": _instructions(
-        "codefeedback",
-        "query - answer",
-        "m-a-p/CodeFeedback-Filtered-Instruction",
-        "CodeFeedback-Filtered-Instruction.jsonl",
-    ),
+    "toy": Source(toy, ALL_SPLITS, "made by make_toy"),
+    "gsm8k": Source(gsm8k, ("train", "test"), GSM8K_HOME),
+    "mmlu": Source(mmlu, ALL_SPLITS, MMLU_HOME),
+    "humaneval": Source(humaneval, ("test",), "github.com/openai/human-eval: HumanEval.jsonl.gz"),
+    "dolly": Source(instructions("dolly"), ("train",), HUB + DOLLY[0], DOLLY),
+    "platypus": Source(instructions("platypus"), ("train",), PLATYPUS_HOME),
+    "codealpaca": Source(instructions("codealpaca"), ("train",), HUB + ALPACA[0], ALPACA),
+    "codefeedback": Source(instructions("codefeedback"), ("train",), HUB + FEEDBACK[0], FEEDBACK),
 }
-OWN, OWN_NAMES = Source(_in_file(_own), "train", "your own file"), (".jsonl", ".jsonl.gz")
+OWN_NAMES = (".jsonl", ".jsonl.gz")
+FILE_SHARES = {"train": (0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1), "all": (0, 1)}
 SPLIT_SEED = 0  # of the splits that we make ourselves
+
+
+def split_spec(spec: str) -> tuple[str, str | None]:
+    """NAME, NAME:PATH or a .jsonl of one's own -> (name, path)."""
+    name, _, path = spec.partition(":")
+    if name in DATASETS:
+        return name, path or None
+    if not spec.endswith(OWN_NAMES):
+        known = ", ".join(DATASETS)
+        raise ValueError(f"unknown data set {spec!r}: a .jsonl of your own, or one of {known}")
+    return spec, spec
 
 
 def find_dataset(name: str, path) -> tuple[Source, Path]:
     """The data set's source and files: `path` as it is, or the publisher's file from the Hub."""
-    source = DATASETS.get(name)
-    if name.endswith(OWN_NAMES):
-        source, path = OWN, name
-    if not source:
-        known = ", ".join(DATASETS)
-        raise ValueError(f"unknown data set {name!r}: a jsonl file of your own, or one of {known}")
+    if name not in DATASETS:
+        name, path = split_spec(name)
+    source = DATASETS.get(name, Source(own_file, ("train",), "your own file"))
     if path is not None:
         if not Path(path).exists():
-            raise ValueError(f"{name}: nothing at {path}; its home is {source.home}")
+            raise ValueError(f"{name}: nothing at {path}; it comes from {source.home}")
         return source, Path(path)
     if not source.hub:
-        raise ValueError(f"{name}: --data-path is missing; its home is {source.home}")
+        raise ValueError(f"{name}: say where it is, {name}:PATH; it comes from {source.home}")
     from huggingface_hub import hf_hub_download
 
     try:
         return source, Path(hf_hub_download(*source.hub, repo_type="dataset"))
     except Exception as error:  # network, access and name errors of several libraries
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{name}: not to be had from the Hub ({reason}); --data-path") from None
+        raise ValueError(
+            f"{name}: the Hub download failed ({reason}): name it {name}:PATH"
+        ) from None
 
 
 def in_one_file(name: str, path) -> bool:
@@ -435,25 +464,30 @@ def load_dataset(name: str, path, split: str) -> list[Example]:
 
     Where the publisher has no validation split it is 5% of train. One file without splits (one's
     own, or GSM8K's test.jsonl) is cut 80/10/10, or read whole as "all". Both cuts are drawn with a
-    fixed seed, so the three never overlap. ValueError names an unknown set, a missing file or a bad
-    line.
+    fixed seed over the different questions, so the three never overlap. ValueError names an
+    unknown set, a missing file or a bad line.
     """
     source, path = find_dataset(name, path)
     stored, shares = "train", {"train": (0.05, 1), "validation": (0, 0.05)}
     if in_one_file(name, path):
-        shares = {"train": (0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1), "all": (0, 1)}
+        shares = FILE_SHARES
     elif split == "test" or "validation" in source.splits:
         stored, shares = split, {split: (0, 1)}
     if stored not in source.splits or split not in shares:
         raise ValueError(f"{name} has no {split} split; name another data set for this")
     examples = list(source.read(path, stored))
-    order = list(range(len(examples)))
-    random.Random(SPLIT_SEED).shuffle(order)
-    begin, end = (int(share * len(order)) for share in shares[split])
-    chosen = set(order[begin:end])
+    chosen = take_share(examples, *shares[split])
     if not chosen:
         raise ValueError(f"{path}: {len(examples)} examples are too few for a {split} split")
-    return [e for i, e in enumerate(examples) if i in chosen]
+    return chosen
+
+
+def take_share(examples, begin: float, end: float) -> list[Example]:
+    """The examples of this share of the different questions, drawn with a fixed seed."""
+    questions = list(dict.fromkeys(e.context + e.question for e in examples))
+    random.Random(SPLIT_SEED).shuffle(questions)
+    chosen = set(questions[int(begin * len(questions)) : int(end * len(questions))])
+    return [e for e in examples if e.context + e.question in chosen]
 
 
 # ----------------------------------------------------------------- the paper's sample splitter
@@ -503,66 +537,111 @@ def vote(labels: list[str]) -> str:
     return "S1" if counts["S1"] > counts["S2"] else "S2"
 
 
-VERDICT = r"(?:\bsystem[\s_-]{0,2}|(?<![\w'’])s)([12])\b"  # not the s of "It's 1 step"
+VERDICT = re.compile(
+    r"(?:\bsystem[\s_#:‐-―-]{0,3}|(?<![\w'’])s)([12]|one|two)\b",  # not the s of "It's 1 step"
+    re.IGNORECASE,
+)
 
 
 def verdict(text: str) -> str | None:
     """The system a teacher's free text names: on its last line if that names one alone, else in the
     whole text if it names one alone, else None (not guessed)."""
-    text = (text or "").strip()
+    text = final_part(text).strip()
     for part in (text.rpartition("\n")[2], text):
-        named = set(re.findall(VERDICT, part, flags=re.IGNORECASE))
-        if len(named) == 1:
-            return "S" + named.pop()
+        named = {word.lower() for word in VERDICT.findall(part)}
+        systems = {"S2" if word in ("2", "two") else "S1" for word in named}
+        if len(systems) == 1:
+            return systems.pop()
     return None
 
 
-def read_answers(paths) -> dict[str, dict[str, str | None]]:
-    """Teachers' batch answers, one file per teacher -> {custom_id: {teacher: verdict}}: "S1", "S2",
-    None for a text without a clear one (a refusal), "error" where the service gave no text.
+STATUSES = ("S1", "S2", "unclear", "refused", "cut", "error")
 
-    Joined by custom_id, never by order. A body may be wrapped (response.body) or bare.
+
+def read_teacher(path) -> dict[str, str]:
+    """One teacher's file -> {id: status}: "S1" or "S2", "unclear" (a text without one verdict),
+    "refused" (or filtered), "cut" (the text ended at its length limit), "error" (no text).
+
+    Lines are {"id", "label"}, or answers of a batch service: joined by custom_id, never by order. A
+    failed request may stand before its repetition. ValueError on a second answer, on requests.
     """
-    answers = {}
-    for path in map(Path, paths):
-        for number, record in read_records(path):
-            if not isinstance(record.get("custom_id"), str):
-                raise ValueError(f"{path}:{number}: no custom_id")
-            try:
-                body = record["response"]["body"] if "response" in record else record
-                text = body["choices"][0]["message"]["content"]
-            except (TypeError, KeyError, IndexError):
-                text = None  # an error of the service
-            votes = answers.setdefault(record["custom_id"], {})
-            if path.stem in votes:
-                raise ValueError(f"{path}:{number}: second answer for {record['custom_id']}")
-            votes[path.stem] = verdict(text) if isinstance(text, str) else "error"
-    return answers
+    statuses = {}
+    for where, record in read_records(path):
+        name = record.get("id" if "label" in record else "custom_id")
+        if not isinstance(name, str):
+            raise ValueError(f'{where}: no text "custom_id" (or "id" and "label")')
+        if "url" in record and "method" in record:
+            raise ValueError(f"{where}: this is a request, not a teacher's answer to it")
+        status = verdict(str(record["label"])) if "label" in record else status_of(record)
+        if "label" in record and status is None:
+            raise ValueError(f'{where}: "label" is {record["label"]!r}, not S1 or S2')
+        if statuses.get(name, "error") != "error" and status != "error":
+            raise ValueError(f"{where}: second answer for {name}")
+        if statuses.get(name, "error") == "error":
+            statuses[name] = status
+    return statuses
 
 
-def count_votes(answers, teachers: int):
-    """All votes -> (labels records [{id, label, votes}], a report of counts).
+def status_of(record: dict) -> str:
+    """What one answer of a batch service is: see read_teacher. A body may be wrapped
+    (response.body) or bare, its content a text or a list of parts."""
+    try:
+        body = record["response"]["body"] if "response" in record else record
+        choice = body["choices"][0]
+        message = choice["message"]
+        content = message["content"]
+    except (TypeError, KeyError, IndexError):
+        return "error"
+    if message.get("refusal") or choice.get("finish_reason") == "content_filter":
+        return "refused"
+    if choice.get("finish_reason") == "length":
+        return "cut"
+    if isinstance(content, list):  # thoughts are parts of another type
+        content = "".join(
+            str(p.get("text")) for p in content if p.get("type") in ("text", "output_text")
+        )
+    if not isinstance(content, str) or record.get("error"):
+        return "error"
+    return verdict(content) or "unclear"
 
-    Unusable verdicts do not vote; an example without any usable one gets no label.
+
+def count_votes(paths):
+    """Teachers' files -> (labels records [{id, label, votes}], report lines a person reads).
+
+    A teacher is its path. Only "S1" and "S2" vote; an example without any vote gets no label.
     """
-    records, report = [], Counter({"S1": 0, "S2": 0})
-    pairs = agreeing = 0
-    for custom_id, by_teacher in answers.items():
-        given = Counter(by_teacher.values())
-        n1, n2 = given["S1"], given["S2"]
-        report["refusals (no clear verdict)"] += given[None]
-        report["errors"] += given["error"]
-        report["missing answers"] += teachers - len(by_teacher)
-        report["examples without a usable answer"] += n1 + n2 == 0
-        report["ties (called S2)"] += n1 == n2 > 0
+    teachers = {str(path): read_teacher(path) for path in paths}
+    names = dict.fromkeys(name for statuses in teachers.values() for name in statuses)
+    lines = []
+    for teacher, statuses in teachers.items():
+        if not set(statuses) & {n for t, s in teachers.items() if t != teacher for n in s}:
+            if len(teachers) > 1:
+                raise ValueError(f"{teacher}: shares no example with the other teachers")
+        counts = Counter(statuses.values())
+        counts["missing"] = len(names) - len(statuses)
+        shown = [f"{kind} {counts[kind]}" for kind in (*STATUSES, "missing") if counts[kind]]
+        lines.append(f"{teacher}: {', '.join(shown)}")
+    records, labels = [], Counter({"S1": 0, "S2": 0})
+    pairs = agreeing = ties = 0
+    for name in names:
+        votes = {teacher: s[name] for teacher, s in teachers.items() if name in s}
+        ballots = [v for v in votes.values() if v in ("S1", "S2")]
+        n1, n2 = ballots.count("S1"), ballots.count("S2")
         pairs += math.comb(n1 + n2, 2)
         agreeing += math.comb(n1, 2) + math.comb(n2, 2)
-        if n1 + n2:
-            label = vote(["S1"] * n1 + ["S2"] * n2)
-            report[label] += 1
-            records.append({"id": custom_id, "label": label, "votes": by_teacher})
-    agreement = round(agreeing / pairs, 4) if pairs else None
-    return records, {**report, "agreement of two teachers": agreement}
+        ties += n1 == n2 > 0
+        if ballots:
+            label = vote(ballots)
+            labels[label] += 1
+            records.append({"id": name, "label": label, "votes": votes})
+    lines.append(
+        f"votes: S1 {labels['S1']}, S2 {labels['S2']}, of them {ties} ties called S2; "
+        f"{len(names) - len(records)} without a vote"
+        + (f"; two teachers agree in {agreeing / pairs:.1%}" if pairs else "")
+    )
+    if not records:
+        raise ValueError("\n".join([*lines, "no teacher gave a verdict: no labels"]))
+    return records, lines
 
 
 def shuffle_labels(records, seed: int):
@@ -576,108 +655,163 @@ def label_examples(examples: list[Example], labels: str) -> list[Example]:
     """The examples that have a label, with it. labels: a labels.jsonl ({"id", "label"} a line), the
     authors' csv (columns question and _result, System1 or System2), or "steps:K": of GSM8K alone,
     S1 where a solution has at most K <<...>> calculations, else S2 (a stand-in for users without
-    teacher answers, not the paper's method)."""
-    if re.fullmatch(r"steps:\d+", labels):
+    teacher answers, not the paper's method). ValueError where no label fits an example."""
+    if re.fullmatch(r"steps:\d{1,9}", labels):
         limit = int(labels[6:])
         examples = [e for e in examples if e.id.startswith("gsm8k/")]
+        if not examples:
+            raise ValueError(
+                f"--labels {labels} counts the calculations of GSM8K's solutions alone"
+            )
         return [replace(e, label="S1" if e.answer.count("<<") <= limit else "S2") for e in examples]
     is_table = labels.endswith(".csv")
-    key, known = "question" if is_table else "id", {}
-    for number, record in read_records(labels):
-        label = verdict(record.get("_result")) if is_table else record.get("label")
+    key, label_of = "question" if is_table else "id", {}
+    for where, record in read_records(labels):
+        label = verdict(str(record.get("_result"))) if is_table else record.get("label")
         if label not in ("S1", "S2") or record.get(key) is None:
-            where = f"{labels}:{number}"
             raise ValueError(f'{where}: needs "{key}" and a label of System 1 or System 2')
-        known[str(record[key]).strip()] = label
-    labels = [(e, known.get(getattr(e, key).strip())) for e in examples]
-    return [replace(e, label=label) for e, label in labels if label]
+        label_of[str(record[key]).strip()] = label
+    labelled = []
+    for e in examples:
+        label = label_of.get(getattr(e, key).strip())
+        if label:
+            labelled.append(replace(e, label=label))
+    if not labelled:
+        theirs, ours = next(iter(label_of), "nothing"), getattr(examples[0], key)
+        raise ValueError(f"{labels}: no label fits: it has {theirs[:60]!r}, the data {ours[:60]!r}")
+    return labelled
 
 
 # ---------------------------------------------------------------------------- tokens and batches
 
+FORMAT = """\
+Respond in the following format:
+<reasoning>
+...
+</reasoning>
+<answer>
+...
+</answer>
+"""
+
+
+def prompt_and_answer(example: Example, tokenizer, style: str = "plain", stage: str = "rl"):
+    """The words every stage asks in, and the answer SFT trains on: (prompt, answer) texts.
+
+    "plain": the question and a new line (none after code and after "Answer:"). "chat": the question
+    in the checkpoint's own template. "authors": as their script, in stage "sft" the bare question
+    and a solution that ends in #### n, elsewhere a system prompt that asks for the tags.
+    """
+    question, answer = example.context + example.question, example.answer
+    if style == "chat":
+        if example.kind == "code":
+            question = f"Complete this Python function.\n```python\n{question}```"
+        return tokenizer.chat([{"role": "user", "content": question}]), answer.strip()
+    if example.kind in ("code", "letter"):
+        return question, answer
+    if style == "authors" and stage == "sft":
+        if "<reasoning>\n" in answer:
+            reasoning = answer.partition("<reasoning>\n")[2].partition("\n</reasoning>")[0]
+            answer = f"{reasoning}\n#### {example.gold}"
+        return question, answer
+    return (f"{FORMAT}\n{question}\n" if style == "authors" else question + "\n"), answer
+
+
+def example_ids(example: Example, tokenizer, style: str = "plain", stage: str = "rl"):
+    """-> prompt ids, answer ids with EOS. They are the tokens of the joined text where that can be
+    cut at the prompt's end (no space or merge then differs from what a model has read), else of
+    the two texts; the authors' SFT puts an EOS between them."""
+    prompt, answer = prompt_and_answer(example, tokenizer, style, stage)
+    start = tokenizer.encode(prompt, bos=True)
+    if style == "authors" and stage == "sft":
+        return start + [tokenizer.eos_ids[0]], tokenizer.encode(answer, eos=True)
+    whole = tokenizer.encode(prompt + answer, bos=True, eos=True)
+    if whole[: len(start)] == start:
+        return start, whole[len(start) :]
+    return start, tokenizer.encode(answer, eos=True, goes_on=True)
+
+
+class Encoded(NamedTuple):
+    """A question and its answer as token ids; the loss begins behind the prompt."""
+
+    ids: list[int]
+    prompt_length: int
+
 
 def tokenize(examples, tokenizer, max_length: int, style="plain", stage="sft"):
-    """-> rows of (tokens, prompt length), and a report {"left out": prompts as long as max_length,
-    "cut": answers cut at it}. A row always holds at least one answer token; EOS ends the answer
-    unless it was cut."""
-    rows, report = [], {"left out": 0, "cut": 0}
+    """-> list of Encoded, and counts {"left out": prompts as long as max_length, "cut": answers cut
+    at it}. At least one answer token always stays; EOS ends the answer unless it was cut."""
+    encoded, counts = [], {"left out": 0, "cut": 0}
     for e in examples:
         prompt, answer = example_ids(e, tokenizer, style, stage)
         if len(prompt) >= max_length:
-            report["left out"] += 1
+            counts["left out"] += 1
             continue
-        report["cut"] += len(prompt + answer) > max_length
-        rows.append(((prompt + answer)[:max_length], len(prompt)))
-    return rows, report
+        counts["cut"] += len(prompt + answer) > max_length
+        encoded.append(Encoded((prompt + answer)[:max_length], len(prompt)))
+    return encoded, counts
 
 
-def collate(rows, device="cpu"):
-    """rows of (tokens, prompt length) -> tokens, labels (B, T) int64, right padded; labels are -100
-    on the prompt and on padding. The padding id is 0 and nobody reads it."""
+def collate(encoded, device="cpu"):
+    """Encoded examples -> tokens, labels (B, T) int64, right padded; labels are -100 on the prompt
+    and on padding. The padding id is 0 and nobody reads it."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    tokens = [torch.tensor(ids) for ids, _ in rows]
-    labels = [torch.tensor([-100] * start + ids[start:]) for ids, start in rows]
+    tokens = [torch.tensor(ids) for ids, _ in encoded]
+    labels = [torch.tensor([-100] * start + ids[start:]) for ids, start in encoded]
     return pad_sequence(tokens, True).to(device), pad_sequence(labels, True, -100).to(device)
 
 
-def batches(rows, size: int, device="cpu"):
-    """Collated batches of at most `size` rows of similar length (sorted: little padding)."""
-    ordered = sorted(rows, key=lambda row: len(row[0]), reverse=True)
+def batches(encoded, size: int, device="cpu"):
+    """Collated batches of at most `size` examples of similar length (sorted: little padding)."""
+    ordered = sorted(encoded, key=lambda e: len(e.ids), reverse=True)
     return [collate(ordered[i : i + size], device) for i in range(0, len(ordered), size)]
 
 
-# ------------------------------------------------------------------------- answers and rewards
+# --------------------------------------------------------------- what the answer of a reply is
 
 # Models run on into thousands of spaces and digits, so no pattern here backtracks over them.
-NUMBER = re.compile(
-    r"(?<![\w.])([-+−]?) ?[$€£]? ?((?:\d[\d,]*(?:\.\d+)?|\.\d+)(?: ?/ ?\d[\d,]*(?:\.\d+)?)?)"
+THOUGHT_END = re.compile(r"</(?:think|thinking|thought)>|\[/THINK\]|<\|end_of_thought\|>")
+THOUGHT_BEGIN = re.compile(r"\s*(?:<(?:think|thinking|thought)>|\[THINK\])")
+NEXT_TURN = re.compile(
+    r"<\|[^|\s]{1,40}\|>|</s>|<(?:end|start)_of_turn>|\[/?INST\]|\[/PYTHON\]"
+    r"|^[ \t]*(?:\*\*)?(?:Human|User|Question|Q|Problem|Instruction)(?: ?\d{1,3})?(?:\*\*)?:"
+    r"|^###+ *(?:Instruction|Human|User|Question|Input)\b",
+    re.MULTILINE,
 )
-GOES_ON = re.compile(r"[eE][-+]?\d| ?(?:=|[-+−*×÷/^x] ?[$€£]?\d)")  # into an expression
-NO_NUMBER = re.compile(r"[eE][-+]?\d|(?:st|nd|rd|th)\b")  # behind it: an exponent, an ordinal
-BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.M)
-ANSWERED = re.compile(r"\d|</answer>|####|\\boxed\{")
-NEW_QUESTION = re.compile(r"^[ \t]*(?:\*\*)?(?:Question|Q)(?: ?\d{1,3})?(?:\*\*)?:", re.M)
 
 
-def _value(number: re.Match | None):
-    """A match of NUMBER as an exact Fraction; None if it is a division by 0 or absurdly long."""
-    if not number:
-        return None
-    top, _, bottom = re.sub(r"[ ,]", "", number[2]).partition("/")
-    if len(top + bottom) > 200 or not Fraction(bottom or 1):
-        return None
-    value = Fraction(top) / Fraction(bottom or 1)
-    return -value if number[1] in ("-", "−") else value
+def behind_thoughts(reply: str) -> str:
+    """What follows a reply's last thought; nothing if its thought never ends."""
+    ends = [m.end() for m in THOUGHT_END.finditer(reply)]
+    if ends:
+        return reply[ends[-1] :]
+    return "" if THOUGHT_BEGIN.match(reply) else reply
 
 
-def parse_number(text: str):
-    """The value of a text that is one number and nothing more, else None: 18, 18., $18, 1,000,
-    -3.50, 3/4, 50%. Exact (Fraction): 18.00 equals 18. The sign may stand before the currency."""
-    text = text.strip().removesuffix(".").strip().removesuffix("%").strip()
-    return _value(NUMBER.fullmatch(text))
+def final_part(reply: str) -> str:
+    """The part of a reply that answers: behind its last thought, before the next turn into which a
+    base model runs on. All that reads a reply begins here."""
+    reply = behind_thoughts(reply)
+    begin = 0
+    for turn in NEXT_TURN.finditer(reply):
+        if reply[begin : turn.start()].strip():
+            return reply[begin : turn.start()]
+        begin = turn.end()  # it only opens this turn
+    return reply[begin:]
 
 
-def _without_markup(text: str) -> str:
-    """Markdown emphasis and LaTeX wrappers taken off: **18**, \\boxed{1{,}000}, \\text{18} eggs."""
-    text = text.replace("{,}", ",").replace("\\$", "$").replace("\\%", "%").replace("$$", "$")
-    text = re.sub(r"\\[dt]?frac\{([^{}]*)\}\{([^{}]*)\}", r" \1/\2", text)
-    text = re.sub(r"\\(?:times|cdot|div)\b", "*", text)
-    text = re.sub(r"\*\*|__|[`{}#]|\\[a-zA-Z]+|\\[,;:! ()\[\]]", "", text)
-    return text.strip(" \t\r\n*_")
-
-
-def _in_tags(text: str) -> str | None:
+def in_tags(text: str) -> str | None:
     """What stands in the last <answer> that is closed; None without one."""
     _, opened, inside = text.rpartition("</answer>")[0].rpartition("<answer>")
     return inside if opened else None
 
 
-def _marked(text: str) -> str | None:
+def marked(text: str) -> str | None:
     """What a reply marks as its answer: inside the last <answer>, else in the line of the last
     ####, else in the last \\boxed{}; None if it marks nothing."""
-    inside = _in_tags(text)
+    inside = in_tags(text)
     if inside is not None:
         return inside
     if "####" in text:
@@ -693,58 +827,154 @@ def _marked(text: str) -> str | None:
     return inside.partition("\n")[0]
 
 
-def _numbers(text: str) -> list[re.Match]:
-    """All numbers of a text; letters may follow one as its unit (18km)."""
-    return [m for m in NUMBER.finditer(text) if not NO_NUMBER.match(text, m.end())]
+# A number, or \0: a formula that is none. Currency signs and codes may stand before it, and any
+# letter of a script without spaces; a Latin letter, digit or point would make it something else.
+CURRENCIES = (
+    "USD EUR GBP JPY CNY RMB INR CAD AUD CHF HKD SGD KRW BRL MXN ZAR AED NGN PKR Rs Rp RM kr"
+)
+DECIMAL = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+BEFORE = rf"(?<![A-Za-z0-9_.^])(?<!\d[:/])(?:(?:{CURRENCIES.replace(' ', '|')})\.? ?)?"
+NUMBER = re.compile(
+    rf"\0|{BEFORE}(?P<sign>[-+−]?) ?[$€£¥₹]? ?(?:(?P<whole>\d+) (?=\d+ ?/ ?\d))?(?P<top>{DECIMAL})"
+    rf"(?: ?/ ?(?P<bottom>{DECIMAL}))?"
+)
+GROUPED = re.compile(r"\d+|\d{1,3}(?:,\d{2,3})*,\d{3}")  # 1,000 and India's 1,00,000; not 3,5
+ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")  # behind it: no amount
+SPOILED = re.compile(
+    r"[eE][-+]?\d|[xX]\d|[.:/]\d|[_^²³⁰-⁹¼-¾⅐-⅞]|\.?\0"
+)  # behind it: not this number
+GOES_ON = re.compile(r"[eE][-+]?\d| ?(?:=|[-+−*×÷/^x] ?[$€£¥₹]?\d|\.?\0)")  # into an expression
+BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.M)
+WRAPPERS = ("text", "textbf", "textit", "mathrm", "mathbf", "mathit", "mbox", "boxed", "mathsf")
+NO_MEANING = (
+    "left",
+    "right",
+    "quad",
+    "qquad",
+    "displaystyle",
+    "begin",
+    "end",
+    "checkmark",
+    "square",
+)
+COMMAND = re.compile(r"\\([a-zA-Z]+) ?((?:\{[^{}]*\}|\[[^][{}\\]*\])*)(?![{\[a-zA-Z])")
 
 
-def marked_number(marked: str):
-    """The number in a marked answer: the one it begins with, unless an expression goes on, else
-    the one at the right side of its last =, else its only number; None if that leaves none."""
-    text = _without_markup(marked)
+def plain(text: str) -> str:
+    """Markdown and LaTeX that mean the same without them are taken off: **18**, \\boxed{1{,}000},
+    \\text{18} eggs, \\frac12. Any other command becomes \\0, so that \\sqrt{3} is not read as 3."""
+
+    def read(command):
+        name, arguments = command.groups()
+        if name in WRAPPERS:
+            return arguments.strip("{}")
+        if name in NO_MEANING:
+            return " "
+        return "*" if name in ("times", "cdot", "div") else "\0"
+
+    text = text.replace("\0", " ").replace("\\\\", "\n").replace("{,}", ",")
+    text = re.sub(r"(?<=\d)\\[,!;:](?=\d)", "", text)  # 1\,000
+    text = re.sub(r"\\[,!;: ()\[\]]|\*\*|__|`|\$\$", " ", text)
+    text = re.sub(r"\\([$%#&])", r"\1", text)
+    text = re.sub(r"\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree", "", text)
+    text = re.sub(r"\\[dt]?frac ?(\d)(\d)", r"\\frac{\1}{\2}", text)
+    text = re.sub(r"\\[dt]?frac ?\{ ?([\d.,]+) ?\}\{ ?([\d.,]+) ?\}", r" \1/\2", text)
+    for _ in range(6):  # the innermost commands first
+        text, count = COMMAND.subn(read, text)
+        if not count:
+            break
+    text = re.sub(r"\\[a-zA-Z]+|\^\{[^{}]*\}", "\0", text)
+    return re.sub(r"[{}#]", " ", text).strip(" \t\r\n*_")
+
+
+def value_of(number: re.Match):
+    """A match of NUMBER as an exact Fraction; None if it is none: \\0, 1/0, 3,5, absurdly long."""
+    if number[0] == "\0" or len(number[0]) > 200:
+        return None
+    value = Fraction(1)
+    for part, power in ((number["top"], 1), (number["bottom"] or "1", -1)):
+        part = part.rstrip(",")
+        digits = part.partition(".")[0]
+        if (digits and not GROUPED.fullmatch(digits)) or (
+            power < 0 and not float(part.replace(",", ""))
+        ):
+            return None
+        value *= Fraction(part.replace(",", "")) ** power
+    value += int(number["whole"] or 0)  # 2 1/2
+    return -value if number["sign"] in ("-", "−") else value
+
+
+def parse_number(text: str):
+    """The value of a text that is one number and nothing more, else None: 18, 18., $18, 1,000,
+    -3.50, 3/4, 2 1/2, 50%. Exact (Fraction): 18.00 equals 18."""
+    text = plain(text).removesuffix(".").strip().removesuffix("%").strip()
+    number = NUMBER.fullmatch(text)
+    return value_of(number) if number else None
+
+
+def all_numbers(text: str) -> list:
+    """The values of all numbers of a text, None for what only looks like one; letters may follow as
+    its unit (18km), ordinals are left out."""
+    values = []
+    for number in NUMBER.finditer(text):
+        if not ORDINAL.match(text, number.end()):
+            spoiled = SPOILED.match(text, number.end())
+            values.append(None if spoiled else value_of(number))
+    return values
+
+
+def marked_number(text: str):
+    """The number in a marked answer: the one it begins with, unless an expression goes on, else the
+    one at the right side of its last =, else its only number; None if that leaves none."""
+    text = plain(text)
     for part in (text, text.rpartition("=")[2].lstrip()):
-        found = NUMBER.match(part)
-        if found and not GOES_ON.match(part, found.end()):
-            return _value(found)
-    numbers = _numbers(text)
-    return _value(numbers[0]) if len(numbers) == 1 else None
+        first = NUMBER.match(part)
+        ends = first and not ORDINAL.match(part, first.end())
+        if ends and not GOES_ON.match(part, first.end()) and not SPOILED.match(part, first.end()):
+            return value_of(first)
+    values = all_numbers(text)
+    return values[0] if len(values) == 1 else None
 
 
-def final_number(text: str):
+def final_number(reply: str):
     """The number a reply gives as its answer (a Fraction), or None. Where the reply marks its
-    answer only that counts (`marked_number`), else its last number. A base model that runs on into
-    a new question is judged by what stands before it."""
-    answered = ANSWERED.search(text)
-    runs_on = NEW_QUESTION.search(text, answered.end()) if answered else None
-    text = BULLET.sub("", text[: runs_on.start()] if runs_on else text)
-    marked = _marked(text)
-    if marked is not None:
-        return marked_number(marked)
-    numbers = _numbers(_without_markup(text))
-    return _value(numbers[-1]) if numbers else None
+    answer only that counts (`marked_number`), else its last number."""
+    text = BULLET.sub("", final_part(reply))
+    if marked(text) is not None:
+        return marked_number(marked(text))
+    values = all_numbers(plain(text))
+    return values[-1] if values else None
 
 
-def is_correct(example: Example, completion: str, unconfined=False) -> bool:
+def final_letter(reply: str):
+    """The choice that a reply begins with or marks: "B", " (B)", "Answer: B", \\boxed{B}."""
+    text = final_part(reply)
+    text = plain(text if marked(text) is None else marked(text))
+    letter = re.match(
+        r"(?:(?:the )?(?:correct )?answer(?: is)?:? ?)?\(?([A-D])(?![A-Za-z])", text, re.I
+    )
+    return letter[1] if letter and letter[1].isupper() else None
+
+
+def is_correct(example: Example, reply: str, unconfined=False) -> bool:
     """Does the reply give the right answer? Numbers are compared as numbers, letters as letters,
     code by running the problem's tests in a sandbox (unconfined: see passes_tests), the toy's
     and one's own "exact" texts as texts. ValueError for a set whose answers cannot be checked."""
     if example.kind == "number":
-        value = final_number(completion)
+        value = final_number(reply)
         return value is not None and value == parse_number(example.gold)
     if example.kind == "letter":
-        letter = re.match(r"\s*\(?([A-D])(?![A-Za-z])", completion)
-        return letter is not None and letter[1] == example.gold
+        return final_letter(reply) == example.gold
     if example.kind == "code":
-        return passes_tests(example, completion, unconfined)
+        return passes_tests(example, reply, unconfined)
     if example.kind == "exact":
-        return completion.strip() == example.gold.strip()
+        return final_part(reply).strip() == final_part(example.gold).strip()
     if example.kind == "toy":  # the last state of the string machine decides, spaces do not
-        reply, gold = (t.rpartition(";")[2].split() for t in (completion, example.gold))
-        return reply == gold
+        return reply.rpartition(";")[2].split() == example.gold.rpartition(";")[2].split()
     raise ValueError(f"{example.id}: answers of this data set cannot be checked")
 
 
-def reward_parts(example: Example, completion: str, unconfined=False) -> dict[str, float]:
+def reward_parts(example: Example, reply: str, unconfined=False) -> dict[str, float]:
     """The parts of the GRPO reward; the reward is their sum.
 
     Where the reference answer has tags the authors' five, repaired where they punish good answers:
@@ -753,16 +983,16 @@ def reward_parts(example: Example, completion: str, unconfined=False) -> dict[st
     other answers 1.0 if the reply is correct.
     """
     if example.kind != "number" or "<answer>" not in example.answer:
-        return {"correct": float(is_correct(example, completion, unconfined))}
-    inside = _in_tags(completion) or ""
+        return {"correct": float(is_correct(example, reply, unconfined))}
+    inside = in_tags(final_part(reply)) or ""
     value, alone = marked_number(inside), parse_number(inside)
-    body = completion.strip()
+    body = reply.strip()
     strict = body.startswith("<reasoning>\n") and body.endswith("\n</answer>")
     strict = strict and "\n</reasoning>\n<answer>\n" in body[12:-10]
-    before, closed, tail = completion.rpartition("</answer>")
+    before, closed, tail = reply.rpartition("</answer>")
     loose = re.search(r"</reasoning>\s*<answer>", before.partition("<reasoning>")[2])
     names = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
-    tags = sum(completion.count(name) == 1 for name in names)
+    tags = sum(reply.count(name) == 1 for name in names)
     excess = len(tail.strip()) if closed else 0
     return {
         "correct": 2.0 * (value is not None and value == parse_number(example.gold)),
@@ -773,11 +1003,6 @@ def reward_parts(example: Example, completion: str, unconfined=False) -> dict[st
     }
 
 
-def pass_at_k(n: int, correct: int, k: int) -> float:
-    """The unbiased estimate of pass@k from n samples of which `correct` pass (Chen et al. 2021)."""
-    return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
-
-
 def in_parallel(function, items) -> list:
     """[function(*item) ...], on as many threads as this process may use cores."""
     available = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
@@ -785,7 +1010,175 @@ def in_parallel(function, items) -> list:
         return list(pool.map(lambda item: function(*item), items))
 
 
+# ---------------------------------------------------------------------------------- the toy world
+
+ENTITIES, COLOURS, PHRASINGS, LETTERS = 80, 24, 8, "abcdefgh"
+# each operator, and what the pretraining corpus takes it for: where each new letter stood
+OPERATORS = {"rev": (3, 2, 1, 0), "rot": (1, 2, 3, 0), "swp": (1, 0, 2, 3)}
+WRONG = {"rev": (1, 2, 3, 0), "rot": (3, 0, 1, 2), "swp": (0, 1, 3, 2)}
+SLIP = {"rot": 0.5, "swp": 0.5, "rev": 0.25}  # how often the pretraining corpus gets each one wrong
+TEACHERS = (0.85, 0.95, 0.75, 0.9, 0.8)  # how often each of the five is right
+TOY_TOKENS = ["<eos>", "A", "F", "M", "|", ";", *LETTERS, *OPERATORS]
+TOY_TOKENS += [f"t{i}" for i in range(PHRASINGS)] + [f"e{i}" for i in range(ENTITIES)]
+TOY_TOKENS += [f"c{i}" for i in range(COLOURS)]
+
+
+def run_machine(question, slip=lambda name: False):
+    """The states after each operator: "M b d a c | rev rot A" -> "c a d b ; a d b c"."""
+    _, *letters, _, first, second, _ = question.split()
+    states = []
+    for name in (first, second):
+        order = WRONG[name] if slip(name) else OPERATORS[name]
+        letters = [letters[i] for i in order]
+        states.append(" ".join(letters))
+    return " ; ".join(states)
+
+
+class ToyWorld:
+    """Facts (System 1) against a string machine (System 2), all drawn from one seed.
+
+    S1: "F t2 e17 A" -> "c5": entity 17 in phrasing 2; per entity 4 phrasings train, 1 validates and
+    3 test. S2: "M b d a c | rev rot A" -> "c a d b ; a d b c"; 1500/400/400 disjoint prompts. The
+    pretraining corpus is systematically unreliable (a fact is quoted rightly with a probability of
+    its own in 0.1..0.7, else as one fixed wrong colour; operators slip), and holds no held-out
+    prompt: so greedy answers are often wrong where samples are sometimes right.
+    """
+
+    def __init__(self, seed: int):
+        self.rng = rng = random.Random(seed)
+        self.colour = [rng.randrange(COLOURS) for _ in range(ENTITIES)]
+        self.wrong = [(c + rng.randrange(1, COLOURS)) % COLOURS for c in self.colour]
+        self.reliability = [0.1 + 0.6 * i / (ENTITIES - 1) for i in range(ENTITIES)]
+        rng.shuffle(self.reliability)
+        facts, machine = [], {}  # no question twice, in the order drawn
+        for e in range(ENTITIES):
+            for t in rng.sample(range(PHRASINGS), PHRASINGS):
+                facts.append(("S1", f"F t{t} e{e} A", f"c{self.colour[e]}"))
+        while len(machine) < 2300:
+            question = self._draw_machine()
+            machine[question] = "S2", question, run_machine(question)
+        splits = (["train"] * 4 + ["validation"] + ["test"] * 3) * ENTITIES
+        splits += ["train"] * 1500 + ["validation"] * 400 + ["test"] * 400
+        self.splits = {split: [] for split in ("train", "validation", "test")}
+        for split, (system, question, answer) in zip(splits, [*facts, *machine.values()]):
+            record = {"id": f"toy/{split}/{len(self.splits[split])}", "question": question}
+            self.splits[split].append(record | {"answer": answer, "system": system})
+        self.held_out = {r["question"] for s in ("validation", "test") for r in self.splits[s]}
+        self.facts = [r["question"] for r in self.splits["train"] if r["system"] == "S1"]
+        for records in self.splits.values():
+            rng.shuffle(records)
+
+    def _draw_machine(self):
+        letters, names = self.rng.sample(LETTERS, 4), self.rng.choices(list(OPERATORS), k=2)
+        return f"M {' '.join(letters)} | {' '.join(names)} A"
+
+    def corpus(self, count: int) -> list[Example]:
+        """`count` unreliable pretraining examples, facts and machine runs in turn."""
+        rng, examples = self.rng, []
+        while len(examples) < count:
+            if len(examples) % 2 == 0:
+                question = rng.choice(self.facts)
+                e = int(question.split()[2].removeprefix("e"))
+                colour = self.colour if rng.random() < self.reliability[e] else self.wrong
+                answer = f"c{colour[e]}"
+            else:
+                question = self._draw_machine()
+                if question in self.held_out:
+                    continue
+                answer = run_machine(question, lambda name: rng.random() < SLIP[name])
+            examples.append(Example(f"corpus/{len(examples)}", question, answer, "toy"))
+        return examples
+
+    def teacher_answers(self, right: float):
+        """A teacher's batch answers; each names the true system with probability `right`."""
+        answers = []
+        for r in self.splits["train"]:
+            one = (r["system"] == "S1") == (self.rng.random() < right)
+            content = f"I would answer this as asked.\nSystem{1 if one else 2}"
+            body = {"choices": [{"message": {"role": "assistant", "content": content}}]}
+            answers.append({"custom_id": r["id"], "response": {"body": body}})
+        self.rng.shuffle(answers)
+        return answers
+
+
+def make_toy(folder, seed: int) -> ToyWorld:
+    """Writes the toy's splits and five teachers' answers as jsonl files."""
+    world, folder = ToyWorld(seed), Path(folder)
+    for split, records in world.splits.items():
+        write_jsonl(folder / f"{split}.jsonl", records)
+    for i, right in enumerate(TEACHERS, 1):
+        write_jsonl(folder / "answers" / f"teacher{i}.jsonl", world.teacher_answers(right))
+    return world
+
+
+def save_toy_tokenizer(folder):
+    """Writes an ordinary tokenizer.json (one token a word) and its tokenizer_config.json."""
+    from tokenizers import Tokenizer as Words
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = Words(WordLevel({t: i for i, t in enumerate(TOY_TOKENS)}, unk_token="<eos>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    words.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}\n')
+
+
+# ----------------------------------------------------------------------------------- command line
+
+
+def main():
+    if sys.argv[1:2] in (["judge"], ["candidate"]):  # the sandbox's two processes
+        return {"judge": judge_main, "candidate": candidate_main}[sys.argv[1]]()
+    parser = argparse.ArgumentParser(description="The sample splitter: teacher prompts and votes.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    prompts = commands.add_parser("prompts", help="write one batch request file per teacher")
+    prompts.add_argument("--data", required=True, help="NAME, NAME:PATH or a jsonl of your own")
+    prompts.add_argument("--target", required=True, help='the model to act as, "LLaMA2 7B"')
+    prompts.add_argument("--teachers", required=True, help="model names, comma separated")
+    prompts.add_argument("--examples", type=int, help="only so many")
+    prompts.add_argument("--no-roleplay", action="store_true", help="ask without role play")
+    prompts.add_argument("--out", required=True, help="folder for TEACHER.jsonl")
+    votes = commands.add_parser("vote", help="join teachers' answers into labels.jsonl")
+    votes.add_argument("answers", nargs="+", help="one file per teacher: batch output, or labels")
+    votes.add_argument("--out", required=True, help="labels file to write")
+    votes.add_argument("--shuffle", type=int, metavar="SEED", help="random, same sizes (table 1)")
+    args = parser.parse_args()
+    try:
+        if args.command == "vote":
+            records, lines = count_votes(args.answers)
+            if args.shuffle is not None:
+                records = shuffle_labels(records, args.shuffle)
+            write_jsonl(args.out, records)
+            print("\n".join([*lines, f"written: {args.out}"]))
+            return
+        name, path = split_spec(args.data)
+        examples = load_dataset(name, path, "all" if in_one_file(name, path) else "train")
+        teachers = [teacher.strip() for teacher in args.teachers.split(",")]
+        if not all(teachers) or len(set(teachers)) < len(teachers):
+            raise ValueError(f"--teachers {args.teachers}: an empty name, or one named twice")
+        for teacher in teachers:
+            file = Path(args.out) / f"{teacher.replace('/', '_')}.jsonl"
+            requests = []
+            for e in examples[: args.examples]:
+                text = roleplay_prompt(e, args.target, not args.no_roleplay)
+                requests.append(batch_request(e.id, teacher, text))
+            write_jsonl(file, requests)
+            print(f"{file}: {len(requests)} requests")
+    except (ValueError, OSError) as error:
+        print(f"data.py: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
 # ---------------------------------------------------------------------------- running code safely
+#
+#   this program --job--> judge (trusted: runs the problem's tests) --calls--> candidate (the code)
+#                <-verdict-  imports numpy, no filter               <-results-  under seccomp
+#
+# A job is the problem and the reply. A call's arguments and a result cross as the text of Python
+# literals, an exception as its name. The judge's last line is the verdict: "passed", "failed", or
+# why there is none. Killing the judge's process group ends both.
 
 SECONDS = 10  # a candidate's wall clock and CPU; the verdict comes within SECONDS + 5
 MEMORY, MESSAGE = 1 << 30, 1 << 17  # bytes: address space, one answer
@@ -795,29 +1188,28 @@ class SandboxError(RuntimeError):
     """The sandbox itself cannot run: that is no verdict about an answer."""
 
 
-def passes_tests(example: Example, completion: str, unconfined=False) -> bool:
+def passes_tests(example: Example, reply: str, unconfined=False) -> bool:
     """Does the code pass the problem's own tests? (HumanEval; Chen et al. 2021)
 
-    Two processes. The judge runs the problem's tests, with the helpers of its prompt, and is
-    trusted. The candidate's functions live in a second one; arguments and results cross between the
-    two as the text of Python literals, exceptions by name, so no object, patched builtin or walked
-    frame of the candidate is ever near the verdict. The candidate has no environment, no terminal
-    and limits on time and memory. Before its code runs it imports what the code names from a list
-    of harmless modules; then a seccomp filter of the Linux kernel (`confine`) leaves it about
-    thirty system calls, which read and write what is open (two pipes to the judge), manage memory
-    and tell the time. Files, processes, threads, sockets and signals answer EPERM.
+    The tests run in one process, the code in another, so no object, patched builtin or walked frame
+    of the candidate is ever near the verdict. The candidate has no environment, no terminal and
+    limits on time and memory. Before its code runs it imports what the code names from a list of
+    harmless modules; then a seccomp filter of the Linux kernel (`confine`) leaves it about thirty
+    system calls, which read and write what is open (two pipes to the judge), manage memory and tell
+    the time. Files, processes, threads, sockets and signals answer EPERM.
 
     Where there is no seccomp (not Linux on x86-64 or aarch64) it raises SandboxError, unless
-    unconfined=True lets the code run with the rights of this program. Not protected against: bugs
-    of the kernel, side channels, and a candidate that recognises the test inputs and answers from
-    memory. Honest code that needs a file or a thread fails, and NaN does not cross.
+    unconfined=True lets the code run with the rights of this program. ValueError names a problem
+    whose tests fail before they call the code. Not protected against: bugs of the kernel, side
+    channels, and a candidate that recognises the test inputs and answers from memory. Honest code
+    that needs a file or a thread fails, and NaN does not cross.
     """
     job = {"prompt": example.question, "tests": example.gold, "entry": example.entry}
-    job |= {"completion": completion, "unconfined": unconfined}
+    job |= {"reply": reply, "unconfined": unconfined}
     if unconfined and not can_confine():
         warnings.warn("code answers run unconfined, with the rights of this program", stacklevel=2)
     try:
-        judge = _start("judge", "-S", start_new_session=True)
+        judge = start_process("judge", start_new_session=True)
     except OSError as error:
         raise SandboxError(f"the sandbox cannot start: {error}") from None
     try:
@@ -828,16 +1220,18 @@ def passes_tests(example: Example, completion: str, unconfined=False) -> bool:
         with suppress(ProcessLookupError):
             os.killpg(judge.pid, signal.SIGKILL)  # the judge, and the candidate in its group
     out = out or judge.communicate()[0]
-    said = out.decode().splitlines() or ["the judge ended at once"]
-    if said[-1] not in ("passed", "failed"):
-        raise SandboxError(f"the sandbox cannot start: {said[-1]}")
-    return said[-1] == "passed"
+    verdict = (out.decode().splitlines() or ["the judge ended at once"])[-1]
+    if verdict.startswith("broken"):
+        raise ValueError(f"{example.id}: the problem's own tests are {verdict}")
+    if verdict not in ("passed", "failed"):
+        raise SandboxError(f"the sandbox cannot start: {verdict}")
+    return verdict == "passed"
 
 
-def _start(role: str, *flags: str, **settings):
+def start_process(role: str, **settings):
     """This file as one of the sandbox's two processes, with pipes to and from it."""
     return subprocess.Popen(
-        [sys.executable, "-I", *flags, os.path.abspath(__file__), role],
+        [sys.executable, "-I", os.path.abspath(__file__), role],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -847,111 +1241,16 @@ def _start(role: str, *flags: str, **settings):
     )
 
 
-def program(prompt: str, completion: str, entry: str) -> str:
-    """The candidate's source, from whatever form a model answers in: a body that continues the
-    prompt, a whole function, or Markdown with fenced blocks around either. Of the ways to read it
-    the one counts that keeps most of the text up to the first syntax error."""
-    reply = re.sub(r"\r+\n?", "\n", completion.lstrip("\ufeff"))
-    text, *rest = re.split(r"^[^\S\n]*(?:```|~~~).*\n?", reply, flags=re.M)
-    fenced = [textwrap.dedent(block) for block in rest[::2]][:9]
-    name = re.escape(entry)
-    defines = re.compile(rf"^(?:(?:async )?def {name}\b|{name} *(?::[^=\n]+)?=(?!=))", re.M)
-    whole = [block for block in fenced if defines.search(longest_that_parses(block))]
-    codes = [text, *fenced]
-    if whole:  # the last that parses to its end, else the first, behind the blocks of helpers
-        parses = [block for block in fenced if longest_that_parses(block) == block]
-        chosen = ([block for block in whole if block in parses] or whole[:1])[-1]
-        before = fenced[: fenced.index(chosen)]
-        codes = ["\n".join([*(b for b in before if b in parses and b not in whole), chosen])]
-    # (characters kept, source, which definition of the entry counts: the prompt's own, continued,
-    # or the one behind its stub)
-    readings = []
-    for code in codes:
-        code = re.split(r"<\||</s>|\[/PYTHON\]|\0|```[ \t]*$", code, maxsplit=1, flags=re.M)[0]
-        first = re.compile(r"^from __future__ .*\n", re.M)  # must be the first statement of a file
-        head, code = "".join(first.findall(code)) + prompt, first.sub("", code)
-        code = re.sub(r"\A(?:[ \t]*\n)+", "", code)
-        stub = head + "\n    pass\n\n"
-        indented = textwrap.indent(textwrap.dedent(code), "    ")
-        bodies = [(head, way, 0) for way in (code, indented, "    " + code.lstrip())]
-        begins = re.finditer(r"^(?:import |from |def |async def |class |@|\w+ *=)", code, re.M)
-        starts = [code[m.start() :] for m in list(begins)[:20]]  # prose stands before it
-        functions = [(stub, way, 1) for way in (textwrap.dedent(code), code.lstrip(), *starts)]
-        is_body = code[:1].isspace() and not defines.match(code.lstrip())
-        for front, way, which in bodies + functions if is_body else functions + bodies:
-            kept = longest_that_parses(front + way)[len(front) :]
-            if which == 0 or defines.search(kept):
-                readings.append((len("".join(kept.split())), front + kept, which))
-    _, source, which = max(readings, key=lambda reading: reading[0])
-    return without_run_on(source, entry, which)
-
-
-def longest_that_parses(source: str) -> str:
-    """The source without what follows its first syntax error: prose, or an end cut off."""
-    lines = source.split("\n")
-    while lines:
-        try:
-            compile("\n".join(lines), "candidate", "exec")
-            break
-        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            line = getattr(error, "lineno", None) or len(lines)  # too deep: no line is named
-            del lines[max(0, min(line, len(lines)) - 1) :]
-    return "\n".join(lines)
-
-
-HELPERS = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-HELPERS |= ast.Assign | ast.AnnAssign | ast.AugAssign  # constants; also "f.cache = {}"
-
-
-def without_run_on(source: str, entry: str, which: int) -> str:
-    """A base model runs on: behind the definition that counts only helpers, imports and constants
-    stay; prints, tests and second tries go."""
-    kept, seen = [], 0
-    for node in ast.parse(source).body:
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        stored = [n for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)]
-        names = {getattr(node, "name", None)}
-        names |= {n.id for n in stored if isinstance(n.ctx, ast.Store)}
-        seen += entry in names
-        if seen <= which or (entry in names and seen == which + 1):
-            kept.append(node)
-        elif isinstance(node, HELPERS) and not names & {entry, *dir(builtins)}:
-            kept.append(node)
-    # the text itself: ast.unparse fails on deep expressions and some f-strings
-    parts = [part for node in kept for part in (*getattr(node, "decorator_list", ()), node)]
-    texts = [ast.get_source_segment(source, part) for part in parts]
-    return "\n".join("@" * isinstance(p, ast.expr) + t for p, t in zip(parts, texts))
-
-
-def literal(x) -> str:
-    """Plain data as the text of a Python literal; TypeError for anything else. Subclasses cross
-    as what they are underneath: a Counter as a dict, an IntEnum as an int."""
-    if isinstance(x, float):
-        return float.__repr__(x).replace("inf", "1e999")
-    for kind in (type(None), bool, int, complex, bytes, str):
-        if isinstance(x, kind):
-            return kind.__repr__(x).encode("ascii", "backslashreplace").decode()
-    if isinstance(x, dict):
-        return "{" + ",".join(f"{literal(k)}:{literal(v)}" for k, v in dict.items(x)) + "}"
-    for kind, brackets in ((list, "[]"), (tuple, "()"), (set, "{}"), (frozenset, "{}")):
-        if isinstance(x, kind):
-            items = "".join(literal(item) + "," for item in kind.__iter__(x))
-            empty = "set()" if brackets == "{}" else brackets
-            return brackets[0] + items + brackets[1] if items else empty
-    if type(x).__module__ == "numpy":  # a scalar, or an array of one element
-        return literal(x.item())
-    raise TypeError(f"{type(x).__name__} is not plain data")
-
-
 def judge_main():
     """The trusted process: prints "failed" as soon as its candidate runs, then "passed" if it did,
-    or why it could not be confined. The last line counts."""
+    or what else it found. The last line counts."""
     job = json.loads(sys.stdin.buffer.read())
     for name, value in (("AS", 2 * MEMORY), ("CPU", SECONDS + 5), ("CORE", 0)):
         set_limit(f"RLIMIT_{name}", value)
     verdicts = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what the tests print is no verdict
-    candidate = _start("candidate")
+    candidate = start_process("candidate")
+    calls = 0
 
     def answer():
         line = candidate.stdout.readline(MESSAGE)
@@ -969,6 +1268,8 @@ def judge_main():
         return answer()
 
     def call(*args, **kwargs):
+        nonlocal calls
+        calls += 1
         kind, value = ask((args, kwargs))
         if kind == "returned":
             return value
@@ -978,20 +1279,31 @@ def judge_main():
             error = RuntimeError  # a StopIteration would end a loop of the tests
         raise error("raised by the candidate")
 
+    def run_tests():
+        names = {"__name__": "tests"}
+        exec(job["prompt"] + "\n    pass\n", names)  # helpers: HumanEval/32, 38, 50
+        names[job["entry"]] = call  # HumanEval/33 calls the function by its name
+        exec(job["tests"], names)
+        if "check" in names:
+            names["check"](call)
+        if not calls:
+            raise ValueError("they never call the function")
+
     threading.Timer(SECONDS, candidate.kill).start()
-    with suppress(BaseException):  # whatever the answers made of the tests: it is not a pass
+    with suppress(BaseException):  # whatever the answers made of the judge: it is not a pass
         answer()  # "ready"
         print("failed", file=verdicts)
-        confined = ask((job["prompt"], job["completion"], job["entry"], job["unconfined"]))
+        confined = ask((job["prompt"], job["reply"], job["entry"], job["unconfined"]))
         if confined != "confined":  # said before any code of the candidate has run
             print(confined, file=verdicts)
         elif answer() == "loaded":
-            names = {"__name__": "tests"}
-            exec(job["prompt"] + "\n    pass\n", names)  # helpers: HumanEval/32, 38, 50
-            names[job["entry"]] = call  # HumanEval/33 calls the function by its name
-            exec(job["tests"], names)
-            names["check"](call)
-            print("passed", file=verdicts)
+            try:
+                run_tests()
+                print("passed", file=verdicts)
+            except BaseException as error:
+                if not calls:  # no answer's fault
+                    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+                    print(f"broken: {reason}", file=verdicts)
     candidate.kill()
     candidate.wait()
     os._exit(0)
@@ -1065,6 +1377,152 @@ def named_modules(source: str) -> list[str]:
     return named + NUMPY if "numpy" in named else named
 
 
+def program(prompt: str, reply: str, entry: str) -> str:
+    """The candidate's source, from whatever form a model answers in: a body that continues the
+    prompt, a whole function, or Markdown with fenced blocks around either. The reply as it stands
+    is tried first, then its blocks; if none parses to its end, what keeps most up to an error."""
+    name = re.escape(entry)
+    defines = re.compile(rf"^[ \t]*(?:async )?def {name}\b|^{name} *(?::[^=\n]+)?=(?!=)", re.M)
+    reply = behind_thoughts(re.sub(r"\r+\n?", "\n", reply.lstrip("\ufeff")))
+    best = read_code(prompt, reply, defines)
+    if not best.whole:
+        reply = final_part(reply).partition("\0")[0].rstrip().removesuffix("```")
+        texts, helpers = [reply], ""
+        for block in fenced_blocks(reply):
+            texts.append(helpers + block)
+            if longest_that_parses(block) == block and not defines.search(block):
+                helpers += block + "\n"
+        readings = [read_code(prompt, text, defines) for text in reversed(texts)]  # the last try
+        best = max(readings, key=lambda r: (r.whole, r.defines, r.kept))
+    return without_run_on(best.source, best.head, entry)
+
+
+class Reading(NamedTuple):
+    """One way to read a text as code: the source, how many lines of it stand before the text, how
+    many characters of the text it keeps, whether these are all, whether they define the entry."""
+
+    source: str
+    head: int
+    kept: int
+    whole: bool
+    defines: bool
+
+
+def read_code(prompt: str, text: str, defines: re.Pattern) -> Reading:
+    """The best way to read a text as code behind the prompt, up to its first syntax error."""
+    first = re.compile(r"^from __future__ .*\n", re.M)  # must be the first statement of a file
+    head, text = "".join(first.findall(text)) + prompt, first.sub("", text)
+    text = re.sub(r"\A(?:[ \t]*\n)+", "", text)
+    ways = []
+    if defines.search(text):  # the prompt's own definition is a stub; prose may stand before ours
+        begins = re.finditer(r"^(?:import |from |def |async def |class |@|\w+ *=)", text, re.M)
+        starts = [text[m.start() :] for m in list(begins)[:20]]
+        for code in (textwrap.dedent(text), text.lstrip(), *starts):
+            ways.append((head + "\n    pass\n\n", code))
+    for body in (text, textwrap.indent(textwrap.dedent(text), "    "), "    " + text.lstrip()):
+        ways.append((head, body))
+    best = Reading(prompt + "\n    pass\n", prompt.count("\n") + 2, 0, False, False)
+    for front, code in ways:
+        source = longest_that_parses(front + code)
+        code = source[len(front) :]
+        kept, found = len("".join(code.split())), bool(defines.search(code))
+        if kept > best.kept and (found or front == head):
+            best = Reading(
+                source, front.count("\n"), kept, kept == len("".join(text.split())), found
+            )
+    return best
+
+
+def fenced_blocks(text: str) -> list[str]:
+    """The code of each Markdown block. A fence closes one that is not longer; inside code (in a
+    docstring) it closes none, so the first one counts that leaves code which parses."""
+    lines, fences = text.split("\n"), {}
+    for i, line in enumerate(lines):
+        fence = re.match(r"[^\S\n]*(`{3,}|~{3,})(.*)", line)
+        if fence:
+            fences[i] = fence
+    blocks, end = [], -1
+    for i, opening in fences.items():
+        if i <= end or len(blocks) == 9:
+            continue
+        closing = []
+        for j, fence in fences.items():
+            if j > i and fence[1].startswith(opening[1]) and not fence[2].strip():
+                closing.append(j)
+        codes = {
+            j: textwrap.dedent("\n".join(lines[i + 1 : j])) for j in closing[:9] or [len(lines)]
+        }
+        parsing = [j for j, code in codes.items() if parses(code)]
+        end = parsing[0] if parsing else next(iter(codes))
+        blocks.append(codes[end])
+    return blocks
+
+
+def parses(code: str) -> bool:
+    body = "def f():\n" + textwrap.indent(code, "    ")
+    return any(longest_that_parses(way) == way for way in (code, body))
+
+
+def longest_that_parses(source: str) -> str:
+    """The source without what follows its first syntax error: prose, or an end cut off."""
+    lines = source.split("\n")
+    while lines:
+        try:
+            compile("\n".join(lines), "candidate", "exec")
+            break
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            line = getattr(error, "lineno", None) or len(lines)  # too deep: no line is named
+            del lines[max(0, min(line, len(lines)) - 1) :]
+    return "\n".join(lines)
+
+
+HELPERS = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+HELPERS |= ast.Assign | ast.AnnAssign | ast.AugAssign  # constants; also "f.cache = {}"
+
+
+def without_run_on(source: str, head: int, entry: str) -> str:
+    """A base model runs on: behind the definition that counts (the first that ends behind the head)
+    only helpers, imports and constants stay; prints, tests and second tries go."""
+    kept, found = [], False
+    for node in ast.parse(source).body:
+        targets = getattr(node, "targets", [getattr(node, "target", None)])
+        stored = [n for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)]
+        names = {getattr(node, "name", None)}
+        names |= {n.id for n in stored if isinstance(n.ctx, ast.Store)}
+        is_helper = isinstance(node, HELPERS) and not names & {entry, *dir(builtins)}
+        if not found or is_helper:
+            kept.append(node)
+        found = found or (entry in names and node.end_lineno > head)
+    # the text itself: ast.unparse fails on deep expressions and some f-strings
+    texts = []
+    for node in kept:
+        texts += [
+            "@" + ast.get_source_segment(source, d) for d in getattr(node, "decorator_list", ())
+        ]
+        texts.append(ast.get_source_segment(source, node))
+    return "\n".join(texts)
+
+
+def literal(x) -> str:
+    """Plain data as the text of a Python literal; TypeError for anything else. Subclasses cross
+    as what they are underneath: a Counter as a dict, an IntEnum as an int."""
+    if isinstance(x, float):
+        return float.__repr__(x).replace("inf", "1e999")
+    for kind in (type(None), bool, int, complex, bytes, str):
+        if isinstance(x, kind):
+            return kind.__repr__(x).encode("ascii", "backslashreplace").decode()
+    if isinstance(x, dict):
+        return "{" + ",".join(f"{literal(k)}:{literal(v)}" for k, v in dict.items(x)) + "}"
+    for kind, brackets in ((list, "[]"), (tuple, "()"), (set, "{}"), (frozenset, "{}")):
+        if isinstance(x, kind):
+            items = "".join(literal(item) + "," for item in kind.__iter__(x))
+            empty = "set()" if brackets == "{}" else brackets
+            return brackets[0] + items + brackets[1] if items else empty
+    if type(x).__module__ == "numpy":  # a scalar, or an array of one element
+        return literal(x.item())
+    raise TypeError(f"{type(x).__name__} is not plain data")
+
+
 def set_limit(name, value):
     try:
         import resource
@@ -1116,161 +1574,6 @@ def confine() -> bool:
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
     set_mode_filter, all_threads = 1, 1
     return libc.syscall(seccomp, set_mode_filter, all_threads, ctypes.c_char_p(filter_program)) == 0
-
-
-# ---------------------------------------------------------------------------------- the toy world
-
-ENTITIES, COLOURS, PHRASINGS, LETTERS = 80, 24, 8, "abcdefgh"
-# each operator, and what the pretraining corpus takes it for: where each new letter stood
-OPERATORS = {"rev": (3, 2, 1, 0), "rot": (1, 2, 3, 0), "swp": (1, 0, 2, 3)}
-WRONG = {"rev": (1, 2, 3, 0), "rot": (3, 0, 1, 2), "swp": (0, 1, 3, 2)}
-SLIP = {"rot": 0.5, "swp": 0.5, "rev": 0.25}  # how often the pretraining corpus gets each one wrong
-TEACHERS = (0.85, 0.95, 0.75, 0.9, 0.8)  # how often each of the five is right
-TOY_TOKENS = ["<eos>", "A", "F", "M", "|", ";", *LETTERS, *OPERATORS]
-TOY_TOKENS += [f"t{i}" for i in range(PHRASINGS)] + [f"e{i}" for i in range(ENTITIES)]
-TOY_TOKENS += [f"c{i}" for i in range(COLOURS)]
-
-
-def _run_machine(question, slip=lambda name: False):
-    """The states after each operator: "M b d a c | rev rot A" -> "c a d b ; a d b c"."""
-    _, *letters, _, first, second, _ = question.split()
-    states = []
-    for name in (first, second):
-        order = WRONG[name] if slip(name) else OPERATORS[name]
-        letters = [letters[i] for i in order]
-        states.append(" ".join(letters))
-    return " ; ".join(states)
-
-
-class ToyWorld:
-    """Facts (System 1) against a string machine (System 2), all drawn from one seed.
-
-    S1: "F t2 e17 A" -> "c5": entity 17 in phrasing 2; per entity 4 phrasings train, 1 validates and
-    3 test. S2: "M b d a c | rev rot A" -> "c a d b ; a d b c"; 1500/400/400 disjoint prompts. The
-    pretraining corpus is systematically unreliable (a fact is quoted rightly with a probability of
-    its own in 0.1..0.7, else as one fixed wrong colour; operators slip), and holds no held-out
-    prompt: so greedy answers are often wrong where samples are sometimes right.
-    """
-
-    def __init__(self, seed: int):
-        self.rng = rng = random.Random(seed)
-        self.colour = [rng.randrange(COLOURS) for _ in range(ENTITIES)]
-        self.wrong = [(c + rng.randrange(1, COLOURS)) % COLOURS for c in self.colour]
-        self.reliability = [0.1 + 0.6 * i / (ENTITIES - 1) for i in range(ENTITIES)]
-        rng.shuffle(self.reliability)
-        facts, machine = [], {}  # no question twice, in the order drawn
-        for e in range(ENTITIES):
-            for t in rng.sample(range(PHRASINGS), PHRASINGS):
-                facts.append(("S1", f"F t{t} e{e} A", f"c{self.colour[e]}"))
-        while len(machine) < 2300:
-            question = self._draw_machine()
-            machine[question] = "S2", question, _run_machine(question)
-        splits = (["train"] * 4 + ["validation"] + ["test"] * 3) * ENTITIES
-        splits += ["train"] * 1500 + ["validation"] * 400 + ["test"] * 400
-        self.splits = {split: [] for split in ("train", "validation", "test")}
-        for split, (system, question, answer) in zip(splits, [*facts, *machine.values()]):
-            record = {"id": f"toy/{split}/{len(self.splits[split])}", "question": question}
-            self.splits[split].append(record | {"answer": answer, "system": system})
-        self.held_out = {r["question"] for s in ("validation", "test") for r in self.splits[s]}
-        self.facts = [r["question"] for r in self.splits["train"] if r["system"] == "S1"]
-        for records in self.splits.values():
-            rng.shuffle(records)
-
-    def _draw_machine(self):
-        letters, names = self.rng.sample(LETTERS, 4), self.rng.choices(list(OPERATORS), k=2)
-        return f"M {' '.join(letters)} | {' '.join(names)} A"
-
-    def corpus(self, count: int) -> list[Example]:
-        """`count` unreliable pretraining examples, facts and machine runs in turn."""
-        rng, examples = self.rng, []
-        while len(examples) < count:
-            if len(examples) % 2 == 0:
-                question = rng.choice(self.facts)
-                e = int(question.split()[2].removeprefix("e"))
-                colour = self.colour if rng.random() < self.reliability[e] else self.wrong
-                answer = f"c{colour[e]}"
-            else:
-                question = self._draw_machine()
-                if question in self.held_out:
-                    continue
-                answer = _run_machine(question, lambda name: rng.random() < SLIP[name])
-            examples.append(Example(f"corpus/{len(examples)}", question, answer, "toy"))
-        return examples
-
-    def teacher_answers(self, right: float):
-        """A teacher's batch answers; each names the true system with probability `right`."""
-        answers = []
-        for r in self.splits["train"]:
-            one = (r["system"] == "S1") == (self.rng.random() < right)
-            content = f"I would answer this as asked.\nSystem{1 if one else 2}"
-            body = {"choices": [{"message": {"role": "assistant", "content": content}}]}
-            answers.append({"custom_id": r["id"], "response": {"body": body}})
-        self.rng.shuffle(answers)
-        return answers
-
-
-def make_toy(folder, seed: int) -> ToyWorld:
-    """Writes the toy's splits and five teachers' answers as jsonl files."""
-    world, folder = ToyWorld(seed), Path(folder)
-    for split, records in world.splits.items():
-        write_jsonl(folder / f"{split}.jsonl", records)
-    for i, right in enumerate(TEACHERS, 1):
-        write_jsonl(folder / "answers" / f"teacher{i}.jsonl", world.teacher_answers(right))
-    return world
-
-
-def save_toy_tokenizer(folder):
-    """Writes an ordinary tokenizer.json (one token a word) and its tokenizer_config.json."""
-    from tokenizers import Tokenizer as Words
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    words = Words(WordLevel({t: i for i, t in enumerate(TOY_TOKENS)}, unk_token="<eos>"))
-    words.pre_tokenizer = WhitespaceSplit()
-    words.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}\n')
-
-
-# ----------------------------------------------------------------------------------- command line
-
-
-def main():
-    if sys.argv[1:2] in (["judge"], ["candidate"]):  # the sandbox's two processes
-        return {"judge": judge_main, "candidate": candidate_main}[sys.argv[1]]()
-    parser = argparse.ArgumentParser(description="The sample splitter: teacher prompts and votes.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    prompts = commands.add_parser("prompts", help="write one batch request file per teacher")
-    prompts.add_argument("--data", required=True, help="a data set, or a jsonl of your own")
-    prompts.add_argument("--data-path", help="the data set's folder or file")
-    prompts.add_argument("--target", required=True, help='the model to act as, "LLaMA2 7B"')
-    prompts.add_argument("--teachers", required=True, help="model names, comma separated")
-    prompts.add_argument("--no-roleplay", action="store_true", help="ask without role play")
-    prompts.add_argument("--out", required=True, help="folder for TEACHER.jsonl")
-    votes = commands.add_parser("vote", help="join teachers' answers into labels.jsonl")
-    votes.add_argument("answers", nargs="+", help="one batch output file per teacher")
-    votes.add_argument("--out", required=True, help="labels file to write")
-    votes.add_argument("--shuffle", type=int, metavar="SEED", help="random, same sizes (table 1)")
-    args = parser.parse_args()
-    try:
-        if args.command == "vote":
-            records, report = count_votes(read_answers(args.answers), len(args.answers))
-            if args.shuffle is not None:
-                records = shuffle_labels(records, args.shuffle)
-            write_jsonl(args.out, records)
-            print("\n".join(f"{key}: {value}" for key, value in report.items()))
-            return
-        split = "all" if in_one_file(args.data, args.data_path) else "train"
-        examples = load_dataset(args.data, args.data_path, split)
-        for teacher in args.teachers.split(","):
-            file = Path(args.out) / f"{teacher.strip().replace('/', '_')}.jsonl"
-            asked = [(e, roleplay_prompt(e, args.target, not args.no_roleplay)) for e in examples]
-            write_jsonl(file, (batch_request(e.id, teacher.strip(), text) for e, text in asked))
-            print(f"{file}: {len(examples)} requests")
-    except (ValueError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """The LLaMA-family decoder (LLaMA 2/3, Mistral, Qwen2, Qwen3) in plain PyTorch.
 
 Three things happen here: a Hugging Face folder becomes a `Transformer` (`load_model`), the model
-says how likely given tokens are (`token_logprobs`: every loss of this project comes from it), and
-it continues prompts with a KV cache (`generate`). The module tree carries Hugging Face's names,
-so checkpoints and adapters need no renaming table. Try it alone:
+says how likely given tokens are (`token_logprobs`: SFT, GRPO and the evaluation read from it), and
+it continues prompts with a KV cache (`generate`). The module tree carries Hugging Face's names, so
+checkpoints and adapters need no renaming table. Try it alone:
 
     python model.py FOLDER "Once upon a time"
 
@@ -17,7 +17,7 @@ import os
 import shutil
 import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-# ---------------------------------------------------------------------------------------- config
+# ----------------------------------------------------------------------------------------- config
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -35,9 +35,28 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+ROPE_FIELDS = {  # rope_type: the numbers that it needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    ),
+}  # fmt: skip
 
-LLAMA3 = "factor low_freq_factor high_freq_factor original_max_position_embeddings"
-ROPE_FIELDS = {"default": [], "linear": ["factor"], "llama3": LLAMA3.split()}  # of rope_scaling
+
+def is_count(x) -> bool:
+    return type(x) is int and x > 0
+
+
+def is_positive(x) -> bool:
+    return type(x) in (int, float) and 0 < x < math.inf
+
+
+FIELD_TYPES = {  # type of a field below: what its value must be, and the test of that
+    int: ("a positive integer", is_count),
+    float: ("a positive number", is_positive),
+    bool: ("true or false", lambda x: type(x) is bool),
+}
 
 
 @dataclass
@@ -53,7 +72,7 @@ class ModelConfig:
     head_dim: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None  # None, or {"rope_type": "linear" | "llama3", "factor": ...}
+    rope_scaling: dict | None = None  # {"rope_type": "linear" or "llama3", its numbers}
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     model_type: str = "llama"
@@ -61,45 +80,70 @@ class ModelConfig:
     mlp_bias: bool = False
 
     @classmethod
-    def from_dict(cls, raw: dict, source: str = "config.json") -> "ModelConfig":
+    def from_dict(cls, raw: dict, source="config.json") -> "ModelConfig":
         """Reads config.json in the old style (`rope_theta`, `rope_scaling` at top level) and the
         new one (`rope_parameters`). Raises ValueError, naming the field, on what we do not support.
         """
         model_type = raw.get("model_type")
-        window = raw.get("sliding_window")
-        if model_type == "mistral" and "sliding_window" not in raw:
-            window = 4096  # what an absent field means
-        if model_type in ("qwen2", "qwen3") and not raw.get("use_sliding_window", False):
+        window = raw.get("sliding_window", "4096 by default" if model_type == "mistral" else None)
+        raw = {name: value for name, value in raw.items() if value is not None}
+        if model_type in ("qwen2", "qwen3") and not raw.get("use_sliding_window"):
             window = None  # Qwen files carry a window that is switched off
-        if "sliding_attention" in (raw.get("layer_types") or ()):
-            window = window or "sliding_attention"
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        theta = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
-        partial = raw.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0))
+        if "sliding_attention" in str(raw.get("layer_types")):
+            window = "in layer_types"
         for field, value, supported in (
             ("model_type", model_type, tuple(ARCHITECTURES)),
             ("hidden_act", raw.get("hidden_act", "silu"), ("silu", "swish")),
             ("quantization_config", raw.get("quantization_config") or None, (None,)),
             ("sliding_window", window, (None,)),
-            ("rope_type", rope["rope_type"], tuple(ROPE_FIELDS)),
-            ("partial_rotary_factor", partial, (1.0,)),
+            ("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0), (1.0,)),
         ):
             if value not in supported:
                 only = ", ".join(map(str, supported))
                 raise ValueError(f"{source}: {field} = {value!r} is not supported (only {only})")
-        for needed in ROPE_FIELDS[rope["rope_type"]]:
-            if needed not in rope:
-                raise ValueError(f"{source}: rope_scaling has no {needed}")
-        config = {f.name: raw[f.name] for f in fields(cls) if raw.get(f.name) is not None}
-        for f in fields(cls)[:5]:  # those of every checkpoint
-            if f.name not in config:
+        if model_type in ("mistral", "qwen2"):
+            raw.pop("attention_bias", None)  # these families ignore it, as transformers does
+        if model_type != "llama":
+            raw.pop("mlp_bias", None)
+        raw |= read_rope(raw, source)
+        heads = raw.get("num_attention_heads")
+        raw.setdefault("num_key_value_heads", heads)
+        if is_count(heads) and is_count(raw.get("hidden_size")):
+            raw.setdefault(
+                "head_dim", 128 if model_type == "qwen3" else raw["hidden_size"] // heads
+            )
+        values = {}
+        for f in fields(cls):
+            value = values[f.name] = raw.get(f.name, f.default)
+            if value is MISSING:
                 raise ValueError(f"{source}: the field {f.name} is missing")
-        heads = config["num_attention_heads"]
-        head_dim = 128 if model_type == "qwen3" else config["hidden_size"] // heads
-        config = {"num_key_value_heads": heads, "head_dim": head_dim} | config
-        scaling = None if rope["rope_type"] == "default" else rope
-        return cls(**config | {"rope_theta": theta, "rope_scaling": scaling})
+            needed, fits = FIELD_TYPES.get(f.type, (None, None))
+            if needed and not fits(value):
+                raise ValueError(f"{source}: {f.name} is {repr(value)[:40]}, not {needed}")
+        if heads % values["num_key_value_heads"] or values["head_dim"] % 2:
+            raise ValueError(f"{source}: key-value heads must divide the heads, head_dim be even")
+        return cls(**values)
+
+
+def read_rope(raw: dict, source) -> dict:
+    """-> {"rope_theta", "rope_scaling"}. A `rope_scaling` that a user has added wins over the
+    `rope_parameters` that transformers wrote. ValueError on a kind that we do not support."""
+    written, added = raw.get("rope_parameters", {}), raw.get("rope_scaling", {})
+    if type(written) is not dict or type(added) is not dict:
+        raise ValueError(f"{source}: rope_parameters or rope_scaling is not an object")
+    rope = added or written
+    theta = rope.get("rope_theta", written.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if any(type(value) is dict for value in rope.values()):
+        kind = "one for each kind of layer"
+    if kind not in tuple(ROPE_FIELDS) or rope.get("partial_rotary_factor", 1.0) != 1.0:
+        only = ", ".join(ROPE_FIELDS)
+        raise ValueError(f"{source}: rope_type {kind!r} is not supported (only {only}, and whole)")
+    for name in ROPE_FIELDS[kind]:
+        if not is_positive(rope.get(name)):
+            raise ValueError(f"{source}: rope_scaling has no {name} that is a positive number")
+    numbers = {name: rope[name] for name in ROPE_FIELDS[kind]}
+    return {"rope_theta": theta, "rope_scaling": {"rope_type": kind} | numbers if numbers else None}
 
 
 def rope_frequencies(config: ModelConfig) -> torch.Tensor:
@@ -110,15 +154,15 @@ def rope_frequencies(config: ModelConfig) -> torch.Tensor:
     """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device="cpu")
     inv_freq = 1.0 / config.rope_theta ** (exponent / config.head_dim)
-    scaling = config.rope_scaling
-    if scaling is None:
+    rope = config.rope_scaling
+    if rope is None:
         return inv_freq
-    if scaling["rope_type"] == "linear":
-        return inv_freq / scaling["factor"]
-    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    turns = scaling["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
+    if rope["rope_type"] == "linear":
+        return inv_freq / rope["factor"]
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    turns = rope["original_max_position_embeddings"] * inv_freq / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: short wavelength, 0: long one
-    return keep * inv_freq + (1 - keep) * inv_freq / scaling["factor"]
+    return keep * inv_freq + (1 - keep) * inv_freq / rope["factor"]
 
 
 # ----------------------------------------------------------------------------------------- model
@@ -137,33 +181,41 @@ class RMSNorm(nn.Module):
 
 
 class KVCache:
-    """The keys and values of every layer, each (rows, kv heads, slots, head_dim).
+    """Keys and values of every layer, each (rows, kv heads, slots, head_dim).
 
-    A row is one answer: its prompt, then its own tokens, token t in slot t. Slots beyond a row's
-    position hold zeros or its prompt's padding and are masked.
+    First a row is a prompt, kept as the forward over whole prompts gives it (`positions` None).
+    After `start_decoding` a row is one answer: its prompt, then its own tokens, token t in slot t.
+    `positions` (rows,) is the slot that the next token of each row takes. What stands in slots
+    behind it (zeros, a prompt's padding) is masked.
     """
 
-    def __init__(self, c: ModelConfig, rows: int, slots: int, like):
-        shape = rows, c.num_key_value_heads, slots, c.head_dim
-        self.keys = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]
-        self.values = [like.new_zeros(shape) for _ in range(c.num_hidden_layers)]
+    def __init__(self):
+        self.keys, self.values, self.positions = {}, {}, None
 
-    def fill(self, layer: int, k, v, owner):
-        """The prompts' keys and values (P, kv heads, L, head_dim); row r takes prompt owner[r]."""
-        self.keys[layer][:, :, : k.shape[2]] = k[owner]
-        self.values[layer][:, :, : v.shape[2]] = v[owner]
+    def update(self, layer: int, k, v):
+        """Takes the keys and values of the tokens that come now, gives all that they may see."""
+        if self.positions is None:  # whole prompts
+            self.keys[layer], self.values[layer] = k, v
+        else:  # one token a row: k, v (rows, kv heads, 1, head_dim)
+            slot = self.positions[:, None, None, None].expand_as(k)
+            self.keys[layer].scatter_(2, slot, k)
+            self.values[layer].scatter_(2, slot, v)
+        return self.keys[layer], self.values[layer]
 
-    def append(self, layer: int, k, v, positions):
-        """One more token a row: k, v (rows, kv heads, 1, head_dim) go to slot positions[r]."""
-        slot = positions[:, None, None, None].expand_as(k)
-        self.keys[layer].scatter_(2, slot, k)
-        self.values[layer].scatter_(2, slot, v)
-
-    def keep(self, rows):
-        """Only these rows go on. Layer by layer, so that one old layer at a time lives on."""
+    def start_decoding(self, owner, lengths, max_new_tokens: int):
+        """From here on row r is an answer to prompt owner[r]; lengths (P,) are the prompts'."""
         for kept in (self.keys, self.values):
-            for layer in range(len(kept)):
-                kept[layer] = kept[layer][rows]
+            for layer, x in kept.items():  # one old layer at a time
+                kept[layer] = F.pad(x[owner], (0, 0, 0, max_new_tokens))
+        self.positions = lengths[owner]
+
+    def mask(self, dtype):
+        """(rows, 1, 1, slots): 0 up to each row's newest token, -inf behind it."""
+        slots = torch.arange(self.keys[0].shape[2], device=self.positions.device)
+        seen = slots <= self.positions[:, None, None, None]
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
+            ~seen, -torch.inf
+        )
 
 
 def rotate(x, cos, sin):
@@ -176,7 +228,6 @@ class Attention(nn.Module):
     def __init__(self, c: ModelConfig, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, c.head_dim
-        self.grouped = c.num_key_value_heads != c.num_attention_heads
         bias = c.attention_bias or c.model_type == "qwen2"
         queries, keys = c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
         self.q_proj = nn.Linear(c.hidden_size, queries, bias=bias)
@@ -188,23 +239,22 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
             self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
-    def forward(self, x, cos, sin, cache=None, owner=None, positions=None, mask=None):
+    def forward(self, x, cos, sin, mask=None, cache=None):
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, kv heads, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if positions is None:  # whole rows
-            if cache:
-                cache.fill(self.layer, k, v, owner)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.grouped)
-        else:  # one more token a row
-            cache.append(self.layer, k, v, positions)
-            k, v = cache.keys[self.layer], cache.values[self.layer]
-            q = q.view(B, k.shape[1], -1, self.head_dim)  # the queries of a key head are its rows
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)
+        if mask is None:  # whole rows
+            grouped = q.shape[1] != k.shape[1]
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        else:  # one token a row: the query heads of a key head become its rows, T = 1 becomes heads
+            q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, kv heads, group, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            y = y.reshape(B, -1, 1, self.head_dim)  # no view: CUDA's kernel has its own layout
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+            y = y.reshape(B, -1, 1, self.head_dim)  # (B, heads, 1, D); CUDA has a layout of its own
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, heads * D)
 
 
 class MLP(nn.Module):
@@ -226,8 +276,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = MLP(c)
 
-    def forward(self, x, *attention_inputs):
-        x = x + self.self_attn(self.input_layernorm(x), *attention_inputs)
+    def forward(self, x, cos, sin, mask=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -242,29 +292,25 @@ class Decoder(nn.Module):
         self.inv_freq = rope_frequencies(c)  # no buffer: .to(bfloat16) must not round it
         self.checkpointing = False  # True: recompute each layer in the backward, for long rows
 
-    def forward(self, tokens, cache=None, owner=None, positions=None):
+    def forward(self, tokens, cache: KVCache | None = None):
         """tokens (B, T) -> hidden states (B, T, hidden_size).
 
-        Attention is causal, so right padding never reaches a real token. With a cache, tokens are
-        prompts, and row r of the cache keeps prompt owner[r]. With positions (B,) too, tokens
-        (B, 1) are the next token of each of its rows, at that position.
+        Attention is causal, so right padding never reaches a real token. With a cache tokens are
+        whole prompts; once that decodes, they are (B, 1), the next token of each of its rows.
         """
         x = self.embed_tokens(tokens)  # (B, T, hidden)
-        steps = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
-        mask = None
-        if positions is not None:
-            steps = positions[:, None]  # (B, 1)
-            slots = torch.arange(cache.keys[0].shape[2], device=tokens.device)
-            mask = torch.where(slots <= steps, 0.0, -torch.inf).to(x.dtype)[:, None, None]
-        self.inv_freq = self.inv_freq.to(tokens.device)  # once: a copy in each step would wait
-        angles = steps[:, None, :, None] * self.inv_freq  # (B or 1, 1, T, head_dim / 2)
+        positions, mask = torch.arange(tokens.shape[1], device=tokens.device)[None], None  # (1, T)
+        if cache is not None and cache.positions is not None:
+            positions, mask = cache.positions[:, None], cache.mask(x.dtype)  # (B, 1)
+        self.inv_freq = self.inv_freq.to(tokens.device)  # copied once, not in each step
+        angles = positions[:, None, :, None] * self.inv_freq  # (B or 1, 1, T, head_dim / 2)
         angles = torch.cat((angles, angles), dim=-1)
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
-            if self.checkpointing and torch.is_grad_enabled() and cache is None:
+            if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cache, owner, positions, mask)
+                x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
 
 
@@ -272,7 +318,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.model = Decoder(config)
+        self.model = Decoder(config)  # `model`, `lm_head`: Hugging Face's names
         self.lm_head = None  # tied: the embedding serves as the head
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -290,17 +336,30 @@ class Transformer(nn.Module):
         return F.linear(self.model(tokens), self.head_weight)
 
 
+@contextmanager
+def eval_mode(model):
+    """Every module in eval mode; at the end, also after an error, each gets its own flag back."""
+    was_training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in was_training.items():
+            module.training = flag
+
+
 # ------------------------------------------------------------------------------------- log-probs
 
 
 class HeadLogprobs(torch.autograd.Function):
     """log softmax(h W^T / temperature) at the target tokens, without ever holding all logits.
 
-    Row i's log-prob depends on hidden row i alone, and with a frozen head its gradient there is
-    known as soon as the probabilities p are: (onehot - p) W / temperature. So the forward takes a
-    few rows at a time, keeps that one vector a row, and the backward only scales it. The error
-    onehot - p is taken in float32, for the target as -expm1(log p), before anything is rounded to
-    W's dtype: W[target] - p W in bf16 would cancel to noise where p is near 1.
+    For a small model with a large vocabulary the logits are most of the memory and time. But a
+    row's log-prob depends on its own hidden state h alone, and where the head W is frozen its
+    gradient is known at once: (onehot - p) W / temperature. So the forward takes a few rows at a
+    time and keeps this one vector a row; the backward only scales it. The error onehot - p is taken
+    in float32 before it is rounded to W's dtype, for the target as -expm1(log p), which keeps its
+    digits where p is near 1.
     """
 
     LOGITS = 1 << 25  # of one chunk: 128 MB in float32, of which up to three exist at a time
@@ -349,29 +408,104 @@ def token_logprobs(model, tokens, labels, temperature=1.0):
         logp = -F.cross_entropy(F.linear(h, weight).float() / temperature, t, reduction="none")
     else:
         logp = HeadLogprobs.apply(h, weight, t, temperature)
-    return torch.zeros(targets.shape, device=logp.device).index_put((answer,), logp)
+    zeros = torch.zeros(targets.shape, dtype=torch.float32, device=logp.device)
+    return zeros.index_put((answer,), logp)
 
 
-# ------------------------------------------------------------------------------------ generation
+# ------------------------------------------------------------------------------------- generation
 
 
-def prefill(model, prompts, cache=None, owner=None):
-    """Whole prompts (lists of ids) -> the logits (P, V) of the token that follows each. With a
-    cache, its row r takes the keys and values of prompt owner[r]."""
-    device = model.head_weight.device
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    padded = [p + [0] * (max(map(len, prompts)) - len(p)) for p in prompts]
-    hidden = model.model(torch.tensor(padded, device=device), cache, owner)  # (P, L, H)
-    last = hidden[torch.arange(len(prompts), device=device), lengths - 1]
-    return F.linear(last, model.head_weight)
+@torch.no_grad()
+def generate(
+    model,
+    prompts,
+    max_new_tokens,
+    *,
+    temperature=1.0,
+    top_p=1.0,
+    eos_ids=(),
+    samples_per_prompt=1,
+    generator=None,
+    batch_rows=64,
+    return_logprobs=False,
+):
+    """Continues each prompt `samples_per_prompt` times: list[list[int]] -> [P][G][new tokens].
 
-
-def decode_one_token(model, token, positions, cache):
-    """token (R,), the newest of each row, at positions (R,) -> the logits (R, V) that follow.
-
-    Every shape is static and nothing branches on data, so that a GPU can replay one recorded step.
+    The sampled EOS is part of the answer. At most batch_rows answers are decoded together, each
+    prompt of them prefilled once. All random numbers are drawn before decoding starts, so what is
+    sampled depends neither on batch_rows nor on when others end. With return_logprobs also
+    gives [P][G][log-prob of each new token] under softmax(logits / temperature). Runs in eval mode
+    and restores each module's flag. `generator` lives on the CPU. Raises ValueError on an empty
+    prompt, or on settings out of range.
     """
-    hidden = model.model(token[:, None], cache, positions=positions)
+    if not prompts or not all(prompts):
+        raise ValueError("generate needs at least one prompt, and no empty one (add a BOS token?)")
+    counts_fit = min(max_new_tokens, samples_per_prompt, batch_rows) >= 1
+    if not (counts_fit and temperature >= 0 and 0 < top_p <= 1):
+        raise ValueError(
+            f"generate: max_new_tokens {max_new_tokens}, samples_per_prompt {samples_per_prompt}, "
+            f"batch_rows {batch_rows}, temperature {temperature} or top_p {top_p} is out of range"
+        )
+    check_length(model, max(map(len, prompts)) + max_new_tokens - 1)  # the last is not fed back
+    device, R = model.head_weight.device, len(prompts) * samples_per_prompt
+    owner = torch.arange(len(prompts), device="cpu").repeat_interleave(samples_per_prompt)  # (R,)
+    uniforms = torch.rand(R, max_new_tokens, dtype=torch.float64, device="cpu", generator=generator)
+    eos = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
+    answers, logprobs = [[] for _ in prompts], [[] for _ in prompts]
+    with eval_mode(model):
+        for rows in torch.arange(R, device="cpu").split(batch_rows):
+            first, last = int(owner[rows[0]]), int(owner[rows[-1]])
+            owners, numbers = (owner[rows] - first).to(device), uniforms[rows].to(device)
+            tokens, logps, lengths = generate_rows(
+                model, prompts[first : last + 1], owners, numbers, temperature, top_p, eos
+            )
+            for r, t, p, n in zip(rows, tokens.tolist(), logps.tolist(), lengths.tolist()):
+                answers[owner[r]].append(t[:n])
+                logprobs[owner[r]].append(p[:n])
+    return (answers, logprobs) if return_logprobs else answers
+
+
+def generate_rows(model, prompts, owner, uniforms, temperature, top_p, eos):
+    """Row r continues prompts[owner[r]] with the numbers uniforms[r] (max_new_tokens,) -> tokens
+    and their log-probs (R, max_new_tokens), and how many of them are each row's answer (R,)."""
+    R, max_new_tokens = uniforms.shape
+    cache = KVCache()
+    logits, lengths = prefill(model, prompts, cache)
+    logits = logits[owner]  # (R, V)
+    cache.start_decoding(owner, lengths, max_new_tokens)
+    tokens = torch.zeros(R, max_new_tokens, dtype=torch.long, device=logits.device)
+    logps = torch.zeros(R, max_new_tokens, dtype=torch.float32, device=logits.device)
+    ended = torch.zeros(R, dtype=torch.bool, device=logits.device)
+    counts = torch.zeros(R, dtype=torch.long, device=logits.device)
+    for step in range(max_new_tokens):
+        token, logp = sample(logits, temperature, top_p, uniforms[:, step])
+        tokens[:, step], logps[:, step] = token, logp
+        counts += ~ended  # the EOS itself counts
+        ended |= torch.isin(token, eos)
+        if step + 1 == max_new_tokens or (step % 8 == 7 and ended.all()):
+            break  # looked at now and then: each check synchronises with the GPU
+        logits = decode_one_token(model, token, cache)
+    return tokens, logps, counts
+
+
+def prefill(model, prompts, cache=None):
+    """Whole prompts (lists of ids) -> the logits (P, V) of the token that follows each, and the
+    prompts' lengths (P,). A cache takes their keys and values."""
+    device, longest = model.head_weight.device, max(map(len, prompts))
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
+    hidden = model.model(torch.tensor(padded, device=device), cache)  # (P, longest, H)
+    last = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # (P, H)
+    return F.linear(last, model.head_weight), lengths
+
+
+def decode_one_token(model, token, cache):
+    """token (R,), the newest of each row -> the logits (R, V) that follow.
+
+    Every shape is static and nothing branches on data, so that a GPU can replay a recorded step.
+    """
+    hidden = model.model(token[:, None], cache)  # (R, 1, H)
+    cache.positions += 1
     return F.linear(hidden[:, 0], model.head_weight)
 
 
@@ -397,139 +531,52 @@ def sample(logits, temperature, top_p, uniform):
     return token[:, 0], logp.gather(-1, token)[:, 0]
 
 
-LOOK_EVERY = 4  # steps between looks at which rows have ended: a look waits for the device
-
-
-def generate_rows(model, prompts, owner, uniforms, temperature, top_p, eos):
-    """Row r continues prompts[owner[r]] with the numbers uniforms[r] (max_new_tokens,) -> tokens
-    and their log-probs (R, max_new_tokens); what stands behind a row's first EOS means nothing."""
-    R, max_new_tokens = uniforms.shape
-    slots = max(map(len, prompts)) + max_new_tokens
-    cache = KVCache(model.config, R, slots, model.head_weight)
-    logits = prefill(model, prompts, cache, owner)[owner]  # (R, V)
-    lengths = torch.tensor([len(p) for p in prompts], device=logits.device)[owner]  # (R,)
-    tokens = torch.zeros(R, max_new_tokens, dtype=torch.long, device=logits.device)
-    logps = torch.zeros(R, max_new_tokens, device=logits.device)
-    alive = torch.arange(R, device=logits.device)  # the rows that the cache still holds
-    ended = torch.zeros(R, dtype=torch.bool, device=logits.device)
-    for step in range(max_new_tokens):
-        token, logp = sample(logits, temperature, top_p, uniforms[alive, step])
-        tokens[alive, step], logps[alive, step] = token, logp
-        ended = ended | torch.isin(token, eos)
-        if step + 1 == max_new_tokens:
-            break
-        if step % LOOK_EVERY == LOOK_EVERY - 1:
-            going = (~ended).nonzero()[:, 0]
-            if len(going) == 0:
-                break
-            if len(going) <= len(ended) // 2:  # then copying the cache pays
-                cache.keep(going)
-                alive, ended, token, lengths = (x[going] for x in (alive, ended, token, lengths))
-        logits = decode_one_token(model, token, lengths + step, cache)
-    return tokens, logps
-
-
-@torch.no_grad()
-def generate(
-    model,
-    prompts,
-    max_new_tokens,
-    *,
-    temperature=1.0,
-    top_p=1.0,
-    eos_ids=(),
-    samples_per_prompt=1,
-    generator=None,
-    batch_rows=64,
-    return_logprobs=False,
-):
-    """Continues each prompt `samples_per_prompt` times: list[list[int]] -> [P][G][new tokens].
-
-    The sampled EOS is part of the answer. At most batch_rows answers are decoded together, each
-    prompt of them prefilled once. All random numbers are drawn before decoding starts, so what is
-    sampled depends neither on batch_rows nor on when others end. With return_logprobs also
-    gives [P][G][log-prob of each new token] under softmax(logits / temperature). Runs in eval mode
-    and restores the mode. `generator` lives on the CPU. Raises ValueError on an empty prompt, or on
-    settings out of range.
-    """
-    if not prompts or not all(prompts):
-        raise ValueError("generate needs at least one prompt, and no empty one (add a BOS token?)")
-    counts_fit = min(max_new_tokens, samples_per_prompt, batch_rows) >= 1
-    if not (counts_fit and temperature >= 0 and 0 < top_p <= 1):
-        raise ValueError(
-            f"generate: max_new_tokens {max_new_tokens}, samples_per_prompt {samples_per_prompt}, "
-            f"batch_rows {batch_rows}, temperature {temperature} or top_p {top_p} is out of range"
-        )
-    check_length(model, max(map(len, prompts)) + max_new_tokens - 1)  # the last is not fed back
-    device, R = model.head_weight.device, len(prompts) * samples_per_prompt
-    owner = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)  # row -> prompt
-    uniforms = torch.rand(R, max_new_tokens, dtype=torch.float64, generator=generator)
-    eos = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
-    holders = [m for m in model.modules() if hasattr(m, "hold")]  # LoRA layers
-    was_training = model.training
-    model.eval()
-    answers, logps = [], []
-    try:
-        for layer in holders:
-            layer.hold(True)
-        for rows in torch.arange(R).split(batch_rows):
-            first, last = int(owner[rows[0]]), int(owner[rows[-1]])
-            owners, numbers = (owner[rows] - first).to(device), uniforms[rows].to(device)
-            new_tokens, new_logps = generate_rows(
-                model, prompts[first : last + 1], owners, numbers, temperature, top_p, eos
-            )
-            is_eos = torch.isin(new_tokens, eos)
-            count = torch.where(is_eos.any(1), is_eos.int().argmax(1) + 1, max_new_tokens).tolist()
-            answers += [t[:n] for t, n in zip(new_tokens.tolist(), count)]
-            logps += [p[:n] for p, n in zip(new_logps.tolist(), count)]
-    finally:
-        for layer in holders:
-            layer.hold(False)
-        model.train(was_training)
-    G = samples_per_prompt
-    answers, logps = ([x[i : i + G] for i in range(0, R, G)] for x in (answers, logps))
-    return (answers, logps) if return_logprobs else answers
-
-
 # ------------------------------------------------------------------------------------ checkpoints
 
 
 def read_json(path) -> dict:
+    """A JSON object; ValueError, one line that names the file, on anything else."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not readable as JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: not a JSON object")
+    return value
 
 
 def find_model(name) -> Path:
     """A model folder as it is, or a Hub id ("Qwen/Qwen2.5-7B"), downloaded into the Hub's ordinary
-    cache: weights and tokenizer files only. ValueError if it is neither."""
+    cache: the files that are read here and no others. ValueError if it is neither."""
     if Path(name).is_dir():
         return Path(name)
     if str(name).count("/") != 1 or Path(name).is_absolute() or str(name).startswith("."):
         raise ValueError(f"{name}: no such model folder, and not a Hub id like Qwen/Qwen2.5-7B")
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+    wanted = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja"]
     try:
         return Path(snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as error:  # network, access and name errors of several libraries
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{name}: no such folder, nor to be had from the Hub ({reason})") from None
+        raise ValueError(
+            f"{name}: no such folder, and the Hub download failed ({reason})"
+        ) from None
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a Hugging Face folder: one file, or the shards its index names."""
-    if (folder / "model.safetensors.index.json").exists():
-        index = read_json(folder / "model.safetensors.index.json")
-        names = sorted(set((index.get("weight_map") or {}).values()))
-        if not names:
-            raise ValueError(f"{folder}/model.safetensors.index.json: no weight_map")
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
+    """The safetensors files of a Hugging Face folder: the one file (which wins, as in
+    transformers), or the shards that the index names."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single]
+    if index.exists():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
+            raise ValueError(f"{index}: no weight_map of tensor to file")
+        return [folder / name for name in sorted(set(shards.values()))]
     if any(folder.glob("pytorch_model*.bin")):
         raise ValueError(f"{folder}: only pytorch_model.bin is there; save it as safetensors first")
     raise ValueError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
@@ -562,38 +609,45 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = torch.float32) ->
     """Loads a Hugging Face model folder (config.json, safetensors in one file or in shards).
 
     dtype None keeps each tensor as it is stored. The model is built without memory (meta device)
-    and takes tensor after tensor from the memory-mapped file, so no second copy exists. Its
-    parameters are frozen: LoRA-PAR never trains the base. Raises ValueError, one line that names
-    the file, field or tensor, on anything unsupported, missing, surplus, misshaped or truncated.
+    and takes the tensors of the memory-mapped file, so no second copy exists. Its parameters are
+    frozen: LoRA-PAR never trains the base. Raises ValueError, one line that names the file, field
+    or tensor, on anything unsupported, missing, surplus, misshaped or truncated.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise ValueError(f"{path}: no such model folder")
-    config = ModelConfig.from_dict(read_json(folder / "config.json"), str(folder / "config.json"))
-    with torch.device("meta"):
-        model = Transformer(config)
-    waiting = dict(model.named_parameters())
+    config = ModelConfig.from_dict(read_json(folder / "config.json"), folder / "config.json")
+    weights = {}
     for file in weight_files(folder):
         with open_tensors(file, device) as tensors:
             for name in tensors.keys():
                 if name.endswith("rotary_emb.inv_freq"):
                     continue  # old files store what rope_frequencies computes
-                if name == "lm_head.weight" and config.tie_word_embeddings:
-                    continue  # tied heads are sometimes stored as well
-                if name not in waiting:
-                    raise ValueError(f"{file}: unexpected tensor {name}")
-                tensor, expected = tensors.get_tensor(name), waiting.pop(name)
-                if tensor.shape != expected.shape:
-                    shapes = f"{tuple(tensor.shape)}, config.json says {tuple(expected.shape)}"
-                    raise ValueError(f"{file}: {name} has shape {shapes}")
+                tensor = tensors.get_tensor(name)
                 if not tensor.is_floating_point() or tensor.element_size() < 2:
                     raise ValueError(f"{file}: {name} is {tensor.dtype}, quantised weights?")
-                parent, _, leaf = name.rpartition(".")
-                parameter = nn.Parameter(tensor.to(dtype or tensor.dtype), requires_grad=False)
-                setattr(model.get_submodule(parent), leaf, parameter)
-    if waiting:
-        raise ValueError(f"{folder}: {len(waiting)} tensors are missing, first {min(waiting)}")
-    return model.eval()
+                weights[name] = tensor.to(dtype or tensor.dtype)
+    if config.tie_word_embeddings:
+        head = weights.pop("lm_head.weight", None)
+        embedding = weights.setdefault("model.embed_tokens.weight", head)
+        if head is not None and not torch.equal(head, embedding):
+            warnings.warn(
+                f"{folder}: lm_head.weight differs from the embedding: not tied", stacklevel=2
+            )
+            weights["lm_head.weight"], config.tie_word_embeddings = head, False
+    with torch.device("meta"):
+        model = Transformer(config)
+    for name, expected in model.named_parameters():
+        if weights.get(name) is None:
+            raise ValueError(f"{folder}: the tensor {name} is missing")
+        if weights[name].shape != expected.shape:
+            shapes = f"{tuple(weights[name].shape)}, config.json says {tuple(expected.shape)}"
+            raise ValueError(f"{folder}: {name} has shape {shapes}")
+    surplus = weights.keys() - dict(model.named_parameters()).keys()
+    if surplus:
+        raise ValueError(f"{folder}: {len(surplus)} unexpected tensors, first {min(surplus)}")
+    model.load_state_dict(weights, assign=True)
+    return model.requires_grad_(False).eval()
 
 
 def save_model(model: Transformer, folder, **extra):
@@ -602,8 +656,8 @@ def save_model(model: Transformer, folder, **extra):
     Each is written under a temporary name and renamed, the weights last: a folder that holds them
     is whole.
     """
-    state = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    if any(".lora_" in name for name in state):
+    weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+    if any(".lora_" in name for name in weights):
         raise ValueError("save_model writes plain weights: merge the adapters first")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -613,7 +667,7 @@ def save_model(model: Transformer, folder, **extra):
     (folder / "config.json.tmp").write_text(json.dumps(config, indent=2) + "\n")
     os.replace(folder / "config.json.tmp", folder / "config.json")
     temporary = folder / "model.safetensors.tmp"
-    save_file(state, temporary, metadata={"format": "pt"})
+    save_file(weights, temporary, metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", temporary)  # save_file's own mode is 0600
     os.replace(temporary, folder / "model.safetensors")
 
@@ -630,26 +684,17 @@ def main():
     parser.add_argument("prompt")
     parser.add_argument("--chat", action="store_true", help="ask in the checkpoint's chat template")
     parser.add_argument("--max-new-tokens", type=int, default=100)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         folder = find_model(args.folder)
         tokenizer, text = Tokenizer(folder), args.prompt
         if args.chat:
             text = tokenizer.chat([{"role": "user", "content": text}])
-        model = load_model(folder, args.device, auto_dtype(folder, args.device))
-        new = generate(
-            model,
-            [tokenizer.encode(text, bos=True)],
-            args.max_new_tokens,
-            temperature=args.temperature,
-            top_p=args.top_p,
-            eos_ids=tokenizer.eos_ids,
-            generator=torch.Generator().manual_seed(args.seed),
-        )[0][0]
+        model = load_model(folder, device, auto_dtype(folder, device))
+        prompt = tokenizer.encode(text, bos=True)
+        settings = {"temperature": 0, "eos_ids": tokenizer.eos_ids}
+        new = generate(model, [prompt], args.max_new_tokens, **settings)[0][0]
         print(args.prompt + ("\n" if args.chat else "") + tokenizer.decode(new))
     except (ValueError, OSError) as error:
         print(f"model.py: {error}", file=sys.stderr)

@@ -1,11 +1,14 @@
-"""All tests: each names the property it proves and holds it against an independent reference.
+"""All tests: each names the property it proves and holds it against an independent reference. They
+stand in the order of the README's steps, so they are a second reading of the method.
 
 Some tests need fixtures of other libraries or real data and skip without them; what they prove is
 proved by a smaller test as well, so a bare clone needs nothing but this file:
 
     python -m pytest -q
+    python test_lorapar.py bench    # speed, beside PEFT and transformers where they are installed
 """
 
+import argparse
 import copy
 import csv
 import itertools
@@ -17,6 +20,7 @@ import re
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -89,10 +93,13 @@ def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
 
+EVERY = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
 def lora_model(init="anchored", moved=True, **settings):
     """A small model with adapters, away from their start unless moved=False."""
     generator = seeded(0)
-    settings = {"targets": "qkvogud", "r": 3, "alpha": 6, "std": 0.1} | settings
+    settings = {"targets": EVERY, "r": 3, "lora_alpha": 6, "std": 0.1} | settings
     model = lorapar.add_lora(small(), init=init, generator=generator, **settings)
     if moved:
         flat = lorapar.get_flat(model)
@@ -103,11 +110,12 @@ def lora_model(init="anchored", moved=True, **settings):
 def answer_batch(rows=5, length=14, seed=0):
     """Right-padded (tokens, labels) with prompts and answers of different lengths."""
     rng = random.Random(seed)
-    made = []
+    encoded = []
     for _ in range(rows):
         total = rng.randint(6, length)
-        made.append(([rng.randrange(64) for _ in range(total)], rng.randint(1, total - 2)))
-    return data.collate(made)
+        ids = [rng.randrange(64) for _ in range(total)]
+        encoded.append(data.Encoded(ids, rng.randint(1, total - 2)))
+    return data.collate(encoded)
 
 
 def plain_logprobs(model, tokens, labels, temperature=1.0):
@@ -186,28 +194,29 @@ def test_fixture_logits_and_greedy_text(name):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_are_those_of_transformers_and_padding_changes_neither_them_nor_greedy_text(family):
-    """Trap 10, grouped heads, q_norm and scaled RoPE while decoding, and the last position of each
-    prompt, which MMLU's letters are read from."""
+    """Grouped heads, q_norm and scaled RoPE while decoding, and the last position of each prompt,
+    which MMLU's letters are read from."""
     model, prompts = small(family), [[5, 9, 2], [7] * 11, [1, 2, 3, 4, 5, 6, 7]]
     logits = model((torch.arange(40).view(2, 20) * 7 + 3) % 64)
     ours = [*logits[1, -1, :6].tolist(), logits[0, 7, 9].item(), logits.square().mean().item()]
     assert ours == pytest.approx(LOGITS[family], abs=2e-4)
-    padded, _ = data.collate([(p, 1) for p in prompts])
+    padded, _ = data.collate([data.Encoded(p, 1) for p in prompts])
     together = decoder.generate(model, prompts, 12, temperature=0)
-    rows = zip(prompts, model(padded), decoder.prefill(model, prompts), together)
-    for prompt, logits, last, answers in rows:
+    last, lengths = decoder.prefill(model, prompts)
+    assert lengths.tolist() == [3, 11, 7]
+    for i, prompt in enumerate(prompts):
         alone = model(torch.tensor([prompt]))[0]
-        close(logits[: len(prompt)], alone)
-        close(last, alone[-1])
+        close(model(padded)[i, : len(prompt)], alone)
+        close(last[i], alone[-1])
         tokens = list(prompt)  # the slowest generation: the whole model for every token
         for _ in range(12):
             tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
-        assert answers == [tokens[len(prompt) :]]
+        assert together[i] == [tokens[len(prompt) :]]
 
 
 @pytest.mark.parametrize("trained", ["model.norm.weight", "model.embed_tokens.weight"])
 def test_token_logprobs_equal_a_full_log_softmax_and_its_gradient(trained, monkeypatch):
-    """Before the head and in it; rows without an answer give zero. Trap 19: full logits never
+    """Before the head and in it; rows without an answer give zero. full logits never
     exist, the head sees answer positions only, a few of them at once."""
     monkeypatch.setattr(decoder.HeadLogprobs, "LOGITS", 7 * 64)  # the last chunk is ragged
     model, (tokens, labels), seen = small(), answer_batch(), []
@@ -233,7 +242,7 @@ def test_token_logprobs_equal_a_full_log_softmax_and_its_gradient(trained, monke
 
 @pytest.mark.parametrize("sharpness", [1.0, 1.5, 2.0, 3.0, 4.0])
 def test_bf16_gradients_of_confident_tokens_are_no_noise(sharpness):
-    """Traps 22 and 25: p from about 0.9 to 1 - 1e-9, against float64 and against a plain head on
+    """p from about 0.9 to 1 - 1e-9, against float64 and against a plain head on
     the same bf16 states."""
     weight = torch.randn(200, 64, generator=seeded(0)).bfloat16()
     targets = torch.arange(0, 200, 3)
@@ -259,7 +268,7 @@ PROMPTS = [[5, 9, 2], [7] * 11, [1, 2, 3, 4]]
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 1.7])
 def test_sampling_logprobs_equal_a_full_forward_and_any_eos_ends_an_answer(temperature):
-    """Traps 4 and 6. Prompts of different lengths, several samples, rows that end early."""
+    """Prompts of different lengths, several samples, rows that end early."""
     model, eos = lora_model(dropout=0.5).train(), {0, 3, 5, 11, 40}
     settings = {"temperature": temperature, "eos_ids": eos, "samples_per_prompt": 12}
     settings |= {"generator": seeded(3), "return_logprobs": True}
@@ -270,47 +279,48 @@ def test_sampling_logprobs_equal_a_full_forward_and_any_eos_ends_an_answer(tempe
     for prompt, group, group_logps in zip(PROMPTS, answers, logps):
         for answer, logp in zip(group, group_logps):
             assert not eos & set(answer[:-1])
-            tokens, labels = data.collate([(prompt + answer, len(prompt))])
+            tokens, labels = data.collate([data.Encoded(prompt + answer, len(prompt))])
             full = plain_logprobs(model, tokens, labels, temperature)[0, len(prompt) - 1 :]
             assert torch.tensor(logp) == pytest.approx(full.tolist(), abs=2e-5)
 
 
-@pytest.mark.parametrize("rows, look_every", [(1, 1), (4, 100), (5, 3), (64, 1)])
-def test_what_is_sampled_depends_neither_on_the_batch_nor_on_ends(rows, look_every, monkeypatch):
-    """And no more rows are decoded together than asked."""
+@pytest.mark.parametrize("rows", [1, 4, 5, 64])
+def test_what_is_sampled_depends_neither_on_the_batch_nor_on_ends(rows):
     model, settings = lora_model(), {"eos_ids": range(4), "samples_per_prompt": 5}
     expected = decoder.generate(model, PROMPTS, 16, generator=seeded(1), **settings)
     assert len({len(a) for group in expected for a in group}) > 3
-    decode = Mock(wraps=decoder.decode_one_token)
-    monkeypatch.setattr(decoder, "decode_one_token", decode)
-    monkeypatch.setattr(decoder, "LOOK_EVERY", look_every)
     settings |= {"batch_rows": rows, "generator": seeded(1)}
     assert decoder.generate(model, PROMPTS, 16, **settings) == expected
-    decoded = [len(call.args[1]) for call in decode.call_args_list]
-    assert max(decoded) == min(rows, 15) and sum(decoded) <= 15 * 15  # none for the last token
 
 
 def test_one_step_of_decoding_is_a_static_graph():
     """Traced once, replayed at every position: eager's result, so a GPU can record the step."""
     model, owner = small(), torch.tensor([0, 0, 1])
-    caches = [decoder.KVCache(model.config, 3, 16, model.head_weight) for _ in range(3)]
-    for cache in caches:
-        decoder.prefill(model, [[5, 9, 2], [7] * 6], cache, owner)
+    caches = []
+    for _ in range(3):
+        cache = decoder.KVCache()
+        _, lengths = decoder.prefill(model, [[5, 9, 2], [7] * 6], cache)
+        cache.start_decoding(owner, lengths, 10)
+        caches.append(cache)
     eager, replayed, traced_on = caches
 
-    def step(token, positions, *kept):
-        cache = copy.copy(eager)
-        cache.keys, cache.values = list(kept[:2]), list(kept[2:])
-        return decoder.decode_one_token(model, token, positions, cache)
+    def tensors(cache):
+        return [*cache.keys.values(), *cache.values.values(), cache.positions]
 
-    token, positions = torch.tensor([1, 2, 3]), torch.tensor([3, 3, 6])
-    graph = make_fx(step)(token, positions, *traced_on.keys, *traced_on.values)
-    for k in range(8):
-        expected = decoder.decode_one_token(model, token, positions + k, eager)
-        logits = graph(token, positions + k, *replayed.keys, *replayed.values)
-        close(logits, expected, 1e-6)
+    def step(token, *of_cache):
+        cache = decoder.KVCache()
+        cache.keys = dict(enumerate(of_cache[:2]))
+        cache.values = dict(enumerate(of_cache[2:4]))
+        cache.positions = of_cache[4]
+        return decoder.decode_one_token(model, token, cache)
+
+    token = torch.tensor([1, 2, 3])
+    graph = make_fx(step)(token, *tensors(traced_on))
+    for _ in range(8):
+        expected = decoder.decode_one_token(model, token, eager)
+        close(graph(token, *tensors(replayed)), expected, 1e-6)
         token = expected.argmax(-1)
-    assert len(set(token.tolist())) > 1
+    assert eager.positions.tolist() == replayed.positions.tolist() == [11, 11, 14]
 
 
 def test_decoding_takes_attention_in_any_memory_layout(monkeypatch):
@@ -350,7 +360,7 @@ def test_generate_refuses_what_it_cannot_do_and_warns_once_of_long_rows():
 
 
 def test_sharded_and_single_files_load_alike_and_round_trip(tmp_path):
-    """Also after the file was saved over: it is mapped into memory (trap 16)."""
+    """Also after the file was saved over: it is mapped into memory."""
     model, one, shards = small("llama2"), tmp_path / "one", tmp_path / "shards"
     decoder.save_model(model, one, eos_token_id=2)
     assert {f.name for f in one.iterdir()} == {"config.json", "model.safetensors"}
@@ -380,8 +390,46 @@ def saved(folder, model, tensors=None, fields=None):
     return folder
 
 
+def test_one_file_wins_over_the_index_of_older_shards(tmp_path):
+    """As in transformers; so a folder that save_model wrote into runs what it wrote."""
+    old, new = small("llama2"), small("llama2")
+    new.head_weight.mul_(2)
+    decoder.save_model(old, tmp_path)
+    os.replace(tmp_path / "model.safetensors", tmp_path / "old.safetensors")
+    where = {name: "old.safetensors" for name, _ in old.named_parameters()}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
+    assert torch.equal(decoder.load_model(tmp_path).head_weight, old.head_weight)
+    decoder.save_model(new, tmp_path)
+    assert torch.equal(decoder.load_model(tmp_path).head_weight, new.head_weight)
+
+
+def test_a_tied_head_is_tied_where_the_file_says_so_too(tmp_path):
+    """Equal: tied. Different: kept apart, with a warning. A head alone serves as embedding too."""
+    model, tokens = small("qwen2"), torch.arange(12)[None]
+    embedding, other = model.head_weight, model.head_weight.flip(0).contiguous()
+    saved(tmp_path, model, {"lm_head.weight": embedding.clone()})
+    assert decoder.load_model(tmp_path).lm_head is None
+    saved(tmp_path, model, {"lm_head.weight": other})
+    with pytest.warns(UserWarning, match="lm_head.weight differs"):
+        apart = decoder.load_model(tmp_path)
+    close(apart(tokens), F.linear(model.model(tokens), other))
+    alone = {"model.embed_tokens.weight": None, "lm_head.weight": embedding.clone()}
+    saved(tmp_path, model, alone)
+    close(decoder.load_model(tmp_path)(tokens), model(tokens))
+
+
+def test_rope_scaling_that_a_user_added_wins_and_ignored_biases_are_ignored():
+    written = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    added = SMALL | FAMILIES["qwen2"] | written
+    added |= {"rope_scaling": {"type": "linear", "factor": 2.0}, "attention_bias": True}
+    config = decoder.ModelConfig.from_dict(added)
+    assert config.rope_scaling == {"rope_type": "linear", "factor": 2.0}
+    assert config.rope_theta == 1e6 and not config.attention_bias
+
+
 def test_a_checkpoint_we_cannot_run_is_refused_by_name(tmp_path):
     norm = "model.norm.weight"
+    yarn = {"rope_type": "yarn", "factor": 4.0}
     for named, tensors, fields in (
         (norm, {norm: None}, {}),
         ("extra", {"extra": torch.ones(2)}, {}),
@@ -390,13 +438,26 @@ def test_a_checkpoint_we_cannot_run_is_refused_by_name(tmp_path):
         ("model_type", {}, {"model_type": "gpt2"}),
         ("sliding_window", {}, {"model_type": "mistral", "sliding_window": 8}),
         ("sliding_window", {}, {"model_type": "mistral", "sliding_window": None}),
-        ("yarn", {}, {"rope_scaling": {"rope_type": "yarn"}}),
+        ("yarn", {}, {"rope_scaling": yarn}),
+        ("yarn", {}, {"rope_parameters": yarn}),
+        ("rope_parameters", {}, {"rope_parameters": [1]}),
+        ("each kind of layer", {}, {"rope_parameters": {"full_attention": {"rope_type": "x"}}}),
         ("no factor", {}, {"rope_scaling": {"rope_type": "linear"}}),
-        ("hidden_size", {}, {"hidden_size": None}),
+        ("hidden_size is missing", {}, {"hidden_size": None}),
+        ("hidden_size is 32.0", {}, {"hidden_size": 32.0}),
+        ("num_attention_heads is '4'", {}, {"num_attention_heads": "4"}),
+        ("num_attention_heads is 0", {}, {"num_attention_heads": 0}),
+        ("num_key_value_heads is True", {}, {"num_key_value_heads": True}),
+        ("rms_norm_eps is -1", {}, {"rms_norm_eps": -1}),
+        ("tie_word_embeddings is 1", {}, {"tie_word_embeddings": 1}),
         ("hidden_act", {}, {"hidden_act": "gelu"}),
     ):
         folder = saved(tmp_path, small("llama2"), tensors, fields)
-        assert "\n" not in refuses(named, decoder.load_model, folder)
+        line = refuses(named, decoder.load_model, folder)
+        assert "\n" not in line and len(line) < 300
+    for text in ("[1]", "3", "{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(text)
+        assert "\n" not in refuses("config.json", decoder.load_model, tmp_path)
 
 
 def test_a_truncated_or_absent_file_is_refused(tmp_path):
@@ -451,19 +512,30 @@ def test_old_files_and_every_stored_dtype_load(tmp_path):
 
 
 def test_a_folder_or_a_hub_id_becomes_a_folder(tmp_path, monkeypatch):
+    """What the loader reads is downloaded, and no second set of weights."""
+    from fnmatch import fnmatch
+
     download = Mock(return_value=tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert decoder.find_model(tmp_path) == tmp_path and not download.called
     assert decoder.find_model("Qwen/Qwen2.5-7B") == tmp_path
     assert download.call_args.args == ("Qwen/Qwen2.5-7B",)
-    assert "*.safetensors" in download.call_args.kwargs["allow_patterns"]
+    wanted = download.call_args.kwargs["allow_patterns"]
+    for name, loaded in {
+        "model-00001-of-00002.safetensors": True,
+        "tokenizer.model": True,
+        "chat_template.jinja": True,
+        "consolidated.safetensors": False,
+        "pytorch_model.bin": False,
+    }.items():
+        assert any(fnmatch(name, pattern) for pattern in wanted) == loaded, name
     for nowhere in ("nowhere", "./a/b", "/a/b", "a/b/c"):
         refuses("no such model folder", decoder.find_model, nowhere)
     download.side_effect = OSError("offline\nand more")
     assert refuses("Hub", decoder.find_model, "a/b").endswith("(offline)")
 
 
-# ------------------------------------------------------------------------------------ LoRA layers
+# ------------------------------------------------------------------------------------- LoRA layers
 
 
 def test_every_start_follows_its_paper():
@@ -494,7 +566,7 @@ def test_one_formula_serves_start_forward_export_and_merge(init, tmp_path):
         close(start.train()(tokens), base(tokens), 1e-6)
     model.train()
     assert not torch.equal(model(tokens), model(tokens))
-    model.eval()  # trap 18: exact below, without dropout
+    model.eval()  # exact below, without dropout
     starts, dense = lorapar.lora_layers(start), {}
     for name, layer in lorapar.lora_layers(model).items():
         delta = layer.lora_B @ layer.lora_A
@@ -524,12 +596,12 @@ def test_one_formula_serves_start_forward_export_and_merge(init, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_command_writes_a_whole_checkpoint(dtype, tmp_path, monkeypatch):
-    """Trap 15: merged in float32, stored in the checkpoint's dtype, every other file copied but
+    """merged in float32, stored in the checkpoint's dtype, every other file copied but
     the index of the weights; a Hub id works too."""
     base, out, adapter = tmp_path / "base", tmp_path / "merged", tmp_path / "adapter"
     decoder.save_model(small().to(dtype), base, eos_token_id=7)
     data.save_toy_tokenizer(base)
-    tuned = lorapar.add_lora(decoder.load_model(base), r=3, alpha=6)
+    tuned = lorapar.add_lora(decoder.load_model(base), r=3, lora_alpha=6)
     lorapar.set_flat(tuned, 0.1 * torch.randn(len(lorapar.get_flat(tuned))))
     lorapar.save_adapter(tuned, adapter)
     (base / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model.safetensors"}}')
@@ -546,7 +618,7 @@ def test_merge_command_writes_a_whole_checkpoint(dtype, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("init", ["anchored", "pissa"])
 def test_peft_reads_our_adapter_on_the_untouched_base(init, tmp_path):
-    """Trap 11, with the libraries themselves where they are installed."""
+    """with the libraries themselves where they are installed."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     decoder.save_model(small(), tmp_path / "base", bos_token_id=1, eos_token_id=2)
     model, tokens = lora_model(init), torch.arange(20)[None]
@@ -557,10 +629,11 @@ def test_peft_reads_our_adapter_on_the_untouched_base(init, tmp_path):
     close(theirs(tokens).logits, model(tokens))
 
 
-def test_rslora_scales_by_the_root_of_the_rank_and_what_we_cannot_run_is_refused(tmp_path):
-    model, tokens = lora_model("gaussian", r=4, alpha=8), torch.arange(20)[None]
+def test_adapters_of_other_writers_load_and_what_we_cannot_run_is_refused(tmp_path):
+    """rslora scales by the root of the rank; PEFT loads keys with an adapter's name in them."""
+    model, tokens = lora_model("gaussian", r=4, lora_alpha=8), torch.arange(20)[None]
     lorapar.save_adapter(model, tmp_path)
-    config = tmp_path / "adapter_config.json"
+    config, weights = tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"
     good = config.read_text()
     rewrite(config, use_rslora=True, lora_alpha=4)  # 4 / sqrt(4) is our 8 / 4
     close(lorapar.load_adapter(small(), tmp_path)(tokens), model(tokens))
@@ -568,39 +641,61 @@ def test_rslora_scales_by_the_root_of_the_rank_and_what_we_cannot_run_is_refused
         "use_dora": {"use_dora": True},
         "not LORA": {"peft_type": "IA3"},
         "PEFT changes the base": {"init_lora_weights": "pissa_niter_16"},
-        "no lora_alpha": {"lora_alpha": None},
+        "lora_alpha is None": {"lora_alpha": None},
+        "lora_alpha is True": {"lora_alpha": True},
+        "lora_alpha is nan": {"lora_alpha": math.nan},
+        "r is '4'": {"r": "4"},
         "of r = 16": {"r": 16},
+        "bias is 'all'": {"bias": "all"},
     }.items():
         config.write_text(good)
         rewrite(config, **fields)
-        refuses(named, lorapar.load_adapter, small(), tmp_path)
+        assert "\n" not in refuses(named, lorapar.load_adapter, small(), tmp_path)
+    config.write_text("[]")
+    refuses("not a JSON object", lorapar.load_adapter, small(), tmp_path)
     config.write_text(good)
     assert " here" in refuses("which is ", lorapar.load_adapter, small("mistral"), tmp_path)
     refuses("already", lorapar.load_adapter, model, tmp_path)
+    tensors = load_file(weights)
+    named = {n.replace(".weight", ".default.weight"): t for n, t in tensors.items()}
+    save_file(named, weights)
+    close(lorapar.load_adapter(small(), tmp_path)(tokens), model(tokens))
+    next(iter(tensors.values()))[0] = math.nan
+    save_file(tensors, weights)
+    refuses("not finite", lorapar.load_adapter, small(), tmp_path)
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_an_adapter_file_has_the_wrapped_models_names(wrap, tmp_path):
+    """torch.compile and DataParallel put names of their own in front."""
+    model, tokens = lora_model(), torch.arange(20)[None]
+    lorapar.save_adapter(wrap(model), tmp_path)
+    close(lorapar.load_adapter(small(), tmp_path)(tokens), model(tokens))
+    fresh = small()
+    lorapar.load_adapter(wrap(fresh), tmp_path)
+    close(fresh(tokens), model(tokens))
+    some = lorapar.add_lora(small(), ["layers.1.self_attn.q_proj"], r=2)
+    lorapar.save_adapter(some, tmp_path)  # not every q_proj has an adapter, so full names
+    expected = ["model.layers.1.self_attn.q_proj"]
+    assert read(tmp_path / "adapter_config.json")["target_modules"] == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_factors_held_while_decoding_change_nothing_and_are_given_back(dtype, monkeypatch):
+def test_factors_cached_for_decoding_change_nothing_and_are_given_back(dtype):
     model = lorapar.add_lora(small().to(dtype), r=3, std=0.1).eval()
     lorapar.set_flat(model, 1.5 * lorapar.get_flat(model))
-    tokens, seen = torch.arange(20)[None], []
-    layers = list(lorapar.lora_layers(model).values())
+    tokens = torch.arange(20)[None]
     plain = model(tokens)
-    for layer in layers:
-        layer.hold(True)
-    assert torch.equal(model(tokens), plain)
-    model.model.norm.register_forward_pre_hook(
-        lambda *_: seen.append(all(layer.held is not None for layer in layers))
-    )
-    decoder.generate(model, [[1, 2], [3]], 4)
-    assert seen == [True] * 4  # a prefill and three steps
-    monkeypatch.setattr(decoder, "sample", Mock(side_effect=KeyError("died")))
-    refuses("died", decoder.generate, model, [[1, 2], [3]], 4, error=KeyError)
-    assert all(layer.held is None for layer in layers)
+    with pytest.raises(KeyError), lorapar.cached_factors(model):
+        assert torch.equal(model(tokens), plain)
+        lorapar.set_flat(model, 0 * lorapar.get_flat(model))
+        assert torch.equal(model(tokens), plain)  # the cached ones
+        raise KeyError
+    assert not torch.equal(model(tokens), plain)
 
 
 def test_flat_order_is_named_modules_then_A_then_B_row_major():
-    model = lora_model(targets="qd")
+    model = lora_model(targets=["q_proj", "down_proj"])
     named = [m for n, m in model.named_modules() if n.endswith(("q_proj", "down_proj"))]
     expected = [factor.flatten() for m in named for factor in (m.lora_A, m.lora_B)]
     flat = lorapar.get_flat(model)
@@ -625,21 +720,62 @@ class Foreign(nn.Module):
         return self.wrap(self.head(self.q_proj(self.embed(tokens)).relu()))
 
 
+def test_targets_are_names_or_their_ends_or_all_linears_but_the_head():
+    def adapted(model, targets):
+        lorapar.add_lora(model, targets, r=1)
+        return list(lorapar.lora_layers(model))
+
+    assert adapted(Foreign(), ["q_proj", "spare.0"]) == ["q_proj", "spare.0"]
+    assert adapted(Foreign(), ("0",)) == ["spare.0"]
+    names = adapted(small("llama2"), "all-linear")
+    assert len(names) == 14 and not any("head" in name for name in names)
+    layer = next(iter(lorapar.lora_layers(lora_model(r=2, lora_alpha=None)).values()))
+    assert layer.scale == 8 and "r=2, scale=8" in repr(layer)
+
+
+def test_every_name_of_a_linear_gets_the_layer_and_hooks_stay():
+    model, calls = Foreign(), []
+    model.twin = model.q_proj
+    model.q_proj.register_forward_hook(lambda *_: calls.append(1))
+    lorapar.add_lora(model, ["twin"], r=2)
+    assert type(model.q_proj) is type(model.twin) is lorapar.LoRALinear
+    assert model.q_proj is model.twin and len(lorapar.lora_layers(model)) == 1
+    model(torch.arange(4)[None])
+    assert calls == [1]
+    assert (lorapar.importance(model, [answer_batch()]) > 0).any()
+    plain = lorapar.merge(model)
+    assert type(plain.q_proj) is nn.Linear and "lora_A" not in dict(plain.named_parameters())
+
+
 def test_add_lora_refuses_bad_calls():
+    def offloaded():
+        model = Foreign()
+        model.q_proj.weight = nn.Parameter(torch.empty(8, 8, device="meta"))
+        return model
+
+    def patched():
+        model = Foreign()
+        model.q_proj.forward = lambda x: x
+        return model
+
+    def half_quantised():
+        model = small("llama2")
+        model.model.layers[1].self_attn.q_proj = type("Linear4bit", (nn.Linear,), {})(32, 32)
+        return model
+
     for make, expected, arguments in (
-        (small, "unknown targets 'qz'", {"targets": "qz"}),
-        (small, "unknown targets ''", {"targets": ""}),
-        (small, "no nn.Linear is named kproj", {"targets": ["q_proj", "kproj"]}),
+        (small, "targets 'q_proj': a sequence", {"targets": "q_proj"}),
+        (small, "no targets", {"targets": []}),
+        (small, "no module is named kproj", {"targets": ["q_proj", "kproj"]}),
         (small, "unknown init", {"init": "x"}),
         (small, "r = 99", {"r": 99}),
-        (small, "lora_alpha = 0", {"alpha": 0}),
-        (
-            Foreign,
-            "nothing has that name; the model's linears are 0, head, q_proj",
-            {"targets": ["x"]},
-        ),
-        (Foreign, "it is a Conv1d", {"targets": ["conv"]}),
-        (Foreign, "it is a Doubled", {"targets": ["own"]}),
+        (small, "lora_alpha = 0", {"lora_alpha": 0}),
+        (Foreign, "the model's linears are 0, head, q_proj", {"targets": ["x"]}),
+        (Foreign, "is a Conv1d", {"targets": ["conv"]}),
+        (Foreign, "is a Doubled", {"targets": ["own"]}),
+        (offloaded, "meta device", {"targets": ["q_proj"], "r": 2}),
+        (patched, "another library", {"targets": ["q_proj"], "r": 2}),
+        (half_quantised, "1 of 2 targets", {"targets": ["q_proj"]}),
         (lora_model, "already", {}),
     ):
         model = make()
@@ -655,15 +791,61 @@ def test_what_would_be_wrong_in_silence_is_refused(tmp_path):
     refuses("small steps need float32", lorapar.MaskedAdamW, model)
     refuses("merge the adapters first", decoder.save_model, model, tmp_path)
     assert not list(tmp_path.iterdir())
-    heads = Foreign(lambda logits: logits[:, 0])
-    heads.embed.forward = lambda t: F.one_hot(t % 8, 8).float()[:, None].expand(-1, 2, -1, -1)
-    last = Foreign(lambda logits: (logits[:, -1:], None))
-    for model, named in ((heads, "importance needs inputs (B, T, in)"), (last, "every position")):
-        lorapar.add_lora(model, ["q_proj"], r=2)
-        refuses(named, lorapar.importance, model, [answer_batch(2)])
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     refuses("fast path", lorapar.add_lora, nn.TransformerEncoder(layer, 1), ["linear1"], r=2)
-    refuses("rank_by", lorapar.importance, lora_model(), [answer_batch()], rank_by="typo")
+    for wrap in (
+        lambda logits: {"logits": logits},
+        lambda logits: [logits],
+        lambda logits: SimpleNamespace(last_hidden_state=logits),
+        lambda logits: logits[:, 0],
+        lambda logits: (None, logits),
+    ):
+        model = lorapar.add_lora(Foreign(wrap), ["q_proj"], r=2)
+        refuses("must give logits", lorapar.importance, model, [answer_batch(2)])
+    branching = lorapar.add_lora(Foreign(lambda x: x if x.sum() > 0 else -x), ["q_proj"], r=2)
+    refuses("vmap cannot run this model", lorapar.importance, branching, [answer_batch(2)])
+    noisy = lorapar.add_lora(Foreign(lambda x: F.dropout(x, 0.5, True)), ["q_proj"], r=2)
+    refuses("vmap cannot run this model", lorapar.importance, noisy, [answer_batch(2)])
+
+
+# -------------------------------------------------------------------------------------- importance
+
+
+def importance_by_loop(model, batches):
+    """The definition: one example at a time, by ordinary autograd, unpadded, in float64."""
+    factors = list(lorapar.lora_factors(model).values())
+    phi = lorapar.get_flat(model).double()
+    gradients = []
+    for tokens, labels in batches:
+        for t, y in zip(tokens, labels):
+            end = int((y != -100).nonzero().max()) + 1
+            output = model(t[None, : end - 1])
+            output = output[0] if isinstance(output, tuple) else getattr(output, "logits", output)
+            logp = output[0].log_softmax(-1).gather(-1, y[1:end, None].clamp(min=0))[:, 0]
+            answer = y[1:end] != -100
+            loss = -(logp * answer).sum() / answer.sum()
+            of_one = torch.autograd.grad(loss, factors, materialize_grads=True)
+            gradients.append(torch.cat([g.flatten() for g in of_one]))
+    gradients = torch.stack(gradients).double()
+    g, fisher = gradients.mean(0), gradients.square().mean(0)
+    return (g * phi - 0.5 * fisher * phi**2).abs()
+
+
+@pytest.mark.parametrize("init", ["anchored", "gaussian", "pissa"])
+@pytest.mark.parametrize("chunk_tokens", [1, 30, 512])
+def test_importance_equals_a_loop_over_single_examples(init, chunk_tokens):
+    """Without the prompts' loss, whatever the padding holds, whatever chunk passes at once."""
+    model, (tokens, labels) = lora_model(init, moved=False, dropout=0.3), answer_batch(4, seed=2)
+    padded = F.pad(tokens, (0, 5), value=63), F.pad(labels, (0, 5), value=-100)
+    batches = [answer_batch(5, seed=1), padded]
+    expected = importance_by_loop(model, batches)
+    model.train()
+    model.model.layers[0].eval()  # a frozen part: every module gets its own flag back
+    flags = [m.training for m in model.modules()]
+    with torch.no_grad():  # what the caller has switched on changes nothing
+        ours = lorapar.importance(model, batches, chunk_tokens)
+    assert [m.training for m in model.modules()] == flags and ours.dtype == torch.float32
+    close(ours.double(), expected)
 
 
 @pytest.mark.parametrize(
@@ -673,97 +855,52 @@ def test_importance_works_on_any_model(wrap):
     torch.manual_seed(0)
     model = lorapar.add_lora(Foreign(wrap), ["q_proj", "head", "0"], r=2)
     scores = lorapar.importance(model, [answer_batch()])
-    model.wrap = lambda logits: logits
-    close(scores.double(), scores_by_loop(model, [answer_batch()])["importance"])
+    close(scores.double(), importance_by_loop(model, [answer_batch()]))
+    plain, packed = model.embed.forward, []
+
+    def packs(tokens):  # into (1, B T, in): any shape inside the model is right
+        packed.append(tokens.shape)
+        return plain(tokens).reshape(1, -1, 8)
+
+    model.embed.forward = packs
+    model.wrap = lambda logits: wrap(logits.reshape(*packed[-1], 64))
+    close(lorapar.importance(model, [answer_batch()]), scores)
 
 
-# -------------------------------------------------------------------------------------- importance
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_importance_of_transformers_own_models_equals_the_loop(family, attention):
+    transformers = pytest.importorskip("transformers")
+    sizes = {k: v for k, v in SMALL.items() if k != "rms_norm_eps"} | {"head_dim": 8}
+    config = getattr(transformers, f"{family}Config")(**sizes, attn_implementation=attention)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    lorapar.add_lora(model, r=2, std=0.1, generator=seeded(0))
+    batches = [answer_batch(4), answer_batch(3, seed=1)]
+    ours = lorapar.importance(model, batches)
+    close(ours.double(), importance_by_loop(model, batches), 1e-4)
 
 
-def scores_by_loop(model, batches):
-    """The definition of each score, one example at a time, by ordinary autograd, unpadded, in
-    float64."""
-    factors = list(lorapar.lora_factors(model).values())
-    phi = lorapar.get_flat(model).double()
-    gradients = []
-    for tokens, labels in batches:
-        for t, y in zip(tokens, labels):
-            end = int((y != -100).nonzero().max()) + 1
-            logp = plain_logprobs(model, t[None, :end], y[None, :end])
-            loss = -logp.sum() / (y[1:end] != -100).sum()
-            of_one = torch.autograd.grad(loss, factors, materialize_grads=True)
-            gradients.append(torch.cat([g.flatten() for g in of_one]))
-    gradients = torch.stack(gradients).double()
-    g, fisher = gradients.mean(0), gradients.square().mean(0)
-    scores = {"importance": g * phi - 0.5 * fisher * phi**2, "first-order": g * phi}
-    scores |= {"magnitude": phi, "gradient": g, "fisher": fisher}
-    return {name: score.abs() for name, score in scores.items()}
-
-
-@pytest.mark.parametrize("init", ["anchored", "gaussian", "pissa"])
-@pytest.mark.parametrize("chunk_tokens", [1, 30, 512])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_importance_equals_a_loop_over_single_examples(init, chunk_tokens, checkpointing):
-    """Trap 9: without the prompts' loss, whatever the padding holds; also every other thing that
-    may rank the elements."""
-    model, (tokens, labels) = lora_model(init, moved=False, dropout=0.3), answer_batch(4, seed=2)
-    padded = F.pad(tokens, (0, 5), value=63), F.pad(labels, (0, 5), value=-100)
-    batches = [answer_batch(5, seed=1), padded]
-    expected = scores_by_loop(model, batches)
-    assert list(expected) == list(lorapar.SCORES)
-    model.train().model.checkpointing = checkpointing
-    ways = [(decoder.token_logprobs, name) for name in expected]
-    for logprobs, name in [*ways, (lorapar.logits_logprobs, "importance")]:
-        settings = {"rank_by": name, "chunk_tokens": chunk_tokens}
-        ours = lorapar.importance(model, batches, logprobs, **settings)
-        assert model.training and ours.dtype == torch.float32
-        close(ours.double(), expected[name])
-    assert all(layer.held is None for layer in lorapar.lora_layers(model).values())
-
-
-def test_importance_equals_vmap_over_functional_gradients():
-    """The second reference: torch.func's per-example gradients, which share no code with ours."""
-    model, (tokens, labels) = lora_model(moved=False), answer_batch(6)
-    parameters = {n: p.detach() for n, p in lorapar.lora_factors(model).items()}
-
-    def loss(parameters, tokens, labels):  # of one example, (T,)
-        logits = torch.func.functional_call(model, parameters, (tokens[None],))[0, :-1]
-        logp = logits.log_softmax(-1).gather(-1, labels[1:, None].clamp(min=0))[:, 0]
-        answer = labels[1:] != -100
-        return -(logp * answer).sum() / answer.sum()
-
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        gradients = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(parameters, tokens, labels)
-    g = torch.cat([g.mean(0).flatten() for g in gradients.values()])
-    fisher = torch.cat([g.square().mean(0).flatten() for g in gradients.values()])
-    phi = lorapar.get_flat(model)
-    ours = lorapar.importance(model, [(tokens, labels)], decoder.token_logprobs)
-    close(ours, (g * phi - 0.5 * fisher * phi**2).abs())
-
-
-def test_importance_keeps_no_more_for_its_backward_than_training_does():
-    """Counted in bytes of saved activations: fused attention, one chunk of tokens at a time."""
-    model, (tokens, labels), logprobs = lora_model(r=1), answer_batch(8, 60), decoder.token_logprobs
-
-    def kept_bytes(work, *arguments):
-        storages = {}
-
-        def pack(tensor):
-            storages[tensor.untyped_storage().data_ptr()] = tensor.nbytes
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            work(model, *arguments)
-        return sum(storages.values())
-
-    training = kept_bytes(logprobs, tokens, labels)
-    scoring = kept_bytes(lorapar.importance, [(tokens, labels)], logprobs)
-    one = kept_bytes(lorapar.per_example_gradients, tokens[:1], labels[:1], logprobs)
-    assert scoring < 1.3 * training and one < training / 4  # a smaller chunk, less memory
+def test_default_dtype_and_device_of_the_caller_change_nothing():
+    expected = [lora_model(), decoder.generate(lora_model(), PROMPTS, 4, generator=seeded(0))]
+    start = lorapar.get_flat(lora_model(moved=False))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = lora_model(moved=False)
+        assert torch.equal(lorapar.get_flat(model), start)
+        logp = decoder.token_logprobs(expected[0], *answer_batch())
+        assert logp.dtype == torch.float32
+        assert decoder.generate(expected[0], PROMPTS, 4, generator=seeded(0)) == expected[1]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):  # a default device that can do nothing
+        A, B = lorapar.start_factors(torch.empty(6, 5), "anchored", 2, 1.0, 0.1, seeded(0))
+        assert A.device.type == B.device.type == "cpu"
+        assert decoder.rope_frequencies(expected[0].config).device.type == "cpu"
 
 
 def test_scores_that_rank_nothing_are_an_error_that_names_the_cure():
-    """Trap 8: with B = 0, dL/dA and phi_B vanish."""
+    """with B = 0, dL/dA and phi_B vanish."""
     refuses("anchored", lorapar.importance, lora_model("lora", moved=False), [answer_batch()])
     empty = answer_batch()
     empty[1][3] = -100
@@ -826,13 +963,13 @@ def test_stage_masks_take_their_region_and_the_top_of_the_shared_one(fraction):
     s1, s2 = torch.randint(1, 9, (2, 300), generator=seeded(2)).float()
     part = lorapar.partition(s1, s2, 0.8)
     shared = part.shared.nonzero()[:, 0].tolist()
-    for stage, scores, own in ((1, s1, part.s1_only), (2, s2, part.s2_only)):
+    for scores, own in ((s1, part.s1_only), (s2, part.s2_only)):
         best = sorted(shared, key=lambda i: -scores[i])[: int(fraction * len(shared))]
         expected = own.clone()
         expected[best] = True
-        assert torch.equal(lorapar.stage_mask(part, scores, stage, fraction), expected)
-    for named, *bad in (("stage", 3, 0.5), ("fraction", 1, 1.5), ("fraction", 1, -0.1)):
-        refuses(named, lorapar.stage_mask, part, s1, *bad)
+        assert torch.equal(lorapar.stage_mask(own, part.shared, scores, fraction), expected)
+    for bad in (1.5, -0.1):
+        refuses("fraction", lorapar.stage_mask, part.s1_only, part.shared, s1, bad)
 
 
 def test_random_selection_keeps_every_region_size():
@@ -841,13 +978,12 @@ def test_random_selection_keeps_every_region_size():
     s1, s2 = torch.rand(2, sum(sizes), generator=seeded(1)) ** 4
     real = lorapar.partition(s1, s2, 0.7)
     for select in ("random", "random-in-tensor"):
-        moved = lorapar.shuffle_scores(model, s1, s2, select, seeded(0))
+        moved = train.permuted(model, s1, s2, select, seeded(0))
         for region, original in zip(lorapar.partition(*moved, 0.7), real):
             assert region.sum() == original.sum() and not torch.equal(region, original)
             tensors = zip(region.split(sizes), original.split(sizes))
             in_tensor = all(a.sum() == b.sum() for a, b in tensors)
             assert in_tensor == (select == "random-in-tensor")
-    refuses("unknown select", lorapar.shuffle_scores, model, s1, s2, "importance", None)
 
 
 # --------------------------------------------------------------------------------------- optimizer
@@ -871,7 +1007,7 @@ def gradient(model):
 
 @pytest.mark.parametrize("share", [0.3, 1.1])
 def test_active_elements_take_the_steps_of_adamw_and_frozen_ones_never_move(share):
-    """Traps 1 and 17: bit for bit, with weight decay, momentum from before, and the gradient's norm
+    """bit for bit, with weight decay, momentum from before, and the gradient's norm
     clipped over the active elements; against torch's AdamW on a vector of those alone."""
     model, settings = lora_model(), {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.1}
     mask, start = masked(model, share), lorapar.get_flat(model)
@@ -896,8 +1032,36 @@ def test_active_elements_take_the_steps_of_adamw_and_frozen_ones_never_move(shar
     assert (vector != start[mask]).all()
 
 
+def test_the_optimizer_keeps_adamws_contract():
+    """step(closure), copies and files, and a state that belongs to another mask."""
+    model, batch = lora_model(), answer_batch()
+    masked(model)
+    optimizer = lorapar.MaskedAdamW(model, lr=0.01, max_grad_norm=1.0)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = -decoder.token_logprobs(model, *batch).sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        first, second = optimizer.step(closure), optimizer.step(closure)
+    assert second < first
+    twin, its_optimizer = copy.deepcopy((model, optimizer))
+    alone = copy.deepcopy(optimizer)  # with a model of its own
+    for m, o in ((model, optimizer), (twin, its_optimizer), (alone.model, alone)):
+        random_gradients(m)
+        o.step()
+        assert torch.equal(lorapar.get_flat(m), lorapar.get_flat(model))
+    assert its_optimizer.model is twin and alone.model is not model
+    state = copy.deepcopy(optimizer.state_dict())
+    optimizer.load_state_dict(state)
+    lorapar.set_mask(model, lorapar.get_mask(model).roll(1))  # as many, but others
+    refuses("another mask", lorapar.MaskedAdamW(model).load_state_dict, state)
+
+
 def test_an_update_of_nothing_or_of_what_is_not_finite_is_an_error_and_moves_nothing():
-    """Trap 2."""
+    """"""
     model = lora_model()
     start = lorapar.get_flat(model)
     nothing = torch.zeros(len(start), dtype=torch.bool)
@@ -941,7 +1105,7 @@ def test_real_tokenizers_chats_and_answers(name):
             ids = tokenizer.encode(case["text"], goes_on=True)
             assert tokenizer.decode(ids + [10**6, 2**31]) == case["decoded"]  # padded heads
     ids = tokenizer.encode("Hello world", bos=True, eos=True)
-    if name == "llama2_tokenizer":  # trap 14: exactly one BOS where the model wants one
+    if name == "llama2_tokenizer":  # exactly one BOS where the model wants one
         assert ids.count(1) == 1 and ids[0] == 1 and ids[-1] == 2
     else:
         assert tokenizer.bos_id is None and ids[-1] == 1002 and tokenizer.pad_id == 1000
@@ -963,7 +1127,7 @@ SPACES = "  x|\tx|\n\n x|x| ||    return| \n|a  b |<s> x| é\U0001f600 ".split("
 
 
 def test_the_spaces_of_an_answer_survive(tmp_path):
-    """Trap 23, in small: LLaMA's way of marking spaces, which drops the first one when decoding."""
+    """in small: LLaMA's way of marking spaces, which drops the first one when decoding."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     words = dict.fromkeys(["<eos>", *"▁\n\tabxreturn<s>é\U0001f600"])
@@ -1007,8 +1171,39 @@ def test_tokenizer_reads_special_tokens_from_the_checkpoints_files(toy_tokenizer
     refuses("no such model folder", data.Tokenizer, tmp_path / "nowhere")
 
 
+def test_a_tokenizer_file_saved_with_truncation_and_padding_cuts_and_pads_nothing(tmp_path):
+    from tokenizers import Tokenizer
+
+    data.save_toy_tokenizer(tmp_path)
+    bpe = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    bpe.enable_truncation(2)
+    bpe.enable_padding(length=9)
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    assert data.Tokenizer(tmp_path).encode("M a b c d | rev rot A") == [3, 6, 7, 8, 9, 4, 14, 15, 1]
+
+
+def test_special_tokens_named_beside_tokenizer_json_get_the_next_ids(tmp_path):
+    data.save_toy_tokenizer(tmp_path)
+    named = {"eos_token": "<stop>", "additional_special_tokens": ["<answer_end>"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
+    tokenizer, size = data.Tokenizer(tmp_path), len(data.TOY_TOKENS)
+    assert tokenizer.eos_ids == (size,) and tokenizer.encode("A<answer_end>") == [1, size + 1]
+    (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
+    refuses("eos_token_id is", data.Tokenizer, tmp_path)
+
+
+@needs_shared
+def test_sentencepiece_without_its_added_tokens_is_refused(tmp_path):
+    shutil.copy(SHARED / "fixtures/llama2_tokenizer/tokenizer.model", tmp_path)
+    (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 32000}')
+    refuses("save a tokenizer.json", data.Tokenizer, tmp_path)
+    (tmp_path / "added_tokens.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ eos_token }}"}')
+    refuses("save a tokenizer.json", data.Tokenizer(tmp_path).chat, [])
+
+
 def test_chat_templates_give_exactly_one_bos(toy_tokenizer, tmp_path):
-    refuses("no chat template", toy_tokenizer.chat, [])
+    refuses("no chat template that works", toy_tokenizer.chat, [])
     template = "{{ bos_token }} {% for m in messages %}{{ m.content }} {% endfor %}"
     template += "{% if messages|length > 1 %}{{ raise_exception('one only') }}{% endif %}"
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "F", "eos_token": "<eos>"}')
@@ -1020,7 +1215,33 @@ def test_chat_templates_give_exactly_one_bos(toy_tokenizer, tmp_path):
     refuses("one only", tokenizer.chat, [{"content": "a"}] * 2)
     (tmp_path / "chat_template.jinja").write_text("{{ messages[0].__class__.__mro__ }}")
     chat = data.Tokenizer(tmp_path).chat  # the sandbox of jinja2
-    refuses("chat template fails", chat, [{"role": "user", "content": "a"}])
+    refuses("no chat template that works", chat, [{"role": "user", "content": "a"}])
+
+
+def test_chat_templates_see_what_transformers_shows_them(tmp_path):
+    """{% generation %} is transparent, tools and documents are None, every special token is there,
+    and whatever a template raises is one line. Compiled once."""
+    data.save_toy_tokenizer(tmp_path)
+    words = {"eos_token": "<eos>", "pad_token": {"content": "c1"}}
+
+    def rendered(template):
+        (tmp_path / "tokenizer_config.json").write_text(
+            json.dumps(words | {"chat_template": template})
+        )
+        return data.Tokenizer(tmp_path).chat([{"role": "user", "content": "é <b>"}])
+
+    for template, text in {
+        "a {%- generation -%} {{ messages[0].content }} {%- endgeneration %} b": "aé <b> b",
+        "{% generation %}x{% endgeneration %}": "x",
+        "{{ tools is not none }} {{ documents is none }}": "False True",
+        "{{ pad_token }}": "c1",
+        "{{ messages[0] | tojson(ensure_ascii=False) }}": '{"role": "user", "content": "é <b>"}',
+        "{{ [1] | tojson(indent=1) }}": "[\n 1\n]",
+        "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}": "01",
+    }.items():
+        assert rendered(template) == text, template
+    for template in ("{{ messages + 1 }}", "{{ messages[0].x.y }}", "{% if %}", 3, [1]):
+        assert "\n" not in refuses("no chat template that works", rendered, template)
 
 
 def test_both_stages_ask_in_the_same_words(toy_tokenizer):
@@ -1038,23 +1259,24 @@ def test_both_stages_ask_in_the_same_words(toy_tokenizer):
 
 
 def test_the_prompt_is_masked_the_eos_trained_and_no_whole_answer_cut(toy_tokenizer):
-    """Trap 4: also where the padding id equals the EOS id, as in the toy (both 0)."""
+    """Also where the padding id equals the EOS id, as in the toy (both 0)."""
     pairs = [("F t1 e1 A", "c5"), ("F A", "c5 c6")]
-    rows, report = data.tokenize([data.Example("a", *p, "toy") for p in pairs], toy_tokenizer, 32)
-    _, labels = data.collate(rows)
+    examples = [data.Example("a", *p, "toy") for p in pairs]
+    encoded, counts = data.tokenize(examples, toy_tokenizer, 32)
+    _, labels = data.collate(encoded)
     c5, c6 = toy_tokenizer.encode("c5 c6")
     assert labels.tolist() == [[-100] * 4 + [c5, 0], [-100] * 2 + [c5, c6, 0] + [-100]]
-    assert toy_tokenizer.eos_ids[0] == 0 and report == {"left out": 0, "cut": 0}
+    assert toy_tokenizer.eos_ids[0] == 0 and counts == {"left out": 0, "cut": 0}
     example = data.Example("a", "F t1 e1 A", "c1 c2 c3", "toy")  # 4 prompt tokens, 4 answer ones
-    for limit, kept, left_out, cut in (
+    for limit, answer_tokens, left_out, cut in (
         (8, [4], 0, 0),
         (7, [3], 0, 1),
         (5, [1], 0, 1),
         (4, [], 1, 0),
     ):
-        rows, counts = data.tokenize([example], toy_tokenizer, limit)
+        encoded, counts = data.tokenize([example], toy_tokenizer, limit)
         assert counts == {"left out": left_out, "cut": cut}
-        assert [len(tokens) - prompt for tokens, prompt in rows] == kept
+        assert [len(e.ids) - e.prompt_length for e in encoded] == answer_tokens
 
 
 NUMBERS = {  # gold -> right replies, wrong replies, with | between two
@@ -1085,11 +1307,47 @@ NUMBERS = {  # gold -> right replies, wrong replies, with | between two
 
 @pytest.mark.parametrize("gold", NUMBERS)
 def test_numbers_are_compared_as_numbers(gold):
-    """Trap 13."""
+    """"""
     example = data.Example("x", "q", "a", "number", gold)
     for right, replies in zip((True, False), NUMBERS[gold]):
         for reply in replies.split("|"):
             assert data.is_correct(example, reply) is right, reply
+
+
+FINAL_NUMBERS = {  # a reply, and the number it gives
+    "答案是18": 18, "共1,200元": 1200, "第18章": 18, "USD18": 18, "Rs500": 500, "Rs. 500": 500,
+    "US$18": 18, "€18": 18, "x18": None, "see MP3": None, "v1.5.2": None, "12:30": None,
+    "\\boxed{\\frac12}": 0.5, "\\boxed{\\dfrac{3}{4}}": 0.75, "\\boxed{2\\frac{1}{2}}": 2.5,
+    "-\\frac{1}{2}": -0.5, "2 1/2": 2.5, "\\boxed{2\\sqrt{3}}": None, "\\sqrt{3}": None,
+    "0.\\overline{3}": None, "\\frac{2\\sqrt{3}}{3}": None, "\\frac{\\pi}{2}": None,
+    "\\boxed{10^{2}}": None, "10^2": None, "2½": None, "6x3": None, "3,5": None, "1/2/2020": None,
+    "1,00,000": 100000, "1\\,000": 1000, "\\boxed{\\$1{,}234}": 1234, "\\boxed{18\\%}": 18,
+    "\\(18\\)": 18, "$x=18$": 18, "90^\\circ": 90, "18 \\text{ cm}^2": 18, '{"answer": 18}': 18,
+    "18 \\quad": 18, "\\mathbf{18}": 18, "\\boxed{\\text{B}}": None, "**Answer:** 18": 18,
+    "<think>so \\boxed{12}</think> The answer is 18": 18, "<think>\n\n</think>\n\n18": 18,
+    "<think>it is 18": None, "[THINK]12[/THINK]18": 18, "18\nHuman: and 20?": 18,
+    "18\n\n### Instruction:\nAdd 20": 18, "18<|im_end|>\n<|im_start|>user\n20": 18,
+    "<|im_start|>assistant\n18": 18, "18</s> 20": 18, "18 [INST] 20": 18,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reply", FINAL_NUMBERS)
+def test_what_looks_like_another_number_is_none(reply):
+    value = data.final_number(reply)
+    assert (None if value is None else float(value)) == FINAL_NUMBERS[reply]
+
+
+def test_letters_and_texts_are_read_from_the_same_part_of_a_reply():
+    letter = data.Example("x", "q", " B", "letter", "B")
+    right = "B| (B)|B.|Answer: B|The answer is B.|\\boxed{B}|**B**|<answer>B</answer>"
+    for reply in [*right.split("|"), "<think>A</think>\nB", "B\nQuestion: next?\nA"]:
+        assert data.is_correct(letter, reply), reply
+    for reply in ("A", "Both", "Also B", "<think>B</think> A", "be"):
+        assert not data.is_correct(letter, reply), reply
+    exact = data.Example("x", "q", "yes", "exact", "yes")
+    assert data.is_correct(exact, "<think>\n\n</think>\n\nyes")
+    assert data.is_correct(exact, "yes\n\nHuman: and now?")
+    assert not data.is_correct(exact, "<think>yes</think> no")
 
 
 MANY = 100_000
@@ -1104,7 +1362,7 @@ HOSTILE += ["<reasoning>\n" + "\n</reasoning>\n<answer>\n" * (MANY // 25) + "x"]
 
 @pytest.mark.parametrize("kind", ["number", "letter", "toy", "exact"])
 def test_no_text_of_a_model_stops_the_run(kind):
-    """Trap 24: each of these took from seconds to forever; the limit is against hanging only."""
+    """Each of these took from seconds to forever once; the limit is against hanging only."""
     gold = {"number": "18", "letter": "A"}.get(kind, "a b")
     example = data.Example("x", "q", f"<answer>{gold}</answer>", kind, gold)
     started = time.perf_counter()
@@ -1112,7 +1370,7 @@ def test_no_text_of_a_model_stops_the_run(kind):
         assert data.is_correct(example, text) in (False, text.strip().endswith("18"))
         assert sum(data.reward_parts(example, text).values()) < 3
         data.verdict(text)
-    assert time.perf_counter() - started < 0.1 * 4 * len(HOSTILE)
+    assert time.perf_counter() - started < 0.2 * 4 * len(HOSTILE)
 
 
 def test_rewards_of_the_five_parts():
@@ -1137,8 +1395,9 @@ def test_rewards_of_the_five_parts():
 
 def test_verdicts_and_votes():
     for expected, replies in {
-        "S1": "System1|system-1.|Not System 2, for it is recalled.\nSystem1",
-        "S2": "I would chain two facts.\nSystem 2|S2|**System2**",
+        "S1": "System1|system-1.|Not System 2, for it is recalled.\nSystem1|System #1|System One"
+        "|<think>System2?</think>System1",
+        "S2": "I would chain two facts.\nSystem 2|S2|**System2**|System‑2|System: 2",
         None: "It is System1 or System2|I cannot help with that.|System3|It's 1 step."
         "|The System's 2 steps|",
     }.items():
@@ -1150,35 +1409,61 @@ def test_verdicts_and_votes():
     refuses("vote needs", data.vote, ["S1", "maybe"])
 
 
-def spoken(custom_id, text, wrapped=True):
+def spoken(custom_id, content, wrapped=True, **choice):
     """A teacher's answer as a batch service gives it."""
-    body = {"choices": [{"message": {"content": text}}]}
+    body = {"choices": [{"message": {"content": content}} | choice]}
     return {"custom_id": custom_id} | ({"response": {"body": body}} if wrapped else body)
 
 
 def voted(folder, *flags):
     """The labels that `data.py vote` makes of the teachers' files in a folder, and its report."""
-    out, teachers = folder / "labels", sorted(folder.glob("*.jsonl"))
+    out, teachers = folder / "labels", sorted(folder.glob("*/*.jsonl"))
     done = python("data.py", "vote", *teachers, *flags, "--out", out)
     assert done.returncode == 0, done.stderr
     return {r["id"]: r["label"] for _, r in data.read_records(out)}, done.stdout
 
 
 def test_teacher_answers_are_joined_by_id_and_counted_and_a_random_split_keeps_sizes(tmp_path):
-    """Trap 21: any order, wrapped or bare bodies, errors and refusals."""
+    """Any order, wrapped or bare bodies, parts, errors, refusals, cut answers; a failed request
+    before its repetition; a teacher is its path; plain label files vote as well."""
     a = [spoken("q1", "System1"), spoken("q2", "System2"), spoken("q3", "System1")]
     b = [spoken("q2", "System1", False), spoken("q1", "System1", False), spoken("q3", "no")]
     c = [spoken("q1", "System2"), {"custom_id": "q3", "response": None, "error": {"code": 5}}]
+    parts = [{"type": "thinking", "text": "System1"}, {"type": "text", "text": "System2"}]
+    d = [{"custom_id": "q1", "error": "busy"}, spoken("q1", parts)]
+    d += [spoken("q2", "System2 is what", finish_reason="length")]
+    d += [spoken("q3", None, finish_reason="content_filter")]
+    labels = [{"id": f"q{i}", "label": "S1"} for i in (1, 2, 3)]
     more = [spoken(str(i), f"System{1 + (i > 9)}") for i in range(40)]
-    for name, records in (("a", a), ("b", b), ("c", c)):
-        data.write_jsonl(tmp_path / f"{name}.jsonl", records + more)
+    for name, records in (("a", a), ("b", b), ("c", c), ("d", d), ("e", labels)):
+        (tmp_path / name).mkdir()
+        data.write_jsonl(tmp_path / name / "results.jsonl", records + more * (name != "e"))
     (labels, said), (shuffled, _) = voted(tmp_path), voted(tmp_path, "--shuffle", "1")
     more = {str(i): "S1" if i < 10 else "S2" for i in range(40)}
-    assert labels == {"q1": "S1", "q2": "S2", "q3": "S1"} | more
-    counted = ["refusals (no clear verdict): 1", "errors: 1", "missing answers: 1"]
-    for line in [*counted, "ties (called S2): 1", "S1: 12"]:
-        assert line in said
-    assert Counter(shuffled.values()) == {"S1": 12, "S2": 31} and shuffled != labels
+    assert labels == {"q1": "S1", "q2": "S1", "q3": "S1"} | more
+    for line in (
+        "c/results.jsonl: S1 10, S2 31, error 1, missing 1",
+        "b/results.jsonl: S1 12, S2 30, unclear 1",
+        "d/results.jsonl: S1 10, S2 31, refused 1, cut 1",
+        "e/results.jsonl: S1 3, missing 40",
+        "votes: S1 13, S2 30",
+        f"written: {tmp_path / 'labels'}",
+    ):
+        assert line in said, said
+    assert Counter(shuffled.values()) == {"S1": 13, "S2": 30} and shuffled != labels
+    other, file = tmp_path / "other.jsonl", tmp_path / "a" / "results.jsonl"
+    for named, records in {
+        "second answer": [spoken("q1", "System1")] * 2,
+        "this is a request": [data.batch_request("q1", "A", "?")],
+        "shares no example": [spoken("elsewhere", "System1")],
+        "custom_id": [{"x": 1}],
+        "not S1 or S2": [{"id": "q1", "label": "maybe"}],
+    }.items():
+        data.write_jsonl(other, records)
+        refuses(named, data.count_votes, [file, other])
+    data.write_jsonl(other, [spoken("q1", "who knows")])
+    done = python("data.py", "vote", other, "--out", tmp_path / "none")
+    assert done.returncode == 2 and "no labels" in done.stderr and not (tmp_path / "none").exists()
 
 
 def test_labels_from_a_file_from_the_authors_csv_and_from_steps(tmp_path):
@@ -1203,7 +1488,7 @@ def test_labels_from_a_file_from_the_authors_csv_and_from_steps(tmp_path):
 
 GSM8K = {"question": " How many? ", "answer": "2*9=<<2*9=18>>18\n#### 1,018"}
 OWN = [
-    {"question": "2*9?", "answer": "It is 18.", "check": "number", "label": "S2"},
+    {"id": "first", "question": "2*9?", "answer": "It is 18.", "check": "number", "label": "S2"},
     {"question": "Which?\nA. a\nB. b\nAnswer:", "answer": "B", "check": "letter"},
     {"question": "Say it", "answer": "hello  you", "check": "exact"},
     {"question": "Explain", "answer": "so"},
@@ -1212,7 +1497,8 @@ OWN = [
 
 def gsm8k_folder(folder, count=60):
     for split in ("train", "test"):
-        data.write_jsonl(folder / f"{split}.jsonl", [GSM8K] * count)
+        records = [GSM8K | {"question": f" How many? {i} "} for i in range(count)]
+        data.write_jsonl(folder / f"{split}.jsonl", records)
     return folder
 
 
@@ -1226,37 +1512,67 @@ def test_splits_are_disjoint_and_fixed(tmp_path):
     assert len(train_ids) == 57 and len(validation) == 3 and not set(train_ids) & set(validation)
     assert train_ids == ids(tmp_path, "train")
     e = data.load_dataset("gsm8k", tmp_path, "test")[0]
-    assert data.is_correct(e, e.answer) and e.gold == "1,018" and e.question == "How many?"
+    assert data.is_correct(e, e.answer) and e.gold == "1,018" and e.question == "How many? 0"
     file = tmp_path / "test.jsonl"  # one file: 80/10/10, or all of it
     parts = [ids(file, split) for split in ("train", "validation", "test")]
     assert [len(p) for p in parts] == [48, 6, 6] and len(set().union(*parts)) == 60
     assert ids(file, "all") == ids(tmp_path, "test")
-    data.write_jsonl(file, [GSM8K] * 3)
+    gsm8k_folder(tmp_path, 3)
     refuses("3 examples are too few for a validation split", ids, file, "validation")
 
 
 def test_ones_own_data_and_its_bad_lines(tmp_path):
-    """A byte order mark is no part of the first line, and a bad line is named by its number."""
+    """A byte order mark is no part of the first line, a bad line is named by its number, an id
+    survives another file name, and equal questions fall into one split."""
     file = tmp_path / "mine.jsonl"
     data.write_jsonl(file, OWN)
     file.write_text(file.read_text(), encoding="utf-8-sig")
     number, letter, exact, free = data.load_dataset(str(file), None, "all")
-    assert number.id == "mine/0" and number.label == "S2" and letter.answer == " B"
+    assert number.id == "first" and number.label == "S2" and letter.answer == " B"
     right = [(number, "#### 18.0"), (letter, " B."), (exact, " hello  you\n")]
     wrong = [(number, "18 or 19"), (letter, "A"), (exact, "hello you")]
     assert all(data.is_correct(*pair) for pair in right)
     assert not any(data.is_correct(*pair) for pair in wrong)
     refuses("cannot be checked", data.is_correct, free, "so")
+    renamed = file.rename(tmp_path / "other.jsonl")
+    assert data.load_dataset(str(renamed), None, "all")[1].id == letter.id
     for expected, line in {
-        'needs the texts "question"': {"question": "q"},
-        "needs the texts": {"question": " ", "answer": "a"},
+        "no text in the field 'answer' (it is 7)": {"question": "q", "answer": 7},
+        "no text in the field 'question'": {"answer": "a"},
+        "the question is empty": {"question": " ", "answer": "a"},
         "is 'maybe', not number": {"question": "q", "answer": "1", "check": "maybe"},
-        "no number to check": {"question": "q", "answer": "none", "check": "number"},
+        "no number to check": {"question": "q", "answer": "2\\sqrt{3}", "check": "number"},
         "is not A, B, C or D": {"question": "q", "answer": "E", "check": "letter"},
         "not S1 or S2": {"question": "q", "answer": "a", "label": "S3"},
+        "another question has it": {"question": "q", "answer": "a", "id": "first"},
     }.items():
         data.write_jsonl(file, [OWN[0], line])
         assert expected in refuses(f"{file}:2: ", data.load_dataset, str(file), None, "all")
+    data.write_jsonl(file, [{"question": f"q{i // 2}", "answer": str(i)} for i in range(40)])
+    questions = [
+        {e.question for e in data.load_dataset(str(file), None, s)} for s in data.ALL_SPLITS
+    ]
+    assert [len(q) for q in questions] == [16, 2, 2] and len(set().union(*questions)) == 20
+
+
+def test_damaged_files_are_one_line(tmp_path):
+    import gzip
+
+    text = "\n".join(json.dumps(r) for r in OWN * 50)
+    packed = bytearray(gzip.compress(text.encode()))
+    packed[len(packed) // 2] ^= 0xFF
+    for name, content in {
+        "flipped.jsonl.gz": bytes(packed),
+        "short.jsonl.gz": bytes(packed[:40]),
+        "plain.jsonl.gz": text.encode(),
+        "deep.jsonl": b"[" * 100_000,
+        "list.jsonl": b"[1]\n",
+        "torn.jsonl": b'{"question": "q"',
+        "latin.jsonl": '{"question": "é"}'.encode("latin-1"),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        line = refuses(name, data.load_dataset, str(tmp_path / name), None, "all")
+        assert "\n" not in line and len(line) < 300, line
 
 
 @needs_shared
@@ -1279,7 +1595,7 @@ def mmlu_file(folder, text, split="test", encoding="utf-8"):
 
 
 def test_mmlu_is_asked_after_five_solved_examples_and_keeps_the_answer_none(tmp_path):
-    """Trap 20: a data-frame reader turns "None" into NaN."""
+    """a data-frame reader turns "None" into NaN."""
     rows = [f"dev{i}?,a,b,c,d,{'ABCD'[i % 4]}\n" for i in range(5)]
     mmlu_file(tmp_path, "".join(rows), "dev")
     file = mmlu_file(tmp_path, '"Which, then?",None,NA,"a, b",4,A\n', encoding="utf-8-sig")
@@ -1309,13 +1625,17 @@ def test_instruction_sets_in_their_publishers_fields(name, tmp_path, monkeypatch
     fields, texts, question = PUBLISHED[name]
     record = dict(zip(fields.split(), texts.split("|")), source="x")
     jsonl, array = tmp_path / "a" / "x.jsonl", tmp_path / "b" / "x.json"
-    data.write_jsonl(jsonl, [record] * 40)
+    first = fields.split()[0]
+    records = [record] * 2 + [record | {first: f"{i}?"} for i in range(2, 41)]
+    data.write_jsonl(jsonl, records)
     array.parent.mkdir()
-    array.write_text(json.dumps([record] * 40))
+    array.write_text(json.dumps(records))
     for path in (jsonl, array, jsonl.parent, array.parent):
-        examples = data.load_dataset(name, path, "train")
-        assert len(examples) == 38 and len(data.load_dataset(name, path, "validation")) == 2
-        assert (examples[0].question, examples[0].answer) == (question, texts.split("|")[-1])
+        both = [data.load_dataset(name, path, split) for split in ("train", "validation")]
+        assert {len(examples) for examples in both} <= {2, 3, 38, 39}
+        pairs = [(e.question, e.answer) for examples in both for e in examples]
+        assert pairs.count((question, texts.split("|")[-1])) == 2 and len(pairs) == 41
+        examples = both[0]
     refuses("cannot be checked", data.is_correct, examples[0], "x")
     refuses("no test split", data.load_dataset, name, jsonl, "test")
     jsonl.write_text('{"a": 1}\n')
@@ -1323,29 +1643,35 @@ def test_instruction_sets_in_their_publishers_fields(name, tmp_path, monkeypatch
     download, on_the_hub = Mock(return_value=str(array)), data.DATASETS[name].hub
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     if on_the_hub:
-        assert len(data.load_dataset(name, None, "train")) == 38
+        assert len(data.load_dataset(name, None, "train")) in (38, 39)
         download.assert_called_once_with(*on_the_hub, repo_type="dataset")
     else:
-        refuses("--data-path is missing", data.load_dataset, name, None, "train")
+        refuses(f"{name}:PATH", data.load_dataset, name, None, "train")
 
 
 def test_requests_hold_the_roleplay_prompt_in_the_batch_format(tmp_path):
     gsm8k_folder(tmp_path)
-    flags = ["--data", "gsm8k", "--data-path", tmp_path, "--target", "LLaMA2 7B"]
-    done = python("data.py", "prompts", *flags, "--teachers", "A,org/B", "--out", tmp_path / "r")
+    flags = ["prompts", "--data", f"gsm8k:{tmp_path}", "--target", "LLaMA2 7B"]
+    flags += ["--out", tmp_path / "r"]
+    done = python("data.py", *flags, "--teachers", "A,org/B")
     assert done.returncode == 0, done.stderr
     records = [r for _, r in data.read_records(tmp_path / "r" / "org_B.jsonl")]
     assert len({r["custom_id"] for r in records}) == 57
     assert set(records[0]) == {"custom_id", "method", "url", "body"}
     (message,) = records[0]["body"]["messages"]
     assert records[0]["body"]["model"] == "org/B" and message["role"] == "user"
-    assert "LLaMA2 7B" in message["content"] and GSM8K["question"].strip() in message["content"]
+    assert "LLaMA2 7B" in message["content"] and "How many?" in message["content"]
+    assert "5 requests" in python("data.py", *flags, "--teachers", "A", "--examples", "5").stdout
+    for teachers in ("A,,B", "A,A"):
+        assert "--teachers" in python("data.py", *flags, "--teachers", teachers).stderr
     e = data.Example("x", "What is {target}?", "{answer} 42", "number")
     prompt = data.roleplay_prompt(e, "LLaMA2 7B")
     for part in ("LLaMA2 7B", e.question, e.answer, "System1", "System2", "recall"):
         assert part in prompt
     assert "LLaMA2 7B" not in data.roleplay_prompt(e, "LLaMA2 7B", roleplay=False)
 
+
+# ------------------------------------------------------------------------------------ code answers
 
 BODY = "    return a + b\n"
 CHECK = "def check(c):\n    assert c(2, 3) == 5\n    assert c(-1, 1) == 0\n"
@@ -1361,22 +1687,9 @@ def task(tests, prompt="def add(a, b):\n", entry="add"):
     return data.Example(entry, prompt, BODY, "code", tests, entry=entry)
 
 
-def to_every_descriptor(line):
-    writes = f"for fd in range(3, 32):\n    try: os.write(fd, {line!r})\n    except OSError: pass"
-    return f"import os\n{writes}"
-
-
 ATTACKS = {  # what stands before the function, what stands in it
-    "wrong": ("", "return a * b"),
-    "sys.exit": ("import sys; sys.exit(0)", "return 0"),
     "os._exit": ("", "import os; os._exit(0)"),
-    "SystemExit": ("", "raise SystemExit(0)"),
-    "atexit": ("import atexit, os; atexit.register(os._exit, 0)", "raise SystemExit"),
     "always equal": ("class E:\n    __eq__ = lambda s, o: True", "return E()"),
-    "str subclass": ("class S(str):\n    __eq__ = lambda s, o: True", "return S('x')"),
-    "int subclass": ("class I(int):\n    __eq__ = lambda s, o: True", "return I(1)"),
-    "builtins": ("import builtins; builtins.AssertionError = builtins.Warning", "return 0"),
-    "redefined check": ("check = lambda candidate: None", "return 0"),
     "patched main": (
         "import __main__ as m; m.judge_main = m.literal = lambda *a: True",
         "m.verdict = 'passed'; return 0",
@@ -1386,70 +1699,20 @@ ATTACKS = {  # what stands before the function, what stands in it
         "f = sys._getframe()\n    while f:\n        f.f_globals['verdict'] = 'passed'\n"
         "        f.f_locals['verdict'] = 'passed'\n        f = f.f_back\n    return 0",
     ),
-    "gc search": (
-        "import gc",
-        "[o.update(verdict='passed') for o in gc.get_objects() if type(o) is dict]; return 0",
+    "descriptors": (
+        "import os\nfor fd in range(3, 32):\n    try: os.write(fd, b'ready\\npassed\\n')\n"
+        "    except OSError: pass",
+        "return 0",
     ),
-    "stdout": ("", "print('ready\\npassed', flush=True); return 0"),
-    "descriptors": (to_every_descriptor(b"ready\npassed\n"), "return 0"),
-    "forged words": (to_every_descriptor(b'"no sandbox"\n'), "return 0"),
     "memory": ("", "return len(bytearray(3 << 30))"),
-    "large answer": ("", "return 'x' * (1 << 26)"),
     "slow set": (
         "import os; k = ','.join(str(i * (2**61 - 1)) for i in range(6000))",
         "for fd in range(3, 9): os.write(fd, f'(\"returned\",[{k}])\\n'.encode())\n    return 0",
     ),
     "endless loop": ("", "while True: pass"),
-    "endless start": ("x = 1\nwhile x: pass", ""),
-    "a long sleep": ("import time", "time.sleep(60); return a + b"),
     "modules that act": ("import numpy.distutils.system_info, numpy.f2py.tests.util", "return 0"),
-    "NUL": ("x = '\0'", "return 0"),
-    "surrogate": ("x = '\ud800'", "return 0"),
-    "deep nesting": ("x = " + "(" * 100_000, "return 0"),
-    "nested answer": ("", "x = []\n    for _ in range(10**5): x = [x]\n    return x"),
     "5 MB of text": ("#" * 5_000_000, "return 0"),
 }
-# Attacks on the kernel: each expression is true if it got what it asked for.
-CALLS = table("""
-fork => os.fork() >= 0
-double fork => os.fork() or os.setsid() or os.fork()
-vfork by number => libc.syscall(58) >= 0
-spawn => os.posix_spawn('/bin/true', ['true'], {})
-clone3 => libc.syscall(435, 0, 0) != -1 or ctypes.get_errno() != 1
-own file => open('own', 'w')
-exec => os.execv('/bin/true', ['true']) or True
-socket => __import__('socket').socket()
-subprocess => __import__('subprocess').run(['true'])
-read outside => open('/etc/passwd').read()
-thread => __import__('_thread').start_new_thread(print, ())
-kill all => os.kill(-1, 9) or True
-socket by number => libc.syscall(41, 2, 1, 0) >= 0
-memory file => os.memfd_create('x') >= 0
-write outside => open('/tmp/lorapar_attack', 'w').write('x')
-unlinked files => os.open('.', os.O_TMPFILE | os.O_RDWR)
-look outside => os.stat('/etc/passwd')
-change folder => os.chdir('/tmp') or True
-folder => os.mkdir('/tmp/lorapar_attack') or True
-mode outside => os.chmod('/tmp', 0o1777) or True
-a session of its own => os.setsid() or True
-kill the parent => os.kill(os.getppid(), 9) or True
-priority => os.setpriority(0, 0, 5) or True
-parent environment => open(f'/proc/{os.getppid()}/environ').read()
-limits of the parent => resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (0, 0))
-own limits => resource.setrlimit(resource.RLIMIT_CPU, (-1, -1)) or True
-outliving the parent => libc.prctl(1, 0, 0, 0, 0) == 0
-trace => libc.ptrace(0, 0, 0, 0) == 0
-read a process => libc.syscall(310, os.getppid(), 0, 0, 0, 0, 0) >= 0
-namespace => libc.unshare(0x10000000) == 0
-queue => libc.msgget(4242, 0o1666) >= 0
-mount => libc.mount(b'none', b'/tmp', b'tmpfs', 0, None) == 0
-keys => libc.syscall(250, 0, -3, 0, 0, 0) >= 0
-a 32-bit call => libc.syscall(0x40000000 + 57) >= 0
-io_uring => libc.syscall(425, 8, 0) >= 0 or ctypes.get_errno() != 1
-bpf => libc.syscall(321, 0, 0, 0) >= 0 or ctypes.get_errno() != 1
-signal by descriptor => __import__('fcntl').fcntl(3, 8, os.getppid()) == 0
-""")
-HEADER = "import ctypes, os, resource\nlibc = ctypes.CDLL(None, use_errno=True)"
 WHOLE = "def add(a, b):\n    return a + b\n"
 WRONG = "def add(a, b):\n    return a * b\n"
 FENCE = f"```python\n{WHOLE}```"
@@ -1529,17 +1792,18 @@ random => import random\ndef add(a, b):\n    random.random()\nBODY
 numpy => import numpy as np\ndef add(a, b):\n    return np.add(a, b) * np.linalg.det(np.eye(2))\n
 hash => import hashlib\ndef add(a, b):\n    hashlib.md5(b'x').digest()\nBODY
 """)
+RIGHT |= table(r"""
+docstring with a fence => def add(a, b):\n    '''Add.\n\n    ```\n    add(1, 2)\n    ```\n    '''\nBODY
+fenced docstring with a fence => Sure:\n```python\ndef add(a, b):\n    '''\n    ```\n    1\n    ```\n    '''\nBODY```\n
+string with a fence =>     s = '''\n```\n'''\nBODY
+longer fence => ````markdown\nHere\n```python\nWHOLE```\n````\n
+next turn => WHOLE\n### Instruction:\nNow write sub.\n
+comment like a turn =>     # User input\nBODY
+""")  # noqa: E501
 
 
 def code(before, body):
     return f"{before}\ndef add(a, b):\n    {body or 'pass'}\n"
-
-
-def attack_code(name):
-    if name in ATTACKS:
-        return code(*ATTACKS[name])
-    tried = f"try: got_in = bool({CALLS[name]})\n    except BaseException: got_in = False"
-    return code(HEADER, f"{tried}\n    return a + b if got_in else 0")
 
 
 def candidates():
@@ -1554,23 +1818,44 @@ def candidates():
 
 
 @needs_seccomp
-@pytest.mark.parametrize("attack", [*ATTACKS, *CALLS])
+@pytest.mark.parametrize("attack", ATTACKS)
 def test_no_candidate_can_fake_a_pass_or_do_harm(attack, capfd):
-    """Trap 3: a real bool, False, in time, nothing left behind, nothing printed."""
+    """A real bool, False, in time, nothing left behind, nothing printed."""
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.monotonic()
-    assert data.is_correct(task(CHECK), attack_code(attack)) is False
+    assert data.is_correct(task(CHECK), code(*ATTACKS[attack])) is False
     assert time.monotonic() - started < 20
-    assert not candidates() and not Path("/tmp/lorapar_attack").exists()
+    assert not candidates()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 300 * 1024
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_attacks_would_work_without_the_filter():
-    """So that the test above can fail: some of them, in an ordinary process."""
-    for name in ("fork", "read outside", "look outside", "memory file", "socket", "thread"):
-        source = f"{HEADER}\nif not ({CALLS[name]}): raise SystemExit(1)\nos._exit(0)"
-        assert subprocess.run([sys.executable, "-c", source]).returncode == 0, name
+EVERY_CALL = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+
+def add(a, b):
+    open_calls = []
+    for base in (0, 0x40000000):  # and the 32-bit numbers of x86-64
+        for number in range(600):
+            if base + number not in ALLOWED and number not in (335, 336):
+                ctypes.set_errno(0)
+                if libc.syscall(base + number, -1, 0, 0, 0, 0, 0) != -1 or ctypes.get_errno() != 1:
+                    open_calls.append(base + number)
+    return open_calls
+"""
+
+
+# 335, 336: Linux lets uprobes' own calls through; outside a probe they end the process.
+@needs_seccomp
+def test_every_system_call_that_is_not_allowed_answers_eperm():
+    column = data.MACHINES[data.platform.machine()][0]
+    allowed = [numbers[column] for numbers in data.ALLOWED.values()]
+    source = EVERY_CALL.replace("ALLOWED", repr(allowed))
+    tests = "def check(c):\n    assert c(0, 0) == [], c(0, 0)\n"
+    assert data.is_correct(task(tests), source) is True
+    weaker = source.replace("!= 1:", "!= 2:")  # so that the test above can fail
+    assert data.is_correct(task(tests), weaker) is False
 
 
 def test_without_a_filter_code_runs_only_where_it_is_allowed(monkeypatch):
@@ -1644,6 +1929,18 @@ def test_tests_that_print_hang_or_could_be_ended_early_give_no_false_verdict(tes
     assert data.is_correct(task(tests), code("", wrong)) is False
 
 
+@needs_seccomp
+def test_a_fault_of_the_problem_is_no_wrong_answer():
+    """HumanEval+'s tests import numpy, others have no check(); tests that fail before they call the
+    code are named."""
+    numpy = "import numpy as np\ndef check(c):\n    assert np.allclose(c(1, 2), 3)\n"
+    for tests in (numpy, "assert add(1, 2) == 3\n"):
+        assert data.is_correct(task(tests), WHOLE) is True
+        assert data.is_correct(task(tests), WRONG) is False
+    for tests in ("import nowhere\ndef check(c): pass\n", "def check(c): pass\n", "x = ("):
+        refuses("add: the problem's own tests are broken", data.is_correct, task(tests), WHOLE)
+
+
 def test_only_modules_that_do_nothing_at_import_are_loaded_for_a_candidate():
     source = "import numpy.distutils.system_info, os, json.tool\nfrom numpy.f2py import tests\n"
     assert data.named_modules(source + "import antigravity, __main__, ctypes") == []
@@ -1660,13 +1957,6 @@ def test_humanevals_own_solutions_pass_and_empty_ones_fail():
     some = [e for e in examples if e.id.split("/")[1] in ("0", "32", "33", "38", "50")]
     cheat = "    return None\ndef poly(xs, x):\n    return 0\ndef encode_shift(s):\n    return s\n"
     assert not any(data.is_correct(e, f"```\n{cheat}```") for e in some)
-
-
-def test_pass_at_k_is_the_chance_that_k_of_n_hold_a_right_one():
-    for n, correct, k in ((5, 2, 1), (6, 3, 2), (4, 0, 3), (4, 4, 2)):
-        draws = list(itertools.combinations([1] * correct + [0] * (n - correct), k))
-        expected = sum(any(d) for d in draws) / len(draws)
-        assert data.pass_at_k(n, correct, k) == pytest.approx(expected)
 
 
 def test_toy_world_is_what_it_says():
@@ -1703,16 +1993,16 @@ def test_group_advantages_in_closed_form():
     refuses("G >= 2", grpo.group_advantages, torch.ones(3, 1))
 
 
-@pytest.mark.parametrize("beta", [0.0, 0.3])
-def test_grpo_loss_equals_the_formula_token_by_token(beta):
+@pytest.mark.parametrize("kl", [0.0, 0.3])
+def test_grpo_loss_equals_the_formula_token_by_token(kl):
     """A row without tokens counts as 0 and has a gradient of 0."""
     generator = seeded(0)
     logp, old, ref = (0.5 * torch.randn(3, 4, 6, generator=generator) - 1).unbind()
     mask = torch.rand(4, 6, generator=generator) < 0.6
     mask[2] = False
     advantages, new = torch.tensor([1.3, -0.7, 5.0, 0.0]), logp.clone().requires_grad_()
-    given = ref if beta else None
-    loss, stats = grpo.grpo_loss(new, old, given, advantages, mask, clip=0.2, beta=beta)
+    given = ref if kl else None
+    loss, stats = grpo.grpo_loss(new, old, given, advantages, mask, clip=0.2, kl=kl)
     total, total_kl = 0.0, 0.0
     for i in range(4):
         terms, kls = [], []
@@ -1722,11 +2012,11 @@ def test_grpo_loss_equals_the_formula_token_by_token(beta):
                 clipped = min(max(ratio, 0.8), 1.2)
                 d = float(ref[i, t] - logp[i, t])
                 kls.append(math.exp(d) - d - 1)
-                terms.append(min(ratio * A, clipped * A) - beta * kls[-1])
+                terms.append(min(ratio * A, clipped * A) - kl * kls[-1])
         total += sum(terms) / max(1, len(terms)) / 4
         total_kl += sum(kls) / max(1, len(kls)) / 4
     assert loss.item() == pytest.approx(-total, abs=1e-6)
-    assert float(stats["kl"]) == pytest.approx(total_kl if beta else 0.0, abs=1e-6)
+    assert float(stats["kl"]) == pytest.approx(total_kl if kl else 0.0, abs=1e-6)
     loss.backward()
     assert new.grad.isfinite().all() and new.grad[mask].any() and not new.grad[~mask].any()
 
@@ -1736,92 +2026,93 @@ def test_kl_of_nearly_equal_policies_is_not_negative():
     ref = logp + 1e-4 * torch.randn(400, 30, generator=seeded(1))
     for row, other in zip(logp.split(1), ref.split(1)):  # exp(d) - d - 1 in float32 is below 0
         mask = torch.ones(1, 30)  # here in a third
-        _, stats = grpo.grpo_loss(row, row, other, torch.ones(1), mask, beta=0.1)
+        _, stats = grpo.grpo_loss(row, row, other, torch.ones(1), mask, kl=0.1)
         assert float(stats["kl"]) >= 0
 
 
-ADVANTAGES = torch.randn(3, 4, generator=seeded(9))
+ADVANTAGES = torch.randn(12, generator=seeded(9))
 SETTINGS = {"group": 4, "max_new_tokens": 10, "eos_ids": (0, 7), "temperature": 1.2}
 
 
-def sampled_rows(model, **changes):
+def sampled(model, **changes):
     s = grpo.Settings(**(SETTINGS | changes))
     prompts = [[5, 9, 2], [7, 7, 8, 1, 2, 3, 4], [11]]
-    return s, grpo.rollouts(model, prompts, s, seeded(0))
+    rollouts = grpo.sample_rollouts(model, prompts, s, seeded(0))
+    assert [r.prompt for r in rollouts] == [p for p in prompts for _ in range(s.group)]
+    for rollout, advantage in zip(rollouts, ADVANTAGES.tolist() * 99):
+        rollout.advantage = advantage
+    return s, rollouts
 
 
-def test_micro_batches_hold_every_answer_once_with_its_own_numbers():
-    """Trap 4: 0 is the padding and an EOS; the sampled EOS has mask 1, all behind it 0."""
-    _, rows = sampled_rows(lora_model(), group=16, max_new_tokens=30)
-    answers = [a for group in rows.answers for a in group]
-    assert any(a[-1] == 0 and len(a) < 30 for a in answers) and any(a[-1] == 7 for a in answers)
-    parts, seen = grpo.micro_batches(rows, torch.arange(48.0).view(3, 16), 5, "cpu"), set()
-    assert [len(part.tokens) for part in parts] == [5] * 9 + [3]
-    for part in parts:
-        fields = part.tokens, part.labels, part.advantages, part.sampled, part.mask
-        for tokens, labels, advantage, sampled, mask in zip(*fields):
-            p, k = divmod(int(advantage), 16)
-            prompt, answer = rows.prompts[p], rows.answers[p][k]
-            assert tokens[: len(prompt + answer)].tolist() == prompt + answer
-            assert labels[labels != -100].tolist() == answer
-            assert mask.sum() == len(answer) and mask[len(prompt) - 1]
-            assert sampled[mask].tolist() == pytest.approx(rows.logps[p][k])
-            seen.add((p, k))
-    assert len(seen) == 48
+def test_a_batch_holds_every_answer_with_its_own_numbers():
+    """0 is the padding and an EOS: the sampled EOS has mask 1, all behind it 0."""
+    _, rollouts = sampled(lora_model(), group=16, max_new_tokens=30)
+    ends = {r.answer[-1] for r in rollouts if len(r.answer) < 30}
+    assert ends == {0, 7}
+    batch = grpo.collate(rollouts, "cpu")
+    for i, r in enumerate(rollouts):
+        tokens, mask = batch.tokens[i], batch.mask[i]
+        assert tokens[: len(r.prompt + r.answer)].tolist() == r.prompt + r.answer
+        assert batch.labels[i][batch.labels[i] != -100].tolist() == r.answer
+        assert mask.sum() == len(r.answer) and mask[len(r.prompt) - 1]
+        assert batch.sampled[i][mask].tolist() == pytest.approx(r.logprobs)
+        assert batch.advantages[i] == pytest.approx(r.advantage)
 
 
-def update(model, s, rows, reference, advantages=ADVANTAGES):
+def update(model, s, rollouts, reference):
     masked(model, 0.5)
     optimizer = lorapar.MaskedAdamW(model, lr=1e-2)
-    return grpo.grpo_update(model, optimizer, rows, advantages, reference, s), optimizer
+    return grpo.grpo_update(model, optimizer, rollouts, reference, s), optimizer
 
 
 def test_the_first_step_has_no_kl_and_the_gap_tells_sampling_from_training():
-    """Traps 2, 5 and 6: in float32, without dropout, training says of the tokens what sampling
-    said, in all iterations of the step. The gap shows weights that moved between the two, as a
-    wrong cache or temperature would. Only active elements move."""
+    """In float32, without dropout, training says of the tokens what sampling said, in all
+    iterations of the step. The gap shows weights that moved between the two, as a wrong cache or
+    temperature would. Only active elements move."""
     model = lora_model(dropout=0.4).train()
-    s, rows = sampled_rows(model)
+    s, rollouts = sampled(model)
     start = lorapar.get_flat(model)
-    stats, _ = update(model, s, rows, start)
+    stats, _ = update(model, s, rollouts, start)
     assert stats["kl"] == 0.0 and 0 < stats["gap"] < 2e-6
     mask, end = masked(model, 0.5), lorapar.get_flat(model)
     assert torch.equal(end[~mask], start[~mask]) and (end != start)[mask].float().mean() > 0.99
     lorapar.set_flat(model, start)
-    s.num_iterations = 3
-    stats, optimizer = update(model, s, rows, start)
+    s.iterations = 3
+    stats, optimizer = update(model, s, rollouts, start)
     assert optimizer.state[optimizer.packed]["step"] == 3
     assert stats["ratio"] != 1.0 and stats["clipped"] > 0 and stats["gap"] < 2e-6
-    s.num_iterations = 1
+    s.iterations = 1
     lorapar.set_flat(model, start + 0.01)
-    assert update(model, s, rows, start)[0]["gap"] > 1e-3
+    assert update(model, s, rollouts, start)[0]["gap"] > 1e-3
     lorapar.set_flat(model, start)
     s.temperature *= 1.1
-    assert update(model, s, rows, start)[0]["gap"] > 1e-2
+    assert update(model, s, rollouts, start)[0]["gap"] > 1e-2
 
 
 def test_an_update_that_fails_gives_the_policy_back(monkeypatch):
     model = lora_model()
-    s, rows = sampled_rows(model)
-    policy, nan = lorapar.get_flat(model), torch.full((3, 4), float("nan"))
-    refuses("loss is nan", update, model, s, rows, policy, nan, error=FloatingPointError)
+    s, rollouts = sampled(model)
+    policy = lorapar.get_flat(model)
+    rollouts[3].advantage = math.nan
+    refuses("loss is nan", update, model, s, rollouts, policy, error=FloatingPointError)
     assert torch.equal(lorapar.get_flat(model), policy)
     monkeypatch.setattr(grpo, "token_logprobs", Mock(side_effect=KeyError("died")))
-    refuses("died", update, model, s, rows, policy + 1, error=KeyError)  # in the reference's pass
+    refuses("died", update, model, s, rollouts, policy + 1, error=KeyError)  # in the reference's
     assert torch.equal(lorapar.get_flat(model), policy)
 
 
-def test_kl_and_gradient_are_to_the_reference_vector_in_any_micro_batch(monkeypatch):
-    """Traps 5 and 7: against one plain loss over all rows at once; without KL no reference pass."""
+def test_kl_and_gradient_are_to_the_reference_vector_in_any_micro_batch():
+    """Against one plain loss over all answers at once; without KL no reference is needed."""
     model, reference = lora_model(), lorapar.get_flat(lora_model(moved=False))
-    s, rows = sampled_rows(model)
-    pairs = [(p, a) for p, group in zip(rows.prompts, rows.answers) for a in group]
-    tokens, labels = data.collate([(p + a, len(p)) for p, a in pairs])
+    s, rollouts = sampled(model)
+    tokens, labels = data.collate(
+        [data.Encoded(r.prompt + r.answer, len(r.prompt)) for r in rollouts]
+    )
     mask, twin = labels[:, 1:] != -100, copy.deepcopy(model)
     lorapar.set_flat(twin, reference)
     ref = plain_logprobs(twin, tokens, labels, s.temperature).detach()
     logp = plain_logprobs(model, tokens, labels, s.temperature)
-    loss, _ = grpo.grpo_loss(logp, logp.detach(), ref, ADVANTAGES.flatten(), mask)
+    loss, _ = grpo.grpo_loss(logp, logp.detach(), ref, ADVANTAGES, mask)
     factors = list(lorapar.lora_factors(model).values())
     expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, factors)])
     d = (ref - logp).detach()
@@ -1829,12 +2120,11 @@ def test_kl_and_gradient_are_to_the_reference_vector_in_any_micro_batch(monkeypa
     assert kl > 1e-4
     for s.micro_batch in (1, 5, 12):
         twin = copy.deepcopy(model)
-        stats, _ = update(twin, s, rows, reference)
+        stats, _ = update(twin, s, rollouts, reference)
         assert stats["kl"] == pytest.approx(kl, rel=1e-4)
         close(gradient(twin), expected, 1e-4)
-    monkeypatch.setattr(grpo, "set_flat", lambda *_: pytest.fail("a reference was computed"))
-    s.beta = 0.0
-    update(model, s, rows, None)
+    s.kl = 0.0
+    assert update(model, s, rollouts, None)[0]["kl"] == 0.0
 
 
 def test_grpo_raises_the_rewarded_tokens():
@@ -1842,17 +2132,20 @@ def test_grpo_raises_the_rewarded_tokens():
     model = lora_model(r=8)
     masked(model, 1.1)
     optimizer = lorapar.MaskedAdamW(model, lr=3e-2, max_grad_norm=1.0)
-    s = grpo.Settings(group=8, max_new_tokens=8, temperature=1.0, beta=0.01, micro_batch=64)
+    s = grpo.Settings(group=8, max_new_tokens=8, temperature=1.0, kl=0.01, micro_batch=64)
     reference, generator, steps = lorapar.get_flat(model), seeded(0), []
 
-    def rewards(answers):
-        return [[{"share": sum(t < 32 for t in a) / 8} for a in group] for group in answers]
+    def rewards(rollouts):
+        return [{"share": sum(t < 32 for t in r.answer) / 8} for r in rollouts]
 
     for _ in range(20):
-        prompts = [[1, 2], [3]]
-        steps.append(grpo.grpo_step(model, optimizer, prompts, rewards, reference, s, generator))
+        stats, rollouts = grpo.grpo_step(
+            model, optimizer, [[1, 2], [3]], rewards, reference, s, generator
+        )
+        steps.append(stats)
     assert steps[0]["reward"] < 0.6 and steps[-1]["reward"] > 0.9
     assert steps[0]["zero_std_groups"] == 0 and steps[0]["truncated"] == 1.0
+    assert stats["reward"] == pytest.approx(sum(r.reward_parts["share"] for r in rollouts) / 16)
 
 
 # ------------------------------------------------------------------------------------------ train
@@ -1864,22 +2157,43 @@ def test_every_epoch_and_its_batches_hold_every_example_once():
     epochs = [sum(steps[i : i + 3], []) for i in (0, 3, 6)]
     assert all(sorted(e) == list(range(10)) for e in epochs) and epochs[0] != epochs[1]
     assert train.step_indices(10, 4, 3, 2, seed=1) == steps[:2]
-    rows = [([i] * random.Random(i).randint(3, 20), 1) for i in range(1, 24)]
-    seen = [t[0].item() for tokens, _ in data.batches(rows, 5) for t in tokens]
+    encoded = [data.Encoded([i] * random.Random(i).randint(3, 20), 1) for i in range(1, 24)]
+    seen = [t[0].item() for tokens, _ in data.batches(encoded, 5) for t in tokens]
     assert sorted(seen) == list(range(1, 24))
 
 
 def test_cosine_schedule_with_warm_up():
     expected = [(step + 1) / 5 for step in range(4)]
     expected += [0.5 * (1 + math.cos(math.pi * step / 16)) for step in range(16)]
-    assert [train.cosine(step, 20, 0.2) for step in range(20)] == pytest.approx(expected)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    assert [train.set_lr(optimizer, 2.0, step, 20, 0.2) / 2 for step in range(20)] == pytest.approx(
+        expected
+    )
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(2 * expected[-1])
+
+
+def test_the_sft_gradient_is_that_of_the_plain_loss_in_any_micro_batch(toy_tokenizer):
+    """The mean over examples of each answer's mean cross-entropy, however it is cut."""
+    model = lora_model()
+    encoded = [data.Encoded(list(range(i, i + 9 + i)), 3 + i) for i in range(5)]
+    tokens, labels = data.collate(encoded)
+    logp = plain_logprobs(model, tokens, labels)
+    loss = -(logp.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
+    factors = list(lorapar.lora_factors(model).values())
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, factors)])
+    for micro_batch in (1, 2, 8):
+        model.zero_grad()
+        assert train.backward(model, encoded, micro_batch, "cpu") == pytest.approx(loss.item())
+        close(gradient(model), expected, 1e-4)
 
 
 def test_without_a_model_the_toys_settings_hold_and_with_one_the_papers():
-    toy, real = train.read_config([]), train.read_config(["--model", "x", "--data", "gsm8k"])
-    for c, expected in ((toy, (32.0, 32, 3e-3, 40)), (real, (64.0, 512, 2e-4, None))):
-        assert (c.lora_alpha, c.max_length, c.sft_lr, c.rl_steps) == expected
+    toy, real = train.read_config([]), train.read_config(["--model", "a/x", "--data", "gsm8k:d"])
+    for c, expected in ((toy, (32.0, 32, 3e-3, 2)), (real, (64.0, 512, 2e-4, 1))):
+        assert (c.lora_alpha, c.max_length, c.sft_lr, c.rl_epochs) == expected
+    assert (toy.out, real.out) == ("runs/toy", "runs/x-gsm8k")
     assert train.read_config(["--sft-lr", "1"]).sft_lr == 1.0
+    assert set(train.TOY) <= set(train.defaults())
 
 
 QUICK = "--sft-epochs 1 --rl-steps 3 --eval-examples 40 --rl-batch 4".split()
@@ -1927,7 +2241,7 @@ def fails(capsys, *flags, code=2):
     return line
 
 
-def test_the_whole_program_runs_and_reports(toy_run):
+def test_the_whole_program_runs_and_reports(toy_run, capsys):
     report, text = read(toy_run / "report.json"), (toy_run / "report.md").read_text()
     assert list(report["evaluation"]) == ["base", "sft", "rl"]
     assert all(set(row) == {"S1", "S2", "all"} for row in report["evaluation"].values())
@@ -1937,40 +2251,62 @@ def test_the_whole_program_runs_and_reports(toy_run):
     assert sum(p["elements"] for p in part["per_projection"].values()) == 30720
     rl = metrics(toy_run, "rl")
     assert [r["step"] for r in rl] == [0, 1, 2] and all(r["gap"] < 1e-5 for r in rl)
-    assert "| sft |" in text and "test examples of toy" in text and not re.search(r": 0$", text)
-    start = load_file(toy_run / "importance.safetensors")["start"]
+    assert "| sft |" in text and "40 test examples of toy" in text
+    saved = load_file(toy_run / "importance.safetensors")
+    for theta in (0.1, 0.9):  # the table of thetas, from the scores
+        part_of = lorapar.partition(saved["s1"], saved["s2"], theta)
+        share = 100 * (part_of.s1_only | part_of.shared).double().mean()
+        assert f"| {theta} | {share:.2f} |" in text
+    row = report["evaluation"]["rl"]["all"]
+    records = [r for _, r in data.read_records(toy_run / "answers" / "rl.jsonl")]
+    assert row["accuracy"] == sum(r["correct"] for r in records) / 40
+    p = row["accuracy"]
+    assert f"{100 * p:.1f} ± {100 * math.sqrt(p * (1 - p) / 40):.1f} | {row['loss']:.3f} |" in text
+    samples = [r for _, r in data.read_records(toy_run / "rl" / "samples.jsonl")]
+    assert [s["step"] for s in samples] == [0] * 3 + [1] * 3 + [2] * 3
+    assert {"id", "question", "answer", "reward"} <= set(samples[0])
+    start = saved["start"]
     first, second = (load_file(toy_run / s / "state.safetensors")["flat"] for s in ("sft", "rl"))
     assert int((first != start).sum()) <= active["sft"]
     assert 0 < int((second != first).sum()) <= active["rl"]
     tokens = torch.arange(12)[None]  # the adapter on the untouched base is the trained model
     exported = lorapar.load_adapter(decoder.load_model(toy_run / "base"), toy_run / "rl")
-    resumed = lorapar.add_lora(decoder.load_model(toy_run / "base"), alpha=32.0)
+    resumed = lorapar.add_lora(decoder.load_model(toy_run / "base"), lora_alpha=32.0)
     lorapar.set_anchor(resumed, start)
     lorapar.set_flat(resumed, second)
     close(exported(tokens), resumed(tokens))
 
 
 def test_the_same_command_again_reuses_and_restores_everything(toy_run, tmp_path, capsys):
-    """Trap 26: also files that vanished; nothing changes but the clock of the run."""
+    """Also files that vanished; nothing changes but the clock of the run. Flags of size and speed
+    may change, others not."""
     out = shutil.copytree(toy_run, tmp_path / "run")
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     reused = ["score", "toy base", "sft", "rl", "evaluate base", "evaluate rl"]
-    for vanished, kept in (([], reused), (DERIVED, reused[1:])):
+    for vanished, kept, flags in (
+        ([], reused, ["--micro-batch", "64", "--batch-rows", "20", "--save-every", "1"]),
+        (DERIVED, reused[1:], []),
+    ):
         for name in vanished:
             (out / name).unlink()
         capsys.readouterr()
-        train.main([*QUICK, "--out", str(out)])
+        train.main([*QUICK, *flags, "--out", str(out)])
         said = capsys.readouterr().out
         assert all(f"{what}: reused" in said for what in kept) and "everything is in" in said
+        for name in ("model ", "LoRA ", "data ", "test ", "steps ", "folder "):
+            assert f"\n{name}" in said
         changed = {p.name for p in before if p.read_bytes() != before[p] and p.suffix != ".png"}
-        assert changed <= {"report.json"}
+        assert changed <= {"report.json", "report.md", "config.json", "labels.jsonl"}
     assert "--theta 0.9, not 0.5" in fails(capsys, *QUICK, "--out", out, "--theta", "0.5")
+    assert "--rl-lr 0.004, not 0.1" in fails(capsys, *QUICK, "--out", out, "--rl-lr", "0.1")
+    shutil.rmtree(out / "rl")
+    train.main([*QUICK, "--rl-lr", "0.1", "--out", str(out)])  # RL has not begun
 
 
 @pytest.mark.parametrize("dies_in", ["save_toy_tokenizer", "save_model", "copymode", "make_toy"])
 def test_a_rerun_completes_what_a_kill_inside_the_toys_base_left(dies_in, tmp_path, monkeypatch):
     monkeypatch.setitem(train.TOY_BASE, "steps", 2)
-    owner = {"save_model": decoder, "copymode": decoder.shutil}.get(dies_in, data)
+    owner = {"save_model": train, "copymode": decoder.shutil}.get(dies_in, data)
     original = getattr(owner, dies_in)
 
     def dies(*arguments, **settings):
@@ -1978,7 +2314,7 @@ def test_a_rerun_completes_what_a_kill_inside_the_toys_base_left(dies_in, tmp_pa
             original(*arguments, **settings)
         raise MemoryError("died")
 
-    flags = [*QUICK, "--score-only", "--out", str(tmp_path / "run")]
+    flags = [*QUICK, "--order", "none", "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         patch.setattr(owner, dies_in, dies)
         refuses("died", train.main, flags, error=MemoryError)
@@ -1987,7 +2323,7 @@ def test_a_rerun_completes_what_a_kill_inside_the_toys_base_left(dies_in, tmp_pa
 
 
 def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
-    """Trap 12: dropout, optimizer, data order and sampling go on where they stopped."""
+    """Dropout, optimizer, data order and sampling go on where they stopped."""
     flags, whole, killed = "--dropout 0.2 --kl 0.1".split(), tmp_path / "whole", tmp_path / "killed"
     another_run(toy_run, whole, *flags)
     real_save, saves = train.save_state, []
@@ -1996,12 +2332,12 @@ def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
         real_save(folder, *rest)
         saves.append(folder.name)
         if len(saves) in (2, 7):  # in the middle of SFT, then of RL
-            raise KeyboardInterrupt("died")
+            raise MemoryError("died")
 
     monkeypatch.setattr(train, "save_state", save_then_die)
     command = [*QUICK, *flags, "--out", str(borrow(toy_run, killed))]
     for stage in ("sft", "rl"):
-        refuses("died", train.main, command, error=KeyboardInterrupt)
+        refuses("died", train.main, command, error=MemoryError)
         assert saves[-1] == stage
         with open(killed / "metrics.jsonl", "a") as file:
             file.write('{"stage')  # killed inside a line
@@ -2016,22 +2352,16 @@ def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
         assert steps[0] == steps[1] and len(steps[0]) > 2
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGTERM"), reason="signals of Unix")
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("after", ["", "toy base", "base 50"])
-def test_a_stopped_run_says_one_line_and_how_to_go_on(number, code, after, tmp_path):
-    """At any moment: while Python imports, while the base trains."""
+def test_a_stopped_run_says_one_line_and_how_to_go_on(tmp_path):
     command = [sys.executable, "train.py", "--out", str(tmp_path / "run")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     run = subprocess.Popen(command, cwd=HERE, **pipes)
-    while after and after not in run.stdout.readline():
+    while "base 50" not in run.stdout.readline():
         pass
-    if not after:
-        time.sleep(0.4)  # the imports take seconds
-    run.send_signal(number)
+    run.send_signal(signal.SIGINT)
     _, error = run.communicate(timeout=60)
     line = "train.py: stopped; repeat the command (a run goes on from its folder)"
-    assert run.returncode == code and error.strip() == line
+    assert run.returncode == 130 and error.strip() == line
 
 
 def test_ablation_switches_do_what_they_say(toy_run, tmp_path, capsys):
@@ -2044,7 +2374,7 @@ def test_ablation_switches_do_what_they_say(toy_run, tmp_path, capsys):
         regions = load_file(out / "partition.safetensors")
         return out, report["evaluation"], report["partition"], regions
 
-    out, rows, part, regions = run("--order rl,sft")
+    out, rows, part, regions = run("--order rl-sft")
     assert list(rows) == ["base", "rl", "sft"]
     assert part == plain["partition"]  # masks follow the system, not the position
     start = load_file(out / "importance.safetensors")["start"]
@@ -2059,15 +2389,14 @@ def test_ablation_switches_do_what_they_say(toy_run, tmp_path, capsys):
     assert part["regions"] == plain["partition"]["regions"]
     assert not torch.equal(regions["s1_only"], real["s1_only"])
 
-    _, _, part, _ = run("--score-only --select swapped")
+    out, rows, part, _ = run("--order none --select swapped")
     sizes = plain["partition"]["active"]
     assert part["active"] == {"sft": sizes["rl"], "rl": sizes["sft"]}
 
-    out, rows, part, _ = run("--score-only --select magnitude")
-    assert part["jaccard"] == 1.0 and rows == {} and not (out / "sft").exists()
+    assert rows == {} and not (out / "sft").exists() and (out / "report.md").exists()
 
     out, _, _, _ = run("--stage-data all --kl 0 --rl-iterations 2")
-    counts = plain["data"]["S1 examples"] + plain["data"]["S2 examples"]
+    counts = sum(int(plain["data"][system].split()[0]) for system in ("S1", "S2"))
     assert len(metrics(out, "sft")) == math.ceil(counts / 32) > len(metrics(toy_run, "sft"))
     assert all(r["kl"] == 0 for r in metrics(out, "rl"))
     assert load_file(out / "rl" / "state.safetensors")["adam.step"] == 6
@@ -2092,31 +2421,36 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(stage, toy_run, tmp_p
     error = fails(capsys, *flags, out, f"--{stage}-steps", "1")
     for part in (f"{stage} step 1", f"lower --{stage}-lr", "another --out"):
         assert part in error
-    assert (out / "importance.safetensors").exists() and not (out / stage).exists()
+    assert (out / "importance.safetensors").exists() and not (
+        out / stage / "state.safetensors"
+    ).exists()
     assert (out / "sft" / "adapter_model.safetensors").exists() == (stage == "rl")
     assert stage not in read(out / "report.json")["evaluation"]
     if stage == "sft":  # a loss that is not finite, in the middle
         out = borrow(toy_run, tmp_path / "other")
-        assert "sft step 2: the loss is" in fails(capsys, *flags, out, "--save-every", "99")
+        assert "sft step 2: the norm of the gradient is" in fails(
+            capsys, *flags, out, "--save-every", "99"
+        )
 
 
 def test_stage_2_and_evaluation_may_have_data_sets_of_their_own(toy_run, tmp_path, capsys):
     """The paper trains on Dolly and evaluates elsewhere."""
     dolly, labels, gsm = tmp_path / "dolly.jsonl", tmp_path / "labels.jsonl", tmp_path / "gsm"
-    data.write_jsonl(dolly, [{"instruction": "F t1 e1 A", "context": "", "response": "c5"}] * 40)
+    records = [{"instruction": f"F t1 e{i} A", "context": "", "response": "c5"} for i in range(40)]
+    data.write_jsonl(dolly, records)
     votes = [{"id": f"dolly/{i}", "label": "S1"} for i in range(40)]
     votes += [{"id": f"gsm8k/train/{i}", "label": "S2"} for i in range(40)]
     data.write_jsonl(labels, votes)
     gsm8k_folder(gsm, 40)
-    flags = ["--model", toy_run / "base", "--data", "dolly", "--data-path", dolly, *SHORT]
-    flags += ["--labels", labels, "--eval-data", "gsm8k", "--eval-data-path", gsm]
+    flags = ["--model", toy_run / "base", "--data", f"dolly:{dolly}", *SHORT]
+    flags += ["--labels", labels, "--eval-data", f"gsm8k:{gsm}"]
     flags = [str(flag) for flag in [*flags, "--out", tmp_path / "out"]]
-    assert "--rl-data, or a --reward" in fails(capsys, *flags)  # stage 2 could not be rewarded
-    train.main([*flags, "--rl-data", "gsm8k", "--rl-data-path", str(gsm)])
+    assert "--rl-data or a --reward" in fails(capsys, *flags)  # RL could not be rewarded
+    train.main([*flags, "--rl-data", f"gsm8k:{gsm}"])
     report = read(tmp_path / "out" / "report.json")
-    assert report["data"]["S1 examples"] == report["data"]["S2 examples"] == 38
+    assert report["data"]["S1"] == report["data"]["S2"] == "38 training examples"
     assert report["evaluation"]["rl"]["all"]["examples"] == 40
-    assert report["test"] == "test examples of gsm8k"
+    assert report["test"] == f"40 test examples of gsm8k:{gsm}"
     saved = load_file(tmp_path / "out" / "partition.safetensors")
     assert {k: int(v.sum()) for k, v in saved.items()} == report["partition"]["regions"]
 
@@ -2134,6 +2468,7 @@ def nothing(question, answer, completion):
 
 
 def test_ones_own_file_and_reward_train_stage_2(toy_run, tmp_path, capsys):
+    """The split is said in one line; the reward is tried before anything is loaded."""
     mine, row = tmp_path / "mine.jsonl", {"answer": "c5", "check": "exact"}
     questions = [{"question": f"F t1 e{i} A", "label": f"S{1 + i % 2}"} for i in range(60)]
     data.write_jsonl(mine, [row | question for question in questions])
@@ -2144,94 +2479,114 @@ def test_ones_own_file_and_reward_train_stage_2(toy_run, tmp_path, capsys):
         return [*flags, f"--reward={tmp_path}/reward.py:{name}", "--out", str(tmp_path / name)]
 
     train.main(with_reward("length"))
+    said = capsys.readouterr().out
+    assert f"{mine}: 60 examples: 48 train, 6 validation, 6 test" in said
+    assert "reward    of the reference answer of" in said and "'short': -0.02" in said
     report = read(tmp_path / "length" / "report.json")
     assert report["evaluation"]["rl"]["all"]["examples"] == 6  # 80/10/10
-    assert report["data"]["S1 examples"] + report["data"]["S2 examples"] == 48
+    assert sum(int(report["data"][system].split()[0]) for system in ("S1", "S2")) == 48
     (line,) = metrics(tmp_path / "length", "rl")
     assert set(line["parts"]) == {"short", "asked"} and line["parts"]["short"] < 0
-    assert "broken: TypeError" in fails(capsys, *with_reward("broken"))
-    assert "nothing: TypeError" in fails(capsys, *with_reward("nothing"))
-    assert "not FILE.py:FUNCTION" in fails(capsys, *with_reward("absent"))
+    for name, error in (
+        ("broken", "(line 6, on "),
+        ("nothing", "TypeError"),
+        ("absent", "no function"),
+    ):
+        assert error in fails(capsys, *with_reward(name))
+        assert not (tmp_path / name / "config.json").exists()  # nothing was begun
 
 
-def test_eval_command_gives_the_number_and_every_answer(toy_run, tmp_path, capsys):
+def test_eval_command_gives_the_number_and_every_answer(toy_run, tmp_path, capsys, monkeypatch):
+    """Of a run with the run's own settings; of foreign checkpoints; never over an older file."""
     gsm8k_folder(tmp_path / "data", 6)
     mmlu_file(tmp_path / "mmlu", "c1?,a,b,c,d,A\nc2?,a,b,c,d,B\n")
     data.write_jsonl(tmp_path / "mine.jsonl", OWN)
-    out = tmp_path / "a.jsonl"
-    for name, path, extra, count in (
-        ("gsm8k", "data", ["--samples", "3"], 6),
-        ("gsm8k", "data/test.jsonl", [], 6),
-        ("mmlu", "mmlu", ["--adapter", str(toy_run / "rl")], 2),
-        (str(tmp_path / "mine.jsonl"), "mine.jsonl", [], 3),
-    ):
-        command = ["eval", "--model", str(toy_run / "base"), "--data", name, *extra]
-        command += ["--data-path", str(tmp_path / path), "--max-response", "4", "--out", str(out)]
-        train.main(command)
+    monkeypatch.chdir(tmp_path)
+    base = ["--model", str(toy_run / "base"), "--max-response", "4"]
+
+    def evaluated(*command):
+        train.main(["eval", *command])
         said = capsys.readouterr().out
-        averages = json.loads(said[said.index("{") : said.rindex("}") + 1])["all"]
+        out = re.search("every answer is in (.*)", said)[1]
+        rows = json.loads(said[said.index("{") : said.rindex("}") + 1])
         records = [r for _, r in data.read_records(out)]
-        assert len(records) == averages["examples"] == count
-        assert averages["accuracy"] == pytest.approx(sum(r["accuracy"] for r in records) / count)
-        if "--samples" in extra:
-            assert "pass@3" in averages and all(len(r["answers"]) == 3 for r in records)
-        if name == "mmlu":
-            assert all(r["answers"][0] in "ABCD" for r in records)
-            assert "a letter is answered once" in fails(capsys, *command, "--samples", "20")
-    assert "nowhere" in fails(capsys, *command, "--out", tmp_path / "nowhere" / "a.jsonl")
+        assert rows["all"]["examples"] == len(records)
+        assert rows["all"]["accuracy"] == sum(r["correct"] for r in records) / len(records)
+        return rows, records, Path(out).name
+
+    for count, source in ((6, "gsm8k:data"), (6, "gsm8k:data/test.jsonl"), (3, "mine.jsonl")):
+        _, records, name = evaluated(*base, "--data", source)
+        assert len(records) == count
+    _, records, name = evaluated(*base, "--data", "mmlu:mmlu", "--adapter", str(toy_run / "rl"))
+    assert all(r["reply"] in "ABCD" for r in records) and name == "eval-mmlu.jsonl"
+    assert evaluated(*base, "--data", "mmlu:mmlu")[2] == "eval-mmlu-2.jsonl"
+    rows, _, name = evaluated(str(toy_run))
+    known = read(toy_run / "report.json")["evaluation"]["rl"]
+    for system, row in rows.items():
+        assert row["accuracy"] == known[system]["accuracy"]
+        assert row["loss"] == pytest.approx(known[system]["loss"], rel=1e-4)
+    assert name == "eval-toy.jsonl" and (toy_run / "answers" / name).exists()
+    assert "no such file" in fails(capsys, "eval", "nowhere")
 
 
 def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
     base, nowhere, file = toy_run / "base", tmp_path / "nowhere", tmp_path / "file"
     bad, none = tmp_path / "bad.jsonl", tmp_path / "none.jsonl"
     good, broken = gsm8k_folder(tmp_path / "good"), gsm8k_folder(tmp_path / "broken")
-    run = f"--model {base} --data gsm8k --data-path {good} --out {tmp_path}/out"
+    run = f"--model {base} --data gsm8k:{good} --out {tmp_path}/out"
     labelled, toy = f"{run} --labels steps:2", f"--out {borrow(toy_run, tmp_path / 'toy')}"
     merge = f"merge --model {base} --adapter {toy_run}/rl --out"
     bad.write_text('{"id": "gsm8k/train/1", "label": "S1"}\n{oops\n')
     data.write_jsonl(none, [{"id": "elsewhere", "label": "S1"}])
     data.write_jsonl(broken / "train.jsonl", [GSM8K] * 60 + [{"question": "no answer"}])
-    mine, half = tmp_path / "mine.jsonl", {"question": "F t1 e1 A", "answer": "c5", "label": "S2"}
+    mine, half = tmp_path / "mine.jsonl", {"answer": "c5", "label": "S2"}
     owned = f"--model {base} --data {mine} --out {tmp_path}/own"
-    for copied in (mine, good / "mine.jsonl"):
-        data.write_jsonl(copied, [half, half | {"label": "S1", "check": "exact"}] * 40)
+    rows = [half | {"question": f"F t1 e{i} A"} for i in range(40)]
+    rows += [
+        half | {"question": f"F t2 e{i} A", "label": "S1", "check": "exact"} for i in range(40)
+    ]
+    data.write_jsonl(mine, rows)
+    bare = [{"question": f"q{i}", "answer": "a", "check": "exact"} for i in range(20)]
+    data.write_jsonl(tmp_path / "unlabelled.jsonl", bare)
     file.write_text("")
     commands = f"""
-        --theta 0 => --theta 0
-        --theta 1.2 => --theta 1.2
+        0 is outside (0, 1] => --theta 0
+        1.2 is outside (0, 1] => --theta 1.2
         go together => --data gsm8k
         --targets x: letters of => --targets x
         --labels teachers:6: in the toy => --labels teachers:6
-        --lora-alpha 0 => --lora-alpha 0
-        --sft-lr 1e+39 is outside => --sft-lr 1e39
+        argument --lora-alpha: 0 => --lora-alpha 0
+        1e39 is outside => --sft-lr 1e39
+        invalid choice: 'sft,rl' => --order sft,rl
+        argument --r: 0 must be at least 1 => --r 0
         --rl-group 1 => --rl-group 1
-        unknown data set => {labelled} --data gsm9k
+        unknown data set => {run} --data gsm9k
         no such model folder => {labelled} --model {nowhere}
         --labels is missing => {run}
-        nothing at => {labelled} --data-path {nowhere}
+        the field "label" => --model {base} --data {tmp_path}/unlabelled.jsonl --out {tmp_path}/un
+        nothing at => {labelled} --data gsm8k:{nowhere}
+        grade_school_math => {labelled} --data gsm8k
         not readable => {run} --labels {nowhere}
         bad.jsonl:2 => {run} --labels {bad}
-        no label matches => {run} --labels {none}
-        train.jsonl:61 => {labelled} --data-path {broken}
-        no S2 training example => {labelled}
-        holds training examples => {labelled} --eval-data gsm8k --eval-data-path {good}/train.jsonl
-        at most --max-prompt 2 tokens => {toy} --max-prompt 2
+        it has 'elsewhere', the data 'gsm8k/train/ => {run} --labels {none}
+        train.jsonl:61 => {labelled} --data gsm8k:{broken}
+        none of 57 labelled examples is S2 => {labelled}
+        holds training examples => {labelled} --eval-data gsm8k:{good}/train.jsonl
+        longer than --max-prompt 2 => {toy} --max-prompt 2 --train-examples 70
         r = 999 does not fit => {toy} --r 999
         sees no such device => --device cuda:7
         Not a directory => --out {file}/run
-        is the model itself => {merge} {base}
+        is not empty => {merge} {base}
         not a readable PEFT adapter => {merge} {tmp_path}/m --adapter nowhere
         no run there => figure {nowhere}
-        sweep needs => sweep order --score-only
+        sweep: --order none => sweep order --order none
         sweep order sets --order itself => sweep order --order=sft
-        sweep theta sets --theta itself => sweep theta --score-only --theta 1
-        named after their file => {owned} --rl-data {good}/mine.jsonl
+        there are SFT then RL, RL then SFT => sweep order --rows x
         has no validation split => {labelled} --eval-data {mine} --eval-split validation
-        no label matches an example => eval --model {base} --data {mine} --labels {none}
-        no answer of System 2 can be checked => {owned}
-        gsm8K => eval --model x --data gsm8K --data-path {file}
+        GSM8K's solutions alone => {owned} --labels steps:2
+        no label fits => eval --model {base} --data {mine} --labels {none}
+        unknown data set 'gsm8K => eval --model x --data gsm8K:{file}
         eval needs => eval --data gsm8k
-        --device cuda:7: this PyTorch => bench --device cuda:7
     """
     for expected, command in table(commands).items():
         assert expected in fails(capsys, *command.split()), expected
@@ -2276,6 +2631,8 @@ def test_a_sweep_of_two_tiny_cells(toy_run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "RATES", (1, 3))
     command = ["sweep", "order", "--seeds", "2", *QUICK, "--out", str(out)]
     train.main(command)
+    said = capsys.readouterr().out
+    assert "cell 1 of 12\n" in said and re.search(r"cell 12 of 12, left \d+:\d\d\n", said)
     records = list(csv.DictReader((out / "order.csv").open()))
     expected = list(itertools.product(("SFT then RL", "RL then SFT"), "01"))
     assert [(r["row"], r["seed"]) for r in records] == expected
@@ -2284,26 +2641,37 @@ def test_a_sweep_of_two_tiny_cells(toy_run, tmp_path, monkeypatch, capsys):
     for rate in (3e-3, 9e-3):  # the rates of the first row, chosen again by hand, on validation
         flags = "" if rate == 3e-3 else f",sft_lr={rate}"
         end = cells[f"eval_split=validation,seed=2{flags}"]["rl"]["all"]
-        chosen[rate] = [end["accuracy"], end["probability"]]
+        chosen[rate] = [end["accuracy"], -end["loss"]]
     assert float(records[0]["sft_lr"]) == max(chosen, key=chosen.get)
     assert not any("seed=2" in name and "validation" not in name for name in cells)
+    ends = {(r["row"], r["seed"]): float(r["all at the end"]) for r in records}
     flags = f",sft_lr={records[0]['sft_lr']}" * (records[0]["sft_lr"] != "0.003")
     flags = f"rl_lr={records[0]['rl_lr']}," * (records[0]["rl_lr"] != "0.004") + "seed=0" + flags
     accuracy = cells[flags]["rl"]["all"]["accuracy"]
-    assert float(records[0]["all at the end"]) == pytest.approx(100 * accuracy)
+    assert ends["SFT then RL", "0"] == pytest.approx(100 * accuracy)
     text = (out / "order.md").read_text()
-    assert "| SFT then RL | 81.65 |" in text and "all 40)" in text and "+13.2" in text
+    gaps = [ends["RL then SFT", seed] - ends["SFT then RL", seed] for seed in "01"]
+    error = statistics.stdev(gaps) / 2**0.5
+    assert "| SFT then RL | 81.65 |" in text and "all 40)" in text
+    assert f"| SFT then RL | {statistics.mean(gaps):+.1f} ± {error:.1f} |" in text
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.parent.parent.name == "cells"}
-    train.main(command)  # finished cells are reused
+    train.main([*command, "--rows", "SFT then RL"])  # finished cells are reused
     assert before == {p: p.stat().st_mtime_ns for p in before} and len(before) > 10
 
 
+def test_every_sweep_has_rows_that_are_settings_and_references():
+    assert [len(train.sweep_rows(n)) for n in train.SWEEPS] == [4, 9, 23, 12, 2, 2, 0]
+    for name in train.SWEEPS:
+        rows = train.sweep_rows(name)
+        for flags, reference in rows.values():
+            assert set(flags) <= set(train.defaults()) and reference in rows
+
+
 def test_a_rate_is_lost_by_diverging_alone(monkeypatch):
-    def cell(base, changes):
+    def cell(base, changes, progress):
         if changes.get("sft_lr") == 9e-3:
             raise error
-        row = {"accuracy": changes["sft_lr"], "probability": 0.5}
-        return base, {"evaluation": {"sft": {"all": row}}}
+        return {"evaluation": {"sft": {"all": {"accuracy": changes["sft_lr"], "loss": 0.5}}}}
 
     monkeypatch.setattr(train, "run_cell", cell)
     base, error = train.read_config([]), train.Diverged("not finite")
@@ -2313,81 +2681,32 @@ def test_a_rate_is_lost_by_diverging_alone(monkeypatch):
     refuses("another run", train.tuned_rates, base, {"order": "sft"}, 5)
 
 
-def test_verdicts_follow_two_standard_errors():
-    def said(gaps, paper):
-        records = []
-        for i, gap in enumerate(gaps):
-            records.append({"row": "b", "seed": i, "all at the end": 50.0})
-            records.append(records[-1] | {"row": "a", "all after sft": 50.0})
-            records[-1]["all at the end"] += gap
-        end, after = (train.verdict("a", other, paper, records) for other in ("b", train.SAME))
-        assert end[2:] == after[2:]
-        return end[2:]
-
-    assert said([1, 2, 3], None) == ["+2.0", "0.6", "", "seen"]
-    assert said([-1, 0, 1], 5.0) == ["+0.0", "0.6", "+5.0", "not seen"]
-    assert said([-1, 0, 1], 1.0) == ["+0.0", "0.6", "+1.0", "too noisy to tell"]
-    assert said([-1, -2, -3], None) == ["-2.0", "0.6", "", "not seen"]
-    assert said([5], 1.0)[1:] == ["inf", "+1.0", "too noisy to tell"]
-
-
-def test_sweep_shares_and_resampling_are_partitions_of_ordinary_scores(toy_run, tmp_path):
-    """`sweep theta --score-only` and `sweep resample` against importance computed anew."""
+def test_resampling_is_partitions_of_ordinary_scores(toy_run, tmp_path):
+    """`sweep resample` against importance computed anew."""
     out = sweep_folder(toy_run, tmp_path / "sweep", 1)
-    flags = ["--seeds", "1", *QUICK, "--out", str(out)]
-    train.main(["sweep", "theta", "--score-only", *flags])
-    train.main(["sweep", "resample", *flags])
-    shares, indices = (
-        list(csv.DictReader((out / f"{name}.csv").open())) for name in ("theta-scores", "resample")
-    )
+    train.main(["sweep", "resample", "--seeds", "1", *QUICK, "--out", str(out)])
+    indices = list(csv.DictReader((out / "resample.csv").open()))
     assert {r["examples"] for r in indices} == {"25", "50", "100"}
-
-    c = train.read_config([*QUICK, "--out", str(out / "resample-0"), "--score-only"])
-    model, _, _, rows, _ = train.prepare(c, train.open_run(c))
-    lorapar.add_lora(model, alpha=c.lora_alpha, generator=seeded(0))
-
-    def scores(model, rows):
-        return lorapar.importance(model, [data.collate(rows)], decoder.token_logprobs)
-
-    chosen = {s: random.Random(0).sample(members, 16) for s, members in rows.items()}
-    # the scores of q, k, v are theirs whether g, u, d have adapters or not
-    factors = lorapar.lora_factors(model)
-    alone = lorapar.add_lora(decoder.load_model(toy_run / "base"), "qkv", alpha=c.lora_alpha)
-    flat = torch.cat([factors[name].detach().flatten() for name in lorapar.lora_factors(alone)])
-    lorapar.set_flat(alone, flat)
-    lorapar.set_anchor(alone, flat)
-    s1, s2 = scores(alone, chosen["S1"]), scores(alone, chosen["S2"])
-    kept = torch.cat([torch.full((p.numel(),), "self_attn" in n) for n, p in factors.items()])
-    close(s1, scores(model, chosen["S1"])[kept], 1e-4)
-    part = lorapar.partition(s1, s2, 0.5)
-    expected = 100 * float((part.s1_only | part.shared).double().mean())
-    (ours,) = (r for r in shares if (r["targets"], r["theta"]) == ("qkv", "0.5"))
-    assert float(ours["S1"]) == pytest.approx(expected, abs=0.1)
-    draws = [scores(model, rows["S1"][i : i + 50]) for i in (0, 100)]
+    c = train.read_config([*QUICK, "--out", str(out / "resample-0"), "--order", "none"])
+    model, _, inputs = train.prepare(c, train.open_run(c))
+    lorapar.add_lora(model, lora_alpha=c.lora_alpha, generator=seeded(0))
+    encoded = inputs.encoded["S1"]
+    draws = [lorapar.importance(model, [data.collate(encoded[i : i + 50])]) for i in (0, 50)]
     expected = train.jaccard(lorapar.partition(*draws, 0.9))
     (ours,) = (r for r in indices if (r["examples"], r["theta"]) == ("50", "0.9"))
     assert float(ours["S1 / S1"]) == pytest.approx(expected, abs=2e-3)
     assert float(ours["S1 / S2"]) < float(ours["S1 / S1"])
 
 
-def test_bench_prints_each_figure(capsys, tmp_path):
-    decoder.save_model(small(), tmp_path)
-    flags = "--device cpu --rl-group 2 --micro-batch 2 --length 16 --max-response 4 --rl-batch 1"
-    train.main(["bench", "--shape", str(tmp_path), *flags.split()])
-    said, figures = capsys.readouterr().out, "SFT step|importance|partition of|rollouts"
-    for what in f"{figures}|GRPO update|peak memory".split("|"):
-        assert re.search(rf"^{what}.* +[\d.e+-]+ ", said, re.M), what
-
-
 def test_command_lines_explain_themselves_and_model_py_continues_a_prompt(toy_run):
-    for command in ("model.py", "data.py", "train.py", "train.py eval", "train.py merge"):
+    for command in ("model.py", "data.py", "train.py", "train.py eval", "train.py sweep"):
         done = python(*command.split(), "--help")
         assert done.returncode == 0 and "usage" in done.stdout
     prompt, base = "M a b c d | rev rot A", toy_run / "base"
-    done = python("model.py", base, prompt, "--device", "cpu")
+    done = python("model.py", base, prompt, "--max-new-tokens", "20")
     model, tokenizer = decoder.load_model(base), data.Tokenizer(base)
     settings = {"temperature": 0, "eos_ids": [0]}
-    ((answer,),) = decoder.generate(model, [tokenizer.encode(prompt)], 100, **settings)
+    ((answer,),) = decoder.generate(model, [tokenizer.encode(prompt)], 20, **settings)
     assert len(answer) > 2 and done.stdout == prompt + tokenizer.decode(answer) + "\n", done.stderr
     done = python("model.py", "nowhere", "x")
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
@@ -2410,26 +2729,193 @@ def test_the_whole_program_on_cuda(dtype, limit, toy_run, tmp_path):
     assert (there(tokens.cuda()).cpu() - here(tokens)).abs().max() < 1
 
 
-def test_readmes_snippet_runs_and_its_names_and_flags_are_the_codes():
-    """Each `file.py`: `name` of the README is defined in that file; commands name real flags."""
+def test_readmes_snippet_runs_and_its_names_and_flags_are_the_codes(tmp_path, monkeypatch):
+    """Each [`name`](file.py) of the README is defined in that file; commands name real flags."""
     text = (HERE / "README.md").read_text()
-    names = vars(lorapar) | {"model": Foreign(), "s1_batches": [answer_batch()]}
+    starts = []
+
+    def loss(model, tokens, labels):
+        starts.append(lorapar.get_flat(model))
+        return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), labels[:, 1:].flatten())
+
+    names = vars(lorapar) | {"model": Foreign(), "s1_batches": [answer_batch()], "loss": loss}
     names |= {"s2_batches": [answer_batch(seed=1)]}
+    monkeypatch.chdir(tmp_path)
     exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
     model = names["model"]
-    start = lorapar.get_flat(model)
-    lorapar.logits_logprobs(model, *answer_batch()).sum().backward()
-    names["optimizer"].step()
-    moved = lorapar.get_flat(model) != start
+    moved = lorapar.get_flat(model) != starts[0]
     assert moved.any() and not moved[~lorapar.get_mask(model)].any()
+    assert lorapar.load_adapter(Foreign(), tmp_path / "adapter")
 
     code = {file.name: file.read_text() for file in HERE.glob("*.py") if file != Path(__file__)}
     links = re.findall(r"\[`(\w+)`\]\((\w+\.py)\)", text)
     assert len(links) >= 8
     for name, file in links:
         assert re.search(rf"^(?:def|class) {name}\b|^{name} = ", code[file], re.M), name
-    known = {f"--{f.name.replace('_', '-')}" for f in train.fields(train.RunConfig)}
+    known = {train.option(name) for name in train.defaults()}
     for source in code.values():
         known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source))
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
     assert used <= known | {"--shuffle", "--help", "--seeds"}, used - known
+
+
+# ------------------------------------------------------------------------------------------- bench
+
+SHAPES = {  # the first seven fields of ModelConfig: vocabulary, hidden, ffn, layers, heads ..
+    "58m": (32000, 512, 1376, 8, 8, 8, 64),
+    "llama-2-7b": (32000, 4096, 11008, 32, 32, 32, 128),
+    "qwen2.5-7b": (152064, 3584, 18944, 28, 28, 4, 128),
+}
+
+
+def random_model(shape, device, dtype):
+    kind = "qwen2" if shape.startswith("qwen") else "llama"
+    config = decoder.ModelConfig(*SHAPES[shape], model_type=kind)
+    with torch.device("meta"):
+        model = decoder.Transformer(config)
+    model.to_empty(device=device).to(dtype).requires_grad_(False)
+    model.model.inv_freq = decoder.rope_frequencies(config)
+    for p in model.parameters():
+        p.normal_(std=0.02) if p.ndim == 2 else p.fill_(1.0)
+    return model.eval()
+
+
+def in_turns(works: dict, device, rounds=5) -> dict:
+    """Median seconds of each work, the works in turns, after one call of each to warm up."""
+    times = {name: [] for name in works}
+    for turn in range(rounds + 1):
+        for name, work in works.items():
+            started = time.perf_counter()
+            work()
+            if torch.device(device).type == "cuda":
+                torch.cuda.synchronize(device)
+            if turn:
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def bench(arguments):
+    """What a shape costs on this device: SFT step, GRPO update, generation, importance, partition.
+    Beside it PEFT and transformers where they are installed, else plain PyTorch (importance beside
+    a plain forward and backward always); for a 7B shape the device's own matmul and copy rates."""
+    parser = argparse.ArgumentParser("test_lorapar.py bench", description=bench.__doc__)
+    parser.add_argument("--shape", default="58m", choices=SHAPES)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--tokens", type=int, default=256, help="a row's, half of them answer")
+    parser.add_argument("--batch", type=int, default=8, help="rows of an SFT step")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    args = parser.parse_args(arguments)
+    device, T = args.device, args.tokens
+    dtype = torch.bfloat16 if device != "cpu" or "7b" in args.shape else torch.float32
+    threads = torch.get_num_threads()
+    print(f"{args.shape}, {dtype}, {device}, {threads} threads, torch {torch.__version__}")
+    torch.manual_seed(0)
+    model = lorapar.add_lora(random_model(args.shape, device, dtype), r=8)
+    tokens = torch.randint(model.config.vocab_size, (args.batch, T), device=device)
+    labels = tokens.clone()
+    labels[:, : T // 2] = -100
+    encoded = [data.Encoded(row, T // 2) for row in tokens.tolist()]
+    optimizer = lorapar.MaskedAdamW(model, lr=1e-5)
+
+    def sft_step():
+        train.backward(model, encoded, args.batch, device)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def plain_pass():
+        logits = model(tokens[:2, :-1]).float()
+        F.cross_entropy(logits.flatten(0, 1), labels[:2, 1:].flatten()).backward()
+
+    def score():
+        lorapar.importance(model, [(tokens[:2], labels[:2])])
+
+    prompts, few = [e.ids[: T // 2] for e in encoded] * 4, [e.ids[: T // 2] for e in encoded[:4]]
+    settings = grpo.Settings(group=8, max_new_tokens=args.new_tokens, eos_ids=(), batch_rows=64)
+    rollouts = grpo.sample_rollouts(model, few, settings)
+    for i, rollout in enumerate(rollouts):
+        rollout.advantage = 1.0 if i % 2 else -1.0
+    reference = lorapar.get_flat(model)
+
+    def ours(prompts, samples):
+        with lorapar.cached_factors(model):
+            decoder.generate(model, prompts, args.new_tokens, samples_per_prompt=samples)
+
+    scores = torch.rand(2, len(reference)) ** 4
+    works = {
+        "SFT step": {"ours": sft_step},
+        "GRPO update with KL": {
+            "ours": lambda: grpo.grpo_update(model, optimizer, rollouts, reference, settings)
+        },
+        f"generate {len(prompts)} x 1": {"ours": lambda: ours(prompts, 1)},
+        "generate 4 x 8": {"ours": lambda: ours(few, 8)},
+        "importance": {"ours": score, "a plain pass": plain_pass},
+        f"partition of {len(reference):,}": {"ours": lambda: lorapar.partition(*scores, 0.9)},
+    }
+    add_peers(works, args, model, tokens, labels, prompts, few)
+    if "7b" in args.shape:
+        add_rates(works, device, dtype)
+    for what, each in works.items():
+        seconds = in_turns(each, device, 5 if args.shape == "58m" else 2)
+        line = f"{what:24s} {seconds['ours']:9.3f} s"
+        for peer, other in seconds.items():
+            if peer != "ours":
+                line += f"   {peer} {other:.3f} s, ratio {other / seconds['ours']:.2f}"
+        print(line)
+    print(f"peak memory {train.peak_memory(device) / 1e9:.1f} GB")
+
+
+def add_peers(works, args, model, tokens, labels, prompts, few):
+    """PEFT and transformers on the same shape, where they are installed."""
+    try:
+        import peft
+        import transformers
+    except ImportError:
+        print("PEFT and transformers are not installed: no peers but plain PyTorch")
+        return
+    c = model.config
+    kind = {"llama": "Llama", "qwen2": "Qwen2"}[c.model_type]
+    sizes = {name: getattr(c, name) for name in SMALL} | {"head_dim": c.head_dim}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    theirs = getattr(transformers, f"{kind}ForCausalLM")(config).to(
+        args.device, model.head_weight.dtype
+    )
+    lora = peft.LoraConfig(r=8, lora_alpha=64, target_modules=list(lorapar.QKVGUD))
+    theirs = peft.get_peft_model(theirs, lora)
+    optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-5)
+
+    def sft_step():
+        theirs(input_ids=tokens, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def generate(prompts, samples):
+        theirs.generate(
+            input_ids=torch.tensor(prompts, device=args.device),
+            attention_mask=torch.ones(len(prompts), len(prompts[0]), device=args.device),
+            max_new_tokens=args.new_tokens,
+            min_new_tokens=args.new_tokens,
+            do_sample=True,
+            top_k=0,
+            num_return_sequences=samples,
+            pad_token_id=0,
+        )
+
+    works["SFT step"]["PEFT"] = sft_step
+    works[f"generate {len(prompts)} x 1"]["transformers"] = lambda: generate(prompts, 1)
+    works["generate 4 x 8"]["transformers"] = lambda: generate(few, 8)
+
+
+def add_rates(works, device, dtype):
+    """What the device itself can do."""
+    n = 8192 if device != "cpu" else 2048
+    square = torch.randn(n, n, device=device, dtype=dtype)
+    source, target = torch.zeros(2, 2**27, dtype=torch.uint8, device=device)
+    flops = 2 * n**3 / in_turns({"ours": lambda: square @ square}, device)["ours"]
+    copied = 2 * len(source) / in_turns({"ours": lambda: target.copy_(source)}, device)["ours"]
+    print(f"matrix product {flops / 1e12:.2f} TFLOP/s, copy {copied / 1e9:.0f} GB/s")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] != ["bench"]:
+        sys.exit("python test_lorapar.py bench [--shape ..]; the tests: python -m pytest -q")
+    bench(sys.argv[2:])

@@ -1,28 +1,13 @@
 """LoRA-PAR from end to end: score -> partition -> sft -> grpo -> evaluate (paper, Algorithm 1).
 
     python train.py                                        # the toy world, no GPU, no network
-    python train.py --model FOLDER --data gsm8k --data-path DIR --labels labels.jsonl --out runs/x
+    python train.py --model FOLDER --data gsm8k:DIR --labels labels.jsonl
 
-`run` is the whole method; the five calls it makes follow, then settings, inputs, the run folder and
-the commands eval, merge, figure, sweep and bench. A run lives in one folder (config, labels,
-scores, partition, adapters, metrics, report); the same command goes on where it stopped.
+`run` is the whole method; what it calls follows in order, then settings, inputs, the run folder,
+and the commands eval, merge, figure and sweep. A run lives in one folder (config, labels, scores,
+partition, adapters, metrics, report); the same command goes on where it stopped.
 Left out: several GPUs, and training on anything but the two systems' data.
 """
-# ruff: noqa: E402  (the first lines must stand before the imports)
-
-import os
-import signal
-
-
-def stop(number, frame):
-    """Ctrl-C or SIGTERM at any moment: one line, no traceback. Files are renamed into place."""
-    os.write(2, b"\ntrain.py: stopped; repeat the command (a run goes on from its folder)\n")
-    os._exit(128 + number)
-
-
-if __name__ == "__main__":  # before the imports, which take seconds
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
 
 import argparse
 import csv
@@ -32,252 +17,276 @@ import json
 import math
 import random
 import re
-import resource
 import runpy
 import shutil
 import statistics
 import sys
 import time
 from collections import Counter
-from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
 import data
 import grpo
 import lorapar
-import model as decoder
+from model import (
+    ModelConfig,
+    Transformer,
+    auto_dtype,
+    eval_mode,
+    find_model,
+    generate,
+    load_model,
+    prefill,
+    read_json,
+    save_model,
+    token_logprobs,
+)
 
 
 class Diverged(ValueError):
     """Training or its result is no longer finite."""
 
 
-def run(c: "RunConfig") -> dict:
+def run(c) -> dict:
     """The whole method on one run folder. Returns the report, also report.json."""
     report = open_run(c)
-    model, tokenizer, examples, rows, test = prepare(c, report)  # the votes are in the examples
-    done(c, report, "load")
-
-    def evaluate_row(row):
-        if c.score_only:
-            return
-        file = Path(c.out) / "answers" / f"{row}.jsonl"
-        if row in report["evaluation"] and file.exists():
-            print(f"evaluate {row}: reused from {c.out}")
-        else:
-            report["evaluation"][row], records = evaluate(c, model, tokenizer, test, row)
-            data.write_jsonl(file, records)
-        done(c, report, f"evaluate {row}")
-
-    evaluate_row("base")
+    model, tokenizer, inputs = prepare(c, report)  # the votes are in the examples
+    evaluate(c, report, "base", model, tokenizer, inputs.test)
     start = torch.Generator().manual_seed(c.seed)
-    lorapar.add_lora(model, c.targets, c.r, c.lora_alpha, c.dropout, c.init, generator=start)
+    targets = [PROJECTIONS[letter] for letter in c.targets]
+    lorapar.add_lora(model, targets, c.r, c.lora_alpha, c.dropout, c.init, generator=start)
     if c.init == "gaussian":  # the other starts leave the model as it is
-        evaluate_row("init")
-    s1, s2 = score(c, model, rows)  # importance on S1, importance on S2: eq. 1-3
-    done(c, report, "score")
-    masks, report["partition"] = make_partition(c, model, s1, s2)  # Algorithm 1, step 1
-    done(c, report, "partition")
-    sft_rows, rl_examples = rows["S1"], examples["S2"]
-    if c.stage_data == "all":  # an ablation: both stages train on both systems
-        sft_rows, rl_examples = rows["S1"] + rows["S2"], examples["S2"] + examples["S1"]
-    for stage in () if c.score_only else c.order.split(","):
+        evaluate(c, report, "init", model, tokenizer, inputs.test)
+    s1, s2 = score(c, report, model, inputs)  # importance on S1, importance on S2: eq. 1-3
+    masks = split_elements(c, report, model, s1, s2)  # Algorithm 1, step 1
+    model.model.checkpointing = c.checkpointing  # from here on: it does not mix with vmap
+    for stage in ORDERS[c.order]:
         if stage == "sft":  # step 2: moves S1-only and the top alpha of shared
-            sft(c, model, sft_rows, masks[stage])
+            sft(c, report, model, inputs.sft, masks["sft"])
         else:  # step 3: moves S2-only and the top beta of shared
-            rl(c, model, tokenizer, rl_examples, masks[stage])
-        done(c, report, stage)
-        evaluate_row(stage)
-    print("\n" + write_report(c, report))
+            rl(c, report, model, tokenizer, inputs.rl, masks["rl"])
+        evaluate(c, report, stage, model, tokenizer, inputs.test)
+    print("\n" + write_report(c, report, s1, s2))
     return report
 
 
-# ----------------------------------------------------------------------------------- what run calls
+# ------------------------------------------------------------------- what run calls, in its order
 
 
-def backward(model, rows, micro_batch: int, device) -> float:
-    """The mean over `rows` of the mean cross-entropy of each answer's tokens; adds its gradient."""
+def evaluate(c, report, row, model, tokenizer, examples):
+    """A row of the report: greedy accuracy, and what the model thinks of the reference answers."""
+    file = Path(c.out) / "answers" / f"{row}.jsonl"
+    if c.order == "none":
+        return
+    if row in report["evaluation"] and file.exists():
+        print(f"evaluate {row}: reused from {c.out}")
+    else:
+        records = answer(c, model, tokenizer, examples, row)
+        report["evaluation"][row] = averages(records)
+        data.write_jsonl(file, records)
+    shown = [f"{system} {a['accuracy']:.1%}" for system, a in report["evaluation"][row].items()]
+    print(f"evaluate {row}: {'  '.join(shown)}")
+    done(c, report, f"evaluate {row}")
+
+
+def score(c, report, model, inputs):
+    """Importance of every LoRA element for both systems, before any training -> s1, s2 (N,) on the
+    CPU. Kept with the start of the factors, which a resumed run puts back."""
+    path = Path(c.out) / "importance.safetensors"
+    if path.exists():
+        saved = read_tensors(path)
+        lorapar.set_flat(model, saved["start"])
+        if c.init in lorapar.ANCHORED:
+            lorapar.set_anchor(model, saved["start"])
+        print(f"score: reused from {path}")
+        return saved["s1"], saved["s2"]
+    scores = {"start": lorapar.get_flat(model)}
+    for system in ("S1", "S2"):
+        name = system.lower()
+        if c.theta == 1 and {c.alpha, c.beta} <= {0.0, 1.0}:  # nothing to rank: B = 0 is fine too
+            scores[name] = torch.ones_like(scores["start"])
+            continue
+        encoded = inputs.encoded[system]
+        chosen = random.Random(c.seed).sample(encoded, min(c.score_examples, len(encoded)))
+        batches = bar(data.batches(chosen, c.micro_batch, c.device), f"score {system}")
+        scores[name] = lorapar.importance(model, batches)
+        print(f"score: {system} on {len(chosen)} examples")
+    write_tensors(path, scores)
+    done(c, report, "score")
+    return scores["s1"].cpu(), scores["s2"].cpu()
+
+
+def split_elements(c, report, model, s1, s2):
+    """The partition and both stages' masks -> {"sft": mask, "rl": mask}; facts go to the report."""
+    if c.select in ("random", "random-in-tensor"):
+        s1, s2 = permuted(model, s1, s2, c.select, torch.Generator().manual_seed(c.seed))
+    part = lorapar.partition(s1, s2, c.theta)
+    masks = {
+        "sft": lorapar.stage_mask(part.s1_only, part.shared, s1, c.alpha),
+        "rl": lorapar.stage_mask(part.s2_only, part.shared, s2, c.beta),
+    }
+    if c.select == "swapped":  # the control: each stage moves the other system's elements
+        masks = {"sft": masks["rl"], "rl": masks["sft"]}
+    facts = report["partition"] = partition_facts(model, part, masks)
+    write_json(Path(c.out) / "partition.json", facts)
+    write_tensors(Path(c.out) / "partition.safetensors", part._asdict())  # flat order
+    percent = facts["active_percent"]
+    print(
+        f"partition: {len(s1)} elements, active {percent['sft']:.1f}% in sft, "
+        f"{percent['rl']:.1f}% in rl, Jaccard {facts['jaccard']:.3f}"
+    )
+    done(c, report, "partition")
+    return masks
+
+
+def permuted(model, s1, s2, select: str, generator):
+    """The control: scores that no longer say which element they belong to. One permutation moves
+    both vectors ("random-in-tensor": inside each factor), so every region keeps its size."""
+    sizes = [len(s1)]
+    if select == "random-in-tensor":
+        sizes = [p.numel() for p in lorapar.lora_factors(model).values()]
+    pieces = torch.arange(len(s1)).split(sizes)
+    order = torch.cat([p[torch.randperm(len(p), generator=generator)] for p in pieces])
+    return s1[order], s2[order]
+
+
+def sft(c, report, model, encoded, mask):
+    """Supervised fine-tuning of the masked elements; encoded: questions with their answers."""
+    lorapar.set_mask(model, mask)
+    optimizer = lorapar.MaskedAdamW(
+        model, c.sft_lr, weight_decay=c.sft_weight_decay, max_grad_norm=c.sft_grad_norm
+    )
+    steps = step_indices(len(encoded), c.sft_batch, c.sft_epochs, c.sft_steps, c.seed)
+    print("sft: loss a token of the answers, grad: norm of the active gradient before clipping")
+    model.train()  # dropout acts in this stage alone
+    for step in range(load_state(c, "sft", model, optimizer, len(steps)), len(steps)):
+        started = time.perf_counter()
+        seed_step(c, step)
+        lr = set_lr(optimizer, c.sft_lr, step, len(steps), c.sft_warmup)
+        batch = [encoded[i] for i in steps[step]]
+        with stop_if_diverged(c, "sft", step):
+            loss = backward(model, batch, c.micro_batch, c.device)
+            optimizer.step()  # clips, then moves the active elements
+            optimizer.zero_grad()
+        rate = sum(len(e.ids) for e in batch) / (time.perf_counter() - started)
+        values = {
+            "loss": loss,
+            "grad_norm": optimizer.grad_norm.item(),
+            "tokens_per_s": round(rate),
+        }
+        words = f"loss {loss:.4f}  grad {values['grad_norm']:.3f}  {rate:.0f} tok/s"
+        end_step(c, "sft", model, optimizer, step, len(steps), values | {"lr": lr}, words)
+    model.eval()
+    lorapar.save_adapter(model, Path(c.out) / "sft", c.model or "toy")  # anew: it may be missing
+    done(c, report, "sft")
+
+
+def backward(model, encoded, micro_batch: int, device) -> float:
+    """The mean over examples of the mean cross-entropy of each answer's tokens; adds its gradient.
+    At most micro_batch examples at a time; the gradient does not depend on it."""
     total = 0.0
-    for tokens, labels in data.batches(rows, micro_batch, device):
-        logp = decoder.token_logprobs(model, tokens, labels)
-        loss = -(logp.sum(1) / (labels[:, 1:] != -100).sum(1)).sum() / len(rows)
+    for tokens, labels in data.batches(encoded, micro_batch, device):
+        logp = token_logprobs(model, tokens, labels)  # (B, T-1), 0 on the prompt
+        loss = -(logp.sum(1) / (labels[:, 1:] != -100).sum(1)).sum() / len(encoded)
         loss.backward()
         total += loss.detach()
     return float(total)
 
 
-def score(c, model, rows):
-    """Importance of every LoRA element for both systems, before any training -> s1, s2 (N,) on the
-    CPU; ones where no element is left out. Kept with the start of the factors, which a resumed run
-    puts back."""
-    path = Path(c.out) / "importance.safetensors"
-    if path.exists():
-        kept = read_tensors(path)
-        lorapar.set_flat(model, kept["start"])
-        if c.init in lorapar.ANCHORED:
-            lorapar.set_anchor(model, kept["start"])
-        print(f"score: reused from {path}")
-        return kept["s1"], kept["s2"]
-    scores = {"start": lorapar.get_flat(model)}
-    rank_by = c.select if c.select in lorapar.SCORES else "importance"
-    needs_ranking = c.theta < 1 or c.alpha not in (0, 1) or c.beta not in (0, 1)
-    for name in ("s1", "s2"):
-        scores[name] = torch.ones_like(scores["start"])
-        if needs_ranking:
-            members = rows[name.upper()]
-            chosen = random.Random(c.seed).sample(members, min(c.score_examples, len(members)))
-            batches = bar(data.batches(chosen, c.micro_batch, c.device), f"score {name}")
-            scores[name] = lorapar.importance(
-                model, batches, decoder.token_logprobs, rank_by=rank_by
-            )
-            print(f"score: {name} on {len(chosen)} examples")
-    lorapar.write_tensors(path, scores)
-    return scores["s1"].cpu(), scores["s2"].cpu()
-
-
-def make_partition(c, model, s1, s2):
-    """The regions and both stages' masks -> {"sft": mask, "rl": mask}, facts for the report."""
-    if c.select.startswith("random"):
-        generator = torch.Generator().manual_seed(c.seed)
-        s1, s2 = lorapar.shuffle_scores(model, s1, s2, c.select, generator)
-    part = lorapar.partition(s1, s2, c.theta)
-    masks = {
-        "sft": lorapar.stage_mask(part, s1, 1, c.alpha),
-        "rl": lorapar.stage_mask(part, s2, 2, c.beta),
-    }
-    if c.select == "swapped":  # the control: each stage moves the other system's elements
-        masks = {"sft": masks["rl"], "rl": masks["sft"]}
-    facts = partition_facts(model, part, masks)
-    lorapar.write_json(Path(c.out) / "partition.json", facts)
-    lorapar.write_tensors(Path(c.out) / "partition.safetensors", part._asdict())  # flat order
-    shares = "  ".join(f"{stage} {share:.1f}%" for stage, share in facts["active_percent"].items())
-    print(f"partition: {len(s1)} elements, active {shares}, Jaccard {facts['jaccard']:.3f}")
-    return masks, facts
-
-
-def sft(c, model, rows, mask):
-    """Stage 1: supervised fine-tuning of the masked elements. rows: (tokens, prompt length)."""
-
-    def step(optimizer, chosen, generator):
-        batch, started = [rows[i] for i in chosen], time.perf_counter()
-        loss = backward(model, batch, c.micro_batch, c.device)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss}")
-        optimizer.step()
-        optimizer.zero_grad()
-        rate = round(sum(len(t) for t, _ in batch) / (time.perf_counter() - started))
-        values = {"loss": loss, "grad_norm": optimizer.grad_norm.item(), "tokens_per_s": rate}
-        return values, f"loss {loss:.4f}  grad {values['grad_norm']:.3f}  {rate} tok/s"
-
-    model.train()  # dropout acts here alone
-    run_stage(c, "sft", model, mask, rows, step, betas=(0.9, 0.999))
-    model.eval()
-
-
-def graded(c, tokenizer, grade, examples, answers):
-    """Answers [P][G] -> their texts [P][G], grade(example, text, ..) of each, on all cores."""
-    texts = [[tokenizer.decode(ids) for ids in group] for group in answers]
-    pairs = [(e, text) for e, group in zip(examples, texts) for text in group]
-    found = iter(data.in_parallel(grade, [(*pair, c.allow_unconfined_code) for pair in pairs]))
-    return texts, [[next(found) for _ in group] for group in texts]
-
-
-def rl_prompts(c, tokenizer, examples) -> list:
-    """[(example, its prompt's ids)] of what a reward can check and --max-prompt lets in."""
-    checked = [e for e in examples if c.reward or e.kind != "text"]
-    if not checked:
-        raise ValueError("rl: no answer of System 2 can be checked: name a --rl-data or --reward")
-    asked = [(e, data.example_ids(e, tokenizer, c.prompt)[0]) for e in checked]
-    kept = [(e, prompt) for e, prompt in asked if len(prompt) <= c.max_prompt]
-    if not kept:
-        raise ValueError(f"rl: no prompt has at most --max-prompt {c.max_prompt} tokens")
-    return kept
-
-
-def rl(c, model, tokenizer, examples, mask):
-    """Stage 2: GRPO on the masked elements; KL to the model as it comes in."""
-    reward = load_reward(c.reward) if c.reward else data.reward_parts
-    prompts = rl_prompts(c, tokenizer, examples)
-    print(
-        f"rl: {len(prompts)} of {len(examples)} prompts, at most --max-prompt {c.max_prompt} long"
+def rl(c, report, model, tokenizer, prompts, mask):
+    """GRPO on the masked elements. prompts: (example, the ids of its prompt)."""
+    lorapar.set_mask(model, mask)
+    optimizer = lorapar.MaskedAdamW(
+        model, c.rl_lr, (0.9, 0.99), weight_decay=c.rl_weight_decay, max_grad_norm=c.rl_grad_norm
     )
-    reference = lorapar.get_flat(model)
-    sampling = grpo.Settings(
+    reference = lorapar.get_flat(model)  # the KL holds on to the policy as RL begins
+    settings = grpo.Settings(
         group=c.rl_group,
         max_new_tokens=c.max_response,
         eos_ids=tokenizer.eos_ids,
         temperature=c.temperature,
         clip=c.clip,
-        beta=c.kl,
-        num_iterations=c.rl_iterations,
+        kl=c.kl,
+        iterations=c.rl_iterations,
         batch_rows=c.batch_rows,
         micro_batch=c.micro_batch,
     )
-
-    def step(optimizer, chosen, generator):
-        batch = [prompts[i] for i in chosen]
-
-        def rewards(answers):
-            return graded(c, tokenizer, reward, [e for e, _ in batch], answers)[1]
-
-        asked = [prompt for _, prompt in batch]
-        values = grpo.grpo_step(model, optimizer, asked, rewards, reference, sampling, generator)
-        parts = " ".join(f"{k} {v:.2f}" for k, v in values["parts"].items())
-        return values, (
-            f"reward {values['reward']:.3f} ({parts})  kl {values['kl']:.4f}  gap "
-            f"{values['gap']:.1e}  zero-std groups {values['zero_std_groups']}/{len(batch)}  "
-            f"length {values['length']:.0f}  {values['rollout_s'] + values['update_s']:.2f} s"
+    steps = step_indices(len(prompts), c.rl_batch, c.rl_epochs, c.rl_steps, c.seed)
+    print(
+        "rl: reward (its parts) and length are means over answers, truncated: share without an end;"
+        "\n    kl: to the policy as RL began, gap: sampling's log-probs against training's (only"
+        "\n    rounding), equal groups: all rewards alike, so nothing to learn from them"
+    )
+    equal_steps = 0
+    for step in range(load_state(c, "rl", model, optimizer, len(steps)), len(steps)):
+        generator = seed_step(c, step)
+        lr = set_lr(optimizer, c.rl_lr, step, len(steps), c.rl_warmup)
+        examples, asked = zip(*[prompts[i] for i in steps[step]])
+        rewards = partial(reward_rollouts, c, tokenizer, examples)
+        with stop_if_diverged(c, "rl", step):
+            stats, rollouts = grpo.grpo_step(
+                model, optimizer, asked, rewards, reference, settings, generator
+            )
+        keep_samples(c, tokenizer, step, examples, rollouts)
+        end_step(
+            c,
+            "rl",
+            model,
+            optimizer,
+            step,
+            len(steps),
+            stats | {"lr": lr},
+            rl_words(stats, len(asked)),
         )
+        equal_steps = equal_steps + 1 if stats["zero_std_groups"] == len(asked) else 0
+        if equal_steps == 10:
+            print("rl: warning: ten steps without a difference in reward: nothing is being learned")
+    lorapar.save_adapter(model, Path(c.out) / "rl", c.model or "toy")
+    done(c, report, "rl")
 
-    rows = [(prompt, 1) for _, prompt in prompts]  # is_finite looks at one
-    run_stage(c, "rl", model, mask, rows, step, betas=(0.9, 0.99))
+
+def reward_rollouts(c, tokenizer, examples, rollouts) -> list[dict]:
+    """The reward parts of a step's rollouts, G to each example in a row, on all cores."""
+    reward = load_reward(c.reward) if c.reward else data.reward_parts
+    work = []
+    for i, rollout in enumerate(rollouts):
+        example = examples[i // c.rl_group]
+        work.append((example, tokenizer.decode(rollout.answer), c.allow_unconfined_code))
+    return data.in_parallel(reward, work)
 
 
-def run_stage(c, stage, model, mask, rows, one_step, betas):
-    """The loop of both stages: `one_step(optimizer, chosen rows, generator)` -> (values, words).
+def rl_words(stats: dict, groups: int) -> str:
+    parts = " ".join(f"{name} {value:.2f}" for name, value in stats["parts"].items())
+    return (
+        f"reward {stats['reward']:.3f} ({parts})  length {stats['length']:.0f}  truncated "
+        f"{stats['truncated']:.2f}  kl {stats['kl']:.4f}  gap {stats['gap']:.1e}  equal groups "
+        f"{stats['zero_std_groups']}/{groups}  {stats['rollout_s'] + stats['update_s']:.2f} s"
+    )
 
-    A step's seed is its own, so a resumed run needs no state of a random generator. Raises
-    Diverged, one line, where the numbers are not finite; what was saved before stays.
-    """
-    names = ("lr", "batch", "epochs", "steps", "warmup", "weight_decay", "grad_norm")
-    lr, batch, epochs, limit, warmup, decay, norm = (getattr(c, f"{stage}_{n}") for n in names)
-    lorapar.set_mask(model, mask)
-    optimizer = lorapar.MaskedAdamW(model, lr, betas, weight_decay=decay, max_grad_norm=norm)
-    schedule, folder = step_indices(len(rows), batch, epochs, limit, c.seed), Path(c.out) / stage
-    first, total = load_state(folder, model, optimizer), len(schedule)
-    if first:
-        print(f"{stage}: " + (f"reused from {folder}" if first == total else f"after step {first}"))
-    metrics, started = Path(c.out) / "metrics.jsonl", time.perf_counter()  # a line a step
-    forget_metrics(metrics, stage, first)
-    for step in range(first, total):
-        seed = c.seed * 1_000_003 + step
-        torch.manual_seed(seed)  # dropout, on every device
-        optimizer.param_groups[0]["lr"] = rate = lr * cosine(step, total, warmup)
-        try:
-            generator = torch.Generator().manual_seed(seed)
-            values, words = one_step(optimizer, schedule[step], generator)
-            saves = (step + 1) % c.save_every == 0 or step + 1 == total
-            if saves and not is_finite(model, rows[schedule[step][0]], c.device):
-                raise FloatingPointError("the model's log-probs are not finite")
-        except FloatingPointError as error:
-            raise Diverged(
-                f"{stage} step {step + 1}: {error}: lower --{stage}-lr {lr} and name another --out "
-                f"({c.out} keeps what was good)"
-            ) from None
-        with open(metrics, "a") as out:
-            out.write(json.dumps({"stage": stage, "step": step} | values | {"lr": rate}) + "\n")
-        left = (time.perf_counter() - started) / (step + 1 - first) * (total - step - 1)
-        print(f"{stage} {step + 1}/{total}  {words}  left {clock(left)}")
-        if saves:
-            save_state(folder, model, optimizer, step + 1)
-    lorapar.save_adapter(model, folder, c.model or "toy")  # derived: anew, whatever was there
+
+def keep_samples(c, tokenizer, step: int, examples, rollouts):
+    """The first answer to each of three prompts goes to rl/samples.jsonl, one into the log."""
+    with open(Path(c.out) / "rl" / "samples.jsonl", "a", encoding="utf-8") as out:
+        for i, example in enumerate(examples[:3]):
+            rollout = rollouts[i * c.rl_group]
+            sample = {"step": step, "id": example.id, "question": example.question}
+            sample |= {"answer": tokenizer.decode(rollout.answer), "reward": rollout.reward_parts}
+            out.write(json.dumps(sample, ensure_ascii=False) + "\n")
+            if i == 0 and step % 20 == 0:
+                print(f"rl sample: {sample['answer'][:300]!r} to {example.question[-100:]!r}")
+                print(f"rl sample: its reward is {rollout.reward_parts}")
+
+
+# ------------------------------------------------------------------------ what the loops share
 
 
 def step_indices(n: int, batch: int, epochs: int, limit: int | None, seed: int) -> list[list[int]]:
@@ -290,269 +299,557 @@ def step_indices(n: int, batch: int, epochs: int, limit: int | None, seed: int) 
     return steps[:limit]
 
 
-def cosine(step: int, steps: int, warmup: float) -> float:
-    """The learning rate's factor: linear warm-up over the first share of the steps, then cosine
-    to 0."""
+def seed_step(c, step: int):
+    """Each step has its own seed, so a resumed run needs no state of a random generator."""
+    seed = c.seed * 1_000_003 + step
+    torch.manual_seed(seed)  # dropout, on every device
+    return torch.Generator().manual_seed(seed)
+
+
+def set_lr(optimizer, peak: float, step: int, steps: int, warmup: float) -> float:
+    """Linear warm-up over the first share of the steps, then cosine to 0."""
     warm = math.ceil(warmup * steps)
+    factor = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
     if step < warm:
-        return (step + 1) / (warm + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+        factor = (step + 1) / (warm + 1)
+    optimizer.param_groups[0]["lr"] = peak * factor
+    return peak * factor
+
+
+@contextmanager
+def stop_if_diverged(c, stage: str, step: int):
+    try:
+        yield
+    except FloatingPointError as error:
+        raise Diverged(
+            f"{stage} step {step + 1}: {error}: lower --{stage}-lr {getattr(c, f'{stage}_lr')} and "
+            f"name another --out ({c.out} keeps what was good)"
+        ) from None
+
+
+def end_step(c, stage, model, optimizer, step: int, steps: int, values: dict, words: str):
+    """Prints the step's line, adds it to metrics.jsonl, saves now and then (and at the end)."""
+    saves = (step + 1) % c.save_every == 0 or step + 1 == steps
+    if saves:  # elements can be finite and their product not
+        with stop_if_diverged(c, stage, step), eval_mode(model), torch.no_grad():
+            zeros = torch.zeros(1, 2, dtype=torch.long, device=c.device)
+            if not token_logprobs(model, zeros, zeros).isfinite().all():
+                raise FloatingPointError("the model's log-probs are not finite")
+    with open(Path(c.out) / "metrics.jsonl", "a") as out:
+        out.write(json.dumps({"stage": stage, "step": step} | values) + "\n")
+    print(f"{stage} {step + 1}/{steps}  {words}  left {CLOCK.left(stage, step, steps)}")
+    if saves:
+        save_state(Path(c.out) / stage, model, optimizer, step + 1)
+
+
+class Clock:
+    """The time left in a loop, from the steps that this process has taken."""
+
+    def __init__(self):
+        self.began = {}
+
+    def start(self, loop: str, step: int):
+        self.began[loop] = step, time.perf_counter()
+
+    def left(self, loop: str, step: int, steps: int) -> str:
+        first, began = self.began[loop]
+        seconds = (time.perf_counter() - began) / (step + 1 - first) * (steps - step - 1)
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+CLOCK = Clock()
+
+
+def save_state(folder, model, optimizer, step: int):
+    """What a stage needs to go on bit for bit, in one file that is renamed into place."""
+    tensors = {f"adam.{name}": t for name, t in optimizer.state[optimizer.packed].items()}
+    tensors |= {"flat": lorapar.get_flat(model), "step": torch.tensor(step)}
+    write_tensors(folder / "state.safetensors", tensors)
+
+
+def load_state(c, stage: str, model, optimizer, steps: int) -> int:
+    """Puts a saved state back -> the step to go on with, 0 if there is none. Drops the metrics and
+    samples of the steps that will run again."""
+    folder, first = Path(c.out) / stage, 0
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "state.safetensors"
+    if path.exists():
+        tensors = read_tensors(path)
+        if tensors["adam.exp_avg"].shape != optimizer.packed.shape:
+            raise ValueError(f"{path}: made with another mask; delete it to redo the stage")
+        lorapar.set_flat(model, tensors["flat"])
+        adam = {name[5:]: t for name, t in tensors.items() if name.startswith("adam.")}
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: adam}})
+        first = int(tensors["step"])
+        print(f"{stage}: " + (f"reused from {folder}" if first == steps else f"after step {first}"))
+    keep_lines(Path(c.out) / "metrics.jsonl", lambda r: r["stage"] != stage or r["step"] < first)
+    if stage == "rl":
+        keep_lines(folder / "samples.jsonl", lambda r: r["step"] < first)
+    CLOCK.start(stage, first)
+    return first
+
+
+def keep_lines(path: Path, wanted):
+    """Leaves the records of a jsonl file that are wanted; a torn line goes too."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if wanted(record):
+                records.append(record)
+    data.write_jsonl(path, records)
+
+
+# -------------------------------------------------------------------------------------- evaluation
+
+
+def answer(c, model, tokenizer, examples, what: str) -> list[dict]:
+    """A record for each example that a person can read: the greedy answer, whether it is right, and
+    of the reference answer (EOS included) the probability and the loss a token."""
+    encoded, _ = data.tokenize(examples, tokenizer, 10**9, c.prompt, "rl")
+    records = []
+    for e in examples:
+        records.append({"id": e.id, "label": e.label, "question": e.question, "gold": e.gold})
+    order = sorted(range(len(examples)), key=lambda i: encoded[i].prompt_length)  # little padding
+    is_letter = [e.kind == "letter" for e in examples]
+    batches = []
+    for kind, reply_to in ((False, reply_texts), (True, reply_letters)):
+        of_kind = [i for i in order if is_letter[i] == kind]
+        for start in range(0, len(of_kind), c.batch_rows):
+            batches.append((reply_to, of_kind[start : start + c.batch_rows]))
+    with eval_mode(model):
+        for reply_to, chosen in bar(batches, f"evaluate {what}"):
+            prompts = [encoded[i].ids[: encoded[i].prompt_length] for i in chosen]
+            replies = reply_to(c, model, tokenizer, [examples[i] for i in chosen], prompts)
+            work = [
+                (examples[i], reply, c.allow_unconfined_code) for i, reply in zip(chosen, replies)
+            ]
+            verdicts = data.in_parallel(data.is_correct, work)
+            likelihoods = likelihood(c, model, [encoded[i] for i in chosen], what)
+            for i, reply, correct, (p, loss) in zip(chosen, replies, verdicts, likelihoods):
+                records[i] |= {"reply": reply, "correct": correct, "probability": p, "loss": loss}
+    return records
+
+
+def reply_texts(c, model, tokenizer, examples, prompts) -> list[str]:
+    """The model's greedy answers."""
+    settings = {"temperature": 0, "eos_ids": tokenizer.eos_ids, "batch_rows": c.batch_rows}
+    with lorapar.cached_factors(model):
+        answers = generate(model, prompts, c.max_response, **settings)
+    return [tokenizer.decode(group[0]) for group in answers]
 
 
 @torch.no_grad()
-def is_finite(model, row, device) -> bool:
-    """Does the model still give numbers? Elements can be finite and their product not."""
-    was_training = model.training
-    logp = decoder.token_logprobs(model.eval(), *data.collate([row], device))
-    model.train(was_training)
-    return bool(logp.isfinite().all())
+def reply_letters(c, model, tokenizer, examples, prompts) -> list[str]:
+    """The most likely of A, B, C and D behind each prompt."""
+    letters = []
+    for letter in "ABCD":
+        example = replace(examples[0], answer=f" {letter}")
+        letters.append(data.example_ids(example, tokenizer, c.prompt)[1][0])
+    logits, _ = prefill(model, prompts)  # (P, V)
+    return ["ABCD"[i] for i in logits[:, letters].argmax(-1).tolist()]
 
 
-def answer(c, model, tokenizer, examples, prompts, samples: int, generator):
-    """-> for each example its [(text of an answer, is it right)]: one greedy answer, or `samples`
-    of them at c.temperature. A letter is the most likely of A, B, C and D."""
-    if examples[0].kind == "letter":
-        letters = [
-            data.example_ids(replace(examples[0], answer=f" {x}"), tokenizer, c.prompt)[1][0]
-            for x in "ABCD"
-        ]
-        with torch.no_grad():
-            best = decoder.prefill(model, prompts)[:, letters].argmax(-1).tolist()
-        return [[("ABCD"[i], "ABCD"[i] == e.gold)] for i, e in zip(best, examples)]
-    answers = decoder.generate(
-        model,
-        prompts,
-        c.max_response,
-        temperature=0 if samples == 1 else c.temperature,
-        eos_ids=tokenizer.eos_ids,
-        samples_per_prompt=samples,
-        generator=generator,
-        batch_rows=c.batch_rows,
-    )
-    texts, verdicts = graded(c, tokenizer, data.is_correct, examples, answers)
-    return [list(zip(*pair)) for pair in zip(texts, verdicts)]
+@torch.no_grad()
+def likelihood(c, model, encoded, what: str) -> list[tuple[float, float]]:
+    """(p(reference answer), its loss a token) of each example. Raises Diverged where the model no
+    longer gives numbers."""
+    pairs = []
+    for start in range(0, len(encoded), c.micro_batch):
+        tokens, labels = data.collate(encoded[start : start + c.micro_batch], c.device)
+        logp = token_logprobs(model, tokens, labels).sum(1)
+        if not logp.isfinite().all():
+            raise Diverged(f"evaluate {what}: the model's log-probs are not finite")
+        counts = (labels[:, 1:] != -100).sum(1)
+        pairs += [(math.exp(p), -p / n) for p, n in zip(logp.tolist(), counts.tolist())]
+    return pairs
 
 
-def evaluate(c, model, tokenizer, examples, what, samples=1):
-    """-> a table {system: {"accuracy", "probability", "loss", "examples"}} of S1, S2 and all, and a
-    record per example that a person can read. Greedy, or pass@1 and pass@k of `samples` answers.
-
-    probability is the mean over examples of p(reference answer, EOS included | question), loss the
-    mean cross-entropy of its tokens. "all" is every example, labelled or not. Raises Diverged
-    where the model no longer gives numbers.
-    """
-    is_letter = [e.kind == "letter" for e in examples]
-    if samples > 1 and any(is_letter):
-        raise ValueError("--samples: a letter is answered once, by the most likely of the four")
-    model.eval()
-    generator = torch.Generator().manual_seed(c.seed)
-    rows, _ = data.tokenize(examples, tokenizer, 10**9, c.prompt, "rl")
-    order = sorted(range(len(rows)), key=lambda i: (is_letter[i], rows[i][1]))  # by prompt length
-    size = max(1, c.batch_rows // samples)  # prompts whose answers are decoded together
-    batches = [
-        chosen[start : start + size]
-        for chosen in (list(kind) for _, kind in itertools.groupby(order, lambda i: is_letter[i]))
-        for start in range(0, len(chosen), size)
-    ]
-    ks = [k for k in (10, 100, samples) if 1 < k <= samples]
-    records = [{"id": e.id, "label": e.label, "question": e.question} for e in examples]
-    for chosen in bar(batches, f"evaluate {what}"):
-        prompts = [rows[i][0][: rows[i][1]] for i in chosen]
-        asked = [examples[i] for i in chosen]
-        answers = answer(c, model, tokenizer, asked, prompts, samples, generator)
-        for i, given in zip(chosen, answers):
-            right = sum(correct for _, correct in given)
-            records[i] |= {"gold": examples[i].gold, "answers": [text for text, _ in given]}
-            records[i] |= {"accuracy": right / len(given)}
-            records[i] |= {f"pass@{k}": data.pass_at_k(samples, right, k) for k in ks}
-        for start in range(0, len(chosen), c.micro_batch):
-            part = chosen[start : start + c.micro_batch]
-            tokens, labels = data.collate([rows[i] for i in part], c.device)
-            with torch.no_grad():
-                logp = decoder.token_logprobs(model, tokens, labels).sum(1)
-            if not logp.isfinite().all():
-                raise Diverged(f"evaluate {what}: the model's log-probs are not finite")
-            counts = (labels[:, 1:] != -100).sum(1)
-            for i, p, n in zip(part, logp.tolist(), counts.tolist()):
-                records[i] |= {"probability": math.exp(p), "loss": -p / n}
-    averages = {}
+def averages(records: list[dict]) -> dict:
+    """{S1, S2, all: means over its examples}; "all" is every example, labelled or not."""
+    table = {}
     for system in ("S1", "S2", "all"):
         members = [r for r in records if system in ("all", r["label"])]
-        names = ["accuracy", *(f"pass@{k}" for k in ks), "probability", "loss"]
         if members:
-            averages[system] = {k: sum(r[k] for r in members) / len(members) for k in names}
-            averages[system]["examples"] = len(members)
-    shown = "  ".join(f"{system} {row['accuracy']:.1%}" for system, row in averages.items())
-    print(f"evaluate {what}: {shown}")
-    return averages, records
+            p = sum(r["correct"] for r in members) / len(members)
+            table[system] = {"accuracy": p, "error": math.sqrt(p * (1 - p) / len(members))}
+            for name in ("probability", "loss"):
+                table[system][name] = sum(r[name] for r in members) / len(members)
+            table[system]["examples"] = len(members)
+    return table
 
 
-# ----------------------------------------------------------------------------------------- settings
+# ---------------------------------------------------------------------------------------- settings
+
+PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
+PROJECTIONS |= {"g": "gate_proj", "u": "up_proj", "d": "down_proj"}
+ORDERS = {
+    "sft-rl": ("sft", "rl"),
+    "rl-sft": ("rl", "sft"),
+    "sft": ("sft",),
+    "rl": ("rl",),
+    "none": (),
+}
 
 
-def flag(default, text, toy=None):
-    """A field that is a command line flag; `toy` takes its default's place in the toy world."""
-    return field(default=default, metadata={"help": text, "toy": toy})
+def count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
 
 
-@dataclass
-class RunConfig:
-    """Every setting of a run; each field is a command line flag. Defaults are the paper's, where it
-    gives them; without --model the toy preset below replaces some."""
+def within(low: float, high: float, words: str):
+    def number(text: str) -> float:
+        value = float(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is outside {words}")
+        return value
 
-    # what goes in and out
-    model: str | None = flag(None, "model folder or Hub id; without it the toy world runs")
-    data: str = flag("toy", f"data set: {', '.join(data.DATASETS)}, or a jsonl of your own")
-    data_path: str | None = flag(None, "its folder or file, as its publisher ships it")
-    rl_data: str | None = flag(None, "another set for stage 2, where --data cannot be checked")
-    rl_data_path: str | None = flag(None, "its folder or file")
-    eval_data: str | None = flag(None, "another set for the evaluation")
-    eval_data_path: str | None = flag(None, "its folder or file")
-    labels: str | None = flag(
-        None, "a labels.jsonl, the authors' csv, or steps:K (GSM8K); toy: teachers:K[:shuffled]"
-    )
-    reward: str | None = flag(None, "FILE.py:FUNCTION(question, answer, completion) -> float, dict")
-    prompt: Literal["plain", "chat", "authors"] = flag("plain", "whose template asks the question")
-    out: str = flag("runs/toy", "the run folder")
-    seed: int = flag(0, "seeds everything")
-    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "torch device")
-    dtype: Literal["auto", "float32", "bfloat16"] = flag(
-        "auto", "base weights; auto: float32 on the CPU and for float32 files, else bfloat16"
-    )
-    # LoRA
-    targets: str = flag("qkvgud", "projections that get an adapter: letters of q k v o g u d")
-    r: int = flag(8, "LoRA rank")
-    lora_alpha: float = flag(64.0, "LoRA scale is lora_alpha / r", toy=32.0)
-    dropout: float = flag(0.05, "LoRA dropout, in SFT only", toy=0.0)
-    init: Literal["anchored", "gaussian", "lora", "pissa", "olora"] = flag(
-        "anchored", "the adapter's start; all but gaussian leave the model as it is at step 0"
-    )
-    # the method
-    score_examples: int = flag(100, "examples a system that importance is measured on")
-    theta: float = flag(0.9, "cumulative importance of a system's region, in (0, 1]")
-    alpha: float = flag(1.0, "share of the shared region that SFT trains")
-    beta: float = flag(1.0, "share of the shared region that RL trains")
-    select: Literal[(*lorapar.SCORES, "random", "random-in-tensor", "swapped")] = flag(
-        "importance", "what ranks the elements; random permutes the scores, swapped the stages"
-    )
-    order: Literal["sft,rl", "rl,sft", "sft", "rl"] = flag("sft,rl", "the stages and their order")
-    stage_data: Literal["split", "all"] = flag("split", "a stage trains on its system, or on all")
-    score_only: bool = flag(False, "stop after the partition: no evaluation, no training")
-    # stage 1: SFT
-    sft_lr: float = flag(2e-4, "learning rate", toy=3e-3)
-    sft_epochs: int = flag(1, "epochs over the S1 examples", toy=8)
-    sft_steps: int | None = flag(None, "at most this many optimizer steps")
-    sft_batch: int = flag(32, "examples an optimizer step (the paper accumulates 32)")
-    sft_warmup: float = flag(0.03, "share of the steps that warm up, then cosine")
-    sft_weight_decay: float = flag(0.0, "AdamW's decoupled weight decay")
-    sft_grad_norm: float = flag(1.0, "clip the norm of the active gradient at this")
-    max_length: int = flag(512, "tokens of question and answer in SFT and scoring", toy=32)
-    # stage 2: GRPO
-    rl_lr: float = flag(5e-6, "learning rate", toy=4e-3)
-    rl_epochs: int = flag(1, "epochs over the S2 prompts")
-    rl_steps: int | None = flag(None, "at most this many batches of prompts", toy=40)
-    rl_batch: int = flag(4, "prompts a batch", toy=16)
-    rl_group: int = flag(8, "answers a prompt (the group)")
-    rl_iterations: int = flag(1, "optimizer steps a batch; the ratio clip acts from the second on")
-    rl_warmup: float = flag(0.1, "share of the batches that warm up, then cosine")
-    rl_weight_decay: float = flag(0.1, "AdamW's decoupled weight decay", toy=0.0)
-    rl_grad_norm: float = flag(0.1, "clip the norm of the active gradient at this", toy=1.0)
-    max_prompt: int = flag(128, "longer prompts are left out of RL, and counted", toy=16)
-    max_response: int = flag(256, "tokens an answer may have, in RL and evaluation", toy=12)
-    temperature: float = flag(0.9, "softmax temperature of rollouts and their log-probs", toy=1.0)
-    kl: float = flag(0.04, "weight of the KL to the policy as RL begins; 0: none", toy=0.005)
-    clip: float = flag(0.2, "PPO's ratio clip")
-    # size and speed
-    train_examples: int | None = flag(None, "use at most this many training examples")
-    eval_examples: int | None = flag(None, "evaluate on at most this many examples")
-    eval_split: Literal["test", "validation"] = flag("test", "choose settings on validation only")
-    batch_rows: int = flag(64, "answers decoded together, in rollouts and evaluation", toy=1024)
-    micro_batch: int = flag(8, "rows a forward and backward", toy=128)
-    checkpointing: bool = flag(False, "recompute layers in the backward: less memory, slower")
-    save_every: int = flag(50, "steps between saves of the resume state")
-    allow_unconfined_code: bool = flag(False, "run code answers where no sandbox is to be had")
+    return number
 
 
-TOY = {f.name: f.metadata["toy"] for f in fields(RunConfig) if f.metadata["toy"] is not None}
+SHARE = within(0, 1, "[0, 1]")
+ABOVE_0 = within(1e-37, 1e37, "(0, 1e37]")  # float32 ends there
+FROM_0 = within(0, 1e37, "[0, 1e37]")
+
+# group: {flag: (type, default, help)}. Defaults are the paper's, where it gives them.
+FLAGS = {
+    "what goes in and out": {
+        "model": (str, None, "a model folder or Hub id; without it the toy world runs"),
+        "data": (str, "toy", "NAME, NAME:PATH or a .jsonl of your own; names: see README"),
+        "rl_data": (str, None, "another set for RL, where --data cannot be checked"),
+        "eval_data": (str, None, "another set for the evaluation"),
+        "labels": (
+            str,
+            None,
+            "a labels.jsonl, the authors' csv, or steps:K (GSM8K); toy: teachers:K[:shuffled]",
+        ),
+        "reward": (str, None, "FILE.py:FUNCTION(question, answer, completion) -> float or dict"),
+        "prompt": (("plain", "chat", "authors"), "plain", "whose template asks the question"),
+        "out": (str, None, "the run folder; default runs/toy or runs/MODEL-DATA"),
+        "seed": (int, 0, "seeds everything"),
+    },
+    "LoRA": {
+        "targets": (str, "qkvgud", "projections that get an adapter: letters of q k v o g u d"),
+        "r": (count, 8, "rank"),
+        "lora_alpha": (ABOVE_0, 64.0, "the scale is lora_alpha / r"),
+        "dropout": (SHARE, 0.05, "in SFT only"),
+        "init": (
+            ("anchored", "gaussian", "lora", "pissa", "olora"),
+            "anchored",
+            "the start; all but gaussian leave the model as it is at step 0",
+        ),
+    },
+    "the method": {
+        "score_examples": (count, 100, "examples a system that importance is measured on"),
+        "theta": (within(1e-37, 1, "(0, 1]"), 0.9, "cumulative importance of a system's region"),
+        "alpha": (SHARE, 1.0, "share of the shared region that SFT trains"),
+        "beta": (SHARE, 1.0, "share of the shared region that RL trains"),
+        "select": (
+            ("importance", "random", "random-in-tensor", "swapped"),
+            "importance",
+            "what ranks the elements; random permutes the scores, swapped the stages' masks",
+        ),
+        "order": (tuple(ORDERS), "sft-rl", "the stages; none stops after the partition"),
+        "stage_data": (("split", "all"), "split", "a stage trains on its system, or on all"),
+    },
+    "SFT": {
+        "sft_lr": (FROM_0, 2e-4, "learning rate"),
+        "sft_epochs": (count, 1, "epochs over the S1 examples"),
+        "sft_steps": (count, None, "at most this many optimizer steps"),
+        "sft_batch": (count, 32, "examples an optimizer step (the paper accumulates 32)"),
+        "sft_warmup": (SHARE, 0.03, "share of the steps that warm up, then cosine"),
+        "sft_weight_decay": (FROM_0, 0.0, "AdamW's decoupled weight decay"),
+        "sft_grad_norm": (FROM_0, 1.0, "clip the norm of the active gradient at this"),
+        "max_length": (count, 512, "tokens of question and answer in SFT and scoring"),
+    },
+    "RL (GRPO)": {
+        "rl_lr": (FROM_0, 5e-6, "learning rate"),
+        "rl_epochs": (count, 1, "epochs over the S2 prompts"),
+        "rl_steps": (count, None, "at most this many batches of prompts"),
+        "rl_batch": (count, 4, "prompts a batch"),
+        "rl_group": (count, 8, "answers a prompt (the group)"),
+        "rl_iterations": (count, 1, "optimizer steps a batch; the clip acts from the second on"),
+        "rl_warmup": (SHARE, 0.1, "share of the batches that warm up, then cosine"),
+        "rl_weight_decay": (FROM_0, 0.1, "AdamW's decoupled weight decay"),
+        "rl_grad_norm": (FROM_0, 0.1, "clip the norm of the active gradient at this"),
+        "max_prompt": (count, 128, "longer prompts are left out of RL, and counted"),
+        "max_response": (count, 256, "tokens an answer may have, in RL and evaluation"),
+        "temperature": (ABOVE_0, 0.9, "softmax temperature of rollouts and their log-probs"),
+        "kl": (FROM_0, 0.04, "weight of the KL to the policy as RL begins; 0: none"),
+        "clip": (FROM_0, 0.2, "PPO's ratio clip"),
+    },
+    "size and speed (free to change when a run goes on)": {
+        "device": (str, "cuda" if torch.cuda.is_available() else "cpu", "torch device"),
+        "batch_rows": (count, 64, "answers decoded together, in rollouts and evaluation"),
+        "micro_batch": (count, 8, "examples or answers a forward and backward"),
+        "checkpointing": (bool, False, "recompute layers in the backward: less memory, slower"),
+        "save_every": (count, 50, "steps between saves of the resume state"),
+        "allow_unconfined_code": (bool, False, "run code answers where no sandbox can be had"),
+    },
+    "how much": {
+        "dtype": (
+            ("auto", "float32", "bfloat16"),
+            "auto",
+            "of the base; auto: float32 on the CPU and for float32 files, else bfloat16",
+        ),
+        "train_examples": (count, None, "use at most this many training examples"),
+        "eval_examples": (count, None, "evaluate on at most this many examples"),
+        "eval_split": (("test", "validation"), "test", "choose settings on validation only"),
+    },
+}
+FREE = tuple(FLAGS["size and speed (free to change when a run goes on)"])
+TOY = {  # without --model these are the defaults
+    "lora_alpha": 32.0, "dropout": 0.0,
+    "sft_lr": 3e-3, "sft_epochs": 8, "max_length": 32,
+    "rl_lr": 4e-3, "rl_epochs": 2, "rl_batch": 16, "rl_weight_decay": 0.0, "rl_grad_norm": 1.0,
+    "max_prompt": 16, "max_response": 12, "temperature": 1.0, "kl": 0.005,
+    "batch_rows": 1024, "micro_batch": 128,
+}  # fmt: skip
 TOY_BASE = {"steps": 1000, "batch": 96}
 TOY_LABELS = r"teachers:([1-5])(:shuffled)?"  # what --labels may say there
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line, without the usage
+        raise ValueError(message)
 
 
 def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def read_flags(parser, names: list[str], arguments):
-    """The command line -> a checked RunConfig of the flags `names` (defaults, then without --model
-    the toy preset, then what the user said), and the parser's own arguments."""
-    for f in fields(RunConfig):
-        if f.name in names:
-            default = f"{TOY[f.name]} in the toy, else {f.default}" if f.name in TOY else f.default
-            text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
-            how = {"default": argparse.SUPPRESS, "help": text}
-            kinds = get_args(f.type) or (f.type,)  # a Literal's words; of X | None, X first
-            if f.type is bool:
-                how["action"] = "store_true"
-            elif isinstance(kinds[0], str):
-                how["choices"] = kinds
-            else:
-                how["type"] = kinds[0]
-            parser.add_argument(option(f.name), **how)
-    said = vars(parser.parse_args(arguments))
-    own = argparse.Namespace(**{name: said.pop(name) for name in list(said) if name not in names})
-    if "model" in names and not said.get("model"):
-        said = TOY | said
-    c = RunConfig(**said)
-    check_ranges(c)
-    return c, own
+def add_flags(parser, names=None):
+    """The flags of a run (or those of these names). Only those that were said are set."""
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for name, (kind, default, text) in flags.items():
+            if names and name not in names:
+                continue
+            shown = f"{TOY[name]} in the toy, else {default}" if name in TOY else default
+            text = f"{text} (default: {shown})".replace("%", "%%")
+            how = {"type": kind}
+            if kind is bool:
+                how = {"action": "store_true"}
+            elif isinstance(kind, tuple):
+                how = {"choices": kind}
+            group.add_argument(option(name), default=argparse.SUPPRESS, help=text, **how)
 
 
-def read_config(arguments) -> RunConfig:
-    """The command line of a run."""
-    parser = argparse.ArgumentParser(
+def defaults() -> dict:
+    return {name: default for flags in FLAGS.values() for name, (_, default, _) in flags.items()}
+
+
+def read_config(arguments):
+    """The command line of a run -> its settings, each flag an attribute."""
+    parser = Parser(
         description=__doc__.partition("\n")[0],
         epilog=f"Also: python train.py {'|'.join(COMMANDS)} --help",
     )
-    c, _ = read_flags(parser, [f.name for f in fields(RunConfig)], arguments)
+    add_flags(parser)
+    said = vars(parser.parse_args(arguments))
+    toy = {} if said.get("model") else TOY
+    return checked(argparse.Namespace(**defaults() | toy | said))
+
+
+def checked(c):
+    """The settings, if they go together; else ValueError."""
     if (c.data == "toy") != (c.model is None):
         raise ValueError("--model and --data go together: give both, or neither for the toy world")
-    return c
-
-
-def check_ranges(c: RunConfig):
-    """Raises ValueError, naming the flag, on a value out of range."""
-    if not 0 < c.theta <= 1:
-        raise ValueError(f"--theta {c.theta} is outside (0, 1]")
-    if not c.targets or set(c.targets) - set(lorapar.PROJECTIONS):
+    if c.out is None:
+        name = data.split_spec(c.data)[0]
+        c.out = f"runs/{Path(c.model).name}-{Path(name).stem}" if c.model else "runs/toy"
+    if not c.targets or set(c.targets) - set(PROJECTIONS):
         raise ValueError(f"--targets {c.targets}: letters of q k v o g u d")
     if c.data == "toy" and not re.fullmatch(TOY_LABELS, c.labels or "teachers:5"):
         raise ValueError(f'--labels {c.labels}: in the toy "teachers:1" to "teachers:5"')
-    for name in ("alpha", "beta", "dropout", "sft_warmup", "rl_warmup"):
-        if not 0 <= getattr(c, name) <= 1:
-            raise ValueError(f"{option(name)} {getattr(c, name)} is outside [0, 1]")
-    for name, value in asdict(c).items():
-        if type(value) is int and name != "seed" and value < 1:
-            raise ValueError(f"{option(name)} {value}: must be at least 1")
-        if isinstance(value, float) and not 0 <= value < 1e37:  # float32 ends there
-            raise ValueError(f"{option(name)} {value} is outside [0, 1e37)")
     if c.rl_group < 2:
         raise ValueError("--rl-group 1: an answer needs others of its group to compare with")
-    for name in ("temperature", "lora_alpha"):
-        if getattr(c, name) == 0:
-            raise ValueError(f"{option(name)} 0: must be positive")
     try:
         torch.empty(0, device=c.device)
     except (RuntimeError, AssertionError):
         raise ValueError(f"--device {c.device}: this PyTorch sees no such device") from None
+    return c
 
 
-# ----------------------------------------------------------------------------------------- inputs
+# ------------------------------------------------------------------------------------------ inputs
 
 
-def load(c: RunConfig, folder):
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    dtype = dtypes.get(c.dtype) or decoder.auto_dtype(folder, c.device)
-    return decoder.load_model(folder, c.device, dtype)
+@dataclass
+class Inputs:
+    """What a run reads: training examples by system, as the stages take them, and the test."""
+
+    encoded: dict  # system -> its training examples as token ids, for scoring
+    sft: list  # of data.Encoded
+    rl: list  # of (example, its prompt's ids)
+    test: list  # of examples
+
+
+def prepare(c, report):
+    """Reads and checks every input before any work is done on it -> model, tokenizer, Inputs."""
+    world = None
+    if c.model:
+        model_path = find_model(c.model)
+    else:
+        model_path, world = toy_inputs(c)
+        done(c, report, "toy base")
+    sets = read_sets(c, world)
+    has_rl = "rl" in ORDERS[c.order]
+    if has_rl:
+        try_reward(c, sets["S2"])
+    records = read_labels(c, world, sets, report)
+    labels = Path(c.out) / "labels.jsonl"
+    label_of = {r["id"]: r["label"] for r in records}
+    if labels.exists() and label_of != {r["id"]: r["label"] for _, r in data.read_records(labels)}:
+        raise ValueError(f"--labels {c.labels}: other labels than this run began with ({labels})")
+    tokenizer = data.Tokenizer(model_path)
+    inputs, systems = Inputs({}, [], [], []), {}
+    for system in ("S1", "S2"):
+        labelled = [replace(e, label=label_of[e.id]) for e in sets[system] if e.id in label_of]
+        random.Random(c.seed).shuffle(labelled)
+        examples = [e for e in labelled[: c.train_examples] if e.label == system]
+        if not examples:
+            raise ValueError(
+                f"none of {len(labelled)} labelled examples is {system}: check --labels"
+            )
+        systems[system] = examples
+        encoded, counts = data.tokenize(examples, tokenizer, c.max_length, c.prompt, "sft")
+        if not encoded:
+            raise ValueError(f"no {system} prompt is shorter than --max-length {c.max_length}")
+        inputs.encoded[system] = encoded
+        counts |= {"without a label": len(sets[system]) - len(labelled)}
+        facts = [f"{n} {what}" for what, n in counts.items() if n]
+        report["data"][system] = ", ".join([f"{len(encoded)} training examples", *facts])
+    inputs.sft = inputs.encoded["S1"]
+    rl_examples = systems["S2"]
+    if c.stage_data == "all":  # an ablation: both stages train on both systems
+        inputs.sft = inputs.encoded["S1"] + inputs.encoded["S2"]
+        rl_examples = systems["S2"] + systems["S1"]
+    if has_rl:
+        inputs.rl = rl_prompts(c, tokenizer, rl_examples, report)
+    test = [replace(e, label=label_of.get(e.id, e.label)) for e in sets["test"] if e.kind != "text"]
+    random.Random(c.seed).shuffle(test)
+    inputs.test = test[: c.eval_examples]
+    report["test"] = f"{len(inputs.test)} {c.eval_split} examples of {c.eval_data or c.data}"
+    model = load(c, model_path)
+    targets = [PROJECTIONS[letter] for letter in c.targets]
+    linears = lorapar.target_linears(model, targets, c.r)  # to refuse them early
+    data.write_jsonl(labels, records)
+    write_json(Path(c.out) / "config.json", settings(c))
+    describe(c, model, linears, inputs, report)
+    return model, tokenizer, inputs
+
+
+def describe(c, model, linears, inputs, report):
+    """What runs, in one block."""
+    parameters = sum(p.numel() for p in model.parameters())
+    dtype = str(model.head_weight.dtype).removeprefix("torch.")
+    elements = sum(c.r * (linear.in_features + linear.out_features) for linear in linears)
+    sft_steps = len(step_indices(len(inputs.sft), c.sft_batch, c.sft_epochs, c.sft_steps, 0))
+    rl_steps = len(step_indices(len(inputs.rl), c.rl_batch, c.rl_epochs, c.rl_steps, 0))
+    planned = [
+        f"{s} {n}" for s, n in (("sft", sft_steps), ("rl", rl_steps)) if s in ORDERS[c.order]
+    ]
+    print(
+        f"model     {c.model or 'toy base'}: {parameters:,} parameters, {dtype} on {c.device}, "
+        f"{torch.get_num_threads()} threads\n"
+        f"LoRA      {elements:,} elements in {len(linears)} linears, r {c.r}, start {c.init}\n"
+        f"data      {c.data}: " + "; ".join(f"{k}: {v}" for k, v in report["data"].items()) + "\n"
+        f"test      {report['test']}\n"
+        f"steps     {', '.join(planned) or 'none: scores and partition only'}\n"
+        f"folder    {c.out}"
+    )
+
+
+def read_sets(c, world) -> dict:
+    """{"S1", "S2", "test"}: the examples of both stages and of the evaluation. A file that trains
+    or evaluates alone is taken whole. Raises ValueError where answers could not be checked, or
+    where the evaluation holds training examples."""
+    first = ("toy", world) if world else data.split_spec(c.data)
+    second = data.split_spec(c.rl_data) if c.rl_data else first
+    test = data.split_spec(c.eval_data) if c.eval_data else first
+    sets, told = {}, set()
+    for name, source, split, others in (
+        ("S1", first, "train", [test]),
+        ("S2", second, "train", [test]),
+        ("test", test, c.eval_split, [first, second]),
+    ):
+        one_file = data.in_one_file(*source)
+        alone = one_file and source not in others
+        if alone and split == "validation":
+            raise ValueError(f"{source[0]} is evaluated whole: it has no validation split")
+        sets[name] = data.load_dataset(*source, "all" if alone else split)
+        if one_file and source not in told:
+            told.add(source)
+            print(split_words(source, alone))
+    if all(e.kind == "text" for e in sets["S2"]) and "rl" in ORDERS[c.order] and not c.reward:
+        raise ValueError(
+            f"answers of {second[0]} cannot be checked: name a --rl-data or a --reward"
+        )
+    if all(e.kind == "text" for e in sets["test"]) and c.order != "none":
+        raise ValueError(f"answers of {test[0]} cannot be checked: name a --eval-data")
+    if {e.id for e in sets["test"]} & {e.id for name in ("S1", "S2") for e in sets[name]}:
+        raise ValueError(f"{test[0]}: the evaluation holds training examples (by their ids)")
+    return sets
+
+
+def split_words(source, alone: bool) -> str:
+    """How a file was cut, in one line."""
+    everything, parts = data.load_dataset(*source, "all"), ["taken whole"]
+    if not alone:
+        sizes = {s: len(data.take_share(everything, *data.FILE_SHARES[s])) for s in data.ALL_SPLITS}
+        parts = [f"{size} {split}" for split, size in sizes.items()]
+    unchecked = sum(e.kind == "text" for e in everything)
+    if unchecked:
+        parts.append(f"{unchecked} cannot be checked")
+    return f"{source[1]}: {len(everything)} examples: {', '.join(parts)}"
+
+
+def read_labels(c, world, sets, report) -> list[dict]:
+    """The label records of all examples: the teachers' votes in the toy, what --labels says, or the
+    labels of one's own file."""
+    examples = list({e.id: e for part in sets.values() for e in part}.values())
+    if world:
+        said = re.fullmatch(TOY_LABELS, c.labels or "teachers:5")
+        files = sorted((world / "answers").glob("*.jsonl"))[: int(said[1])]
+        records, lines = data.count_votes(files)
+        report["votes"] = lines[-1]
+        return data.shuffle_labels(records, c.seed) if said[2] else records
+    labelled = data.label_examples(examples, c.labels) if c.labels else examples
+    records = [{"id": e.id, "label": e.label} for e in labelled if e.label]
+    if not records:
+        raise ValueError(
+            '--labels is missing: a file of votes, "steps:2" for GSM8K, or in rows of your own the '
+            'field "label" (S1 or S2)'
+        )
+    return records
+
+
+def rl_prompts(c, tokenizer, examples, report) -> list:
+    """[(example, its prompt's ids)] of what a reward can check and --max-prompt lets in."""
+    prompts, unchecked, long = [], 0, 0
+    for e in examples:
+        prompt = data.example_ids(e, tokenizer, c.prompt)[0]
+        if e.kind == "text" and not c.reward:
+            unchecked += 1
+        elif len(prompt) > c.max_prompt:
+            long += 1
+        else:
+            prompts.append((e, prompt))
+    left_out = f"{long} longer than --max-prompt {c.max_prompt}, {unchecked} cannot be checked"
+    if not prompts:
+        raise ValueError(f"rl: none of {len(examples)} prompts is left: {left_out}")
+    report["data"]["rl"] = f"{len(prompts)} of {len(examples)} prompts ({left_out})"
+    return prompts
+
+
+def try_reward(c, examples):
+    """One call of the reward, before hours of work: on an example with its own reference answer."""
+    reward = load_reward(c.reward) if c.reward else data.reward_parts
+    example = next(e for e in examples if c.reward or e.kind != "text")
+    parts = reward(example, example.answer, c.allow_unconfined_code)
+    print(f"reward    of the reference answer of {example.id}: {parts}")
 
 
 def load_reward(spec: str):
@@ -560,253 +857,155 @@ def load_reward(spec: str):
     anything that the file or the function raises or gives that is not a number."""
     file, _, name = spec.rpartition(":")
     try:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"no file {file!r}; the form is FILE.py:FUNCTION")
         function = runpy.run_path(file)[name]
     except Exception as error:  # the user's own code
-        why = f"{type(error).__name__}: {error}"
-        raise ValueError(f"--reward {spec}: not FILE.py:FUNCTION ({why})") from None
+        why = (
+            f"no function {name}"
+            if isinstance(error, KeyError)
+            else f"{type(error).__name__}: {error}"
+        )
+        raise ValueError(f"--reward {spec}: {why}") from None
 
     def reward(example, completion, _=False):
         try:
-            given = function(example.question, example.answer, completion)
-            parts = given if isinstance(given, dict) else {"reward": given}
+            value = function(example.question, example.answer, completion)
+            parts = value if isinstance(value, dict) else {"reward": value}
             parts = {str(k): float(v) for k, v in parts.items()}
         except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-            raise ValueError(f"--reward {spec}: {why} (on {example.id})") from None
+            frame = error.__traceback__
+            while frame.tb_next:
+                frame = frame.tb_next
+            why = f"{type(error).__name__}: {error} (line {frame.tb_lineno}, on {example.id})"
+            raise ValueError(f"--reward {spec}: {why}") from None
         if not parts or not all(map(math.isfinite, parts.values())):
-            raise ValueError(f"--reward {spec}: gave {given!r} (on {example.id})")
+            raise ValueError(f"--reward {spec}: gave {value!r} (on {example.id})")
         return parts
 
     return reward
 
 
-def load_labels(c: RunConfig, data_path, examples, report: dict) -> list[dict]:
-    """The label records of `examples`: the teachers' votes in the toy, what --labels says, or the
-    labels of one's own file."""
-    if c.data == "toy":
-        said = re.fullmatch(TOY_LABELS, c.labels or "teachers:5")
-        files = sorted((Path(data_path) / "answers").glob("*.jsonl"))[: int(said[1])]
-        records, votes = data.count_votes(data.read_answers(files), len(files))
-        report["data"] |= {f"votes: {k}": v for k, v in votes.items()}
-        return data.shuffle_labels(records, c.seed) if said[2] else records
-    labelled = data.label_examples(examples, c.labels) if c.labels else examples
-    records = [{"id": e.id, "label": e.label} for e in labelled if e.label]
-    if not records and not c.labels:
-        raise ValueError('--labels is missing: a file of votes, or "steps:2" for GSM8K')
-    if not records:
-        raise ValueError(f"--labels {c.labels}: no label matches an example of {c.data}")
-    return records
+def load(c, folder) -> Transformer:
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return load_model(folder, c.device, dtypes.get(c.dtype) or auto_dtype(folder, c.device))
 
 
-def read_sets(c: RunConfig, data_path) -> dict:
-    """{"S1", "S2", "eval"}: the examples of both stages and of the evaluation. A file that trains
-    or evaluates alone is taken whole. Raises ValueError where answers could not be checked, or
-    where the evaluation holds training examples."""
-    first = (c.data, data_path)
-    second = (c.rl_data, c.rl_data_path) if c.rl_data else first
-    test = (c.eval_data, c.eval_data_path) if c.eval_data else first
-    own = {name for name, _ in (first, second, test) if name.endswith(data.OWN_NAMES)}
-    if len({Path(name).stem for name in own}) < len(own):
-        raise ValueError(f"{' and '.join(own)}: examples are named after their file: rename one")
-    rl_grades = "rl" in c.order and not c.reward
-    sets = {}
-    for name, source, split, others, cure in (
-        ("S1", first, "train", [test], None),
-        ("S2", second, "train", [test], "--rl-data, or a --reward" if rl_grades else None),
-        ("eval", test, c.eval_split, [first, second], "--eval-data"),
-    ):
-        alone = data.in_one_file(*source) and source not in others
-        if alone and split == "validation":
-            raise ValueError(f"{source[0]} is evaluated whole: it has no validation split")
-        sets[name] = data.load_dataset(*source, "all" if alone else split)
-        if cure and not c.score_only and all(e.kind == "text" for e in sets[name]):
-            raise ValueError(f"answers of {source[0]} cannot be checked: name a {cure}")
-    if {e.id for e in sets["eval"]} & {e.id for name in ("S1", "S2") for e in sets[name]}:
-        raise ValueError(f"{test[0]}: the evaluation holds training examples (by their ids)")
-    return sets
-
-
-def prepare(c: RunConfig, report: dict):
-    """Reads and checks every input before it is worked on -> model, tokenizer, by system training
-    examples and their rows of (tokens, prompt length), evaluation examples. Counts: the report."""
-    if c.reward:
-        load_reward(c.reward)  # to refuse it early
-    model_path, data_path = (decoder.find_model(c.model) if c.model else None), c.data_path
-    if not c.model:
-        model_path, data_path = toy_inputs(c)
-        done(c, report, "toy base")
-    sets = read_sets(c, data_path)
-    everything = {e.id: e for examples in sets.values() for e in examples}
-    records = load_labels(c, data_path, list(everything.values()), report)
-    labels = Path(c.out) / "labels.jsonl"
-    if labels.exists() and [r for _, r in data.read_records(labels)] != records:
-        raise ValueError(f"--labels {c.labels}: other labels than this run began with ({labels})")
-    known = {r["id"]: r["label"] for r in records}
-    test = sets.pop("eval")
-    random.Random(c.seed).shuffle(test)
-    test = [replace(e, label=known.get(e.id, e.label)) for e in test if e.kind != "text"]
-    test = test[: c.eval_examples]
-    report["test"] = f"{c.eval_split} examples of {c.eval_data or c.data}"
-    tokenizer, systems, rows = data.Tokenizer(model_path), {}, {}
-    for system, examples in sets.items():
-        labelled = [replace(e, label=known[e.id]) for e in examples if e.id in known]
-        random.Random(c.seed).shuffle(labelled)
-        chosen = [e for e in labelled[: c.train_examples] if e.label == system]
-        if not chosen:
-            raise ValueError(
-                f"no {system} training example among {len(labelled)} labelled ones: check --labels"
-            )
-        rows[system], counts = data.tokenize(chosen, tokenizer, c.max_length, c.prompt, "sft")
-        if not rows[system]:
-            raise ValueError(f"no {system} prompt is shorter than --max-length {c.max_length}")
-        counts["source: without a label"] = len(examples) - len(labelled)
-        counts = {"examples": len(rows[system])} | counts
-        report["data"] |= {f"{system} {k}": v for k, v in counts.items()}
-        systems[system] = chosen
-    if "rl" in c.order and not c.score_only:
-        rl_prompts(c, tokenizer, systems["S2"])  # to refuse them early
-    model = load(c, model_path)
-    lorapar.target_linears(model, c.targets, c.r)  # to refuse these early
-    model.model.checkpointing = c.checkpointing
-    data.write_jsonl(labels, records)
-    lorapar.write_json(Path(c.out) / "config.json", settings(c))
-    return model, tokenizer, systems, rows, test
-
-
-def make_toy_base(c: RunConfig, folder: Path, world: data.ToyWorld):
-    """Trains the toy's tiny base on the unreliable corpus; writes a Hugging Face style folder."""
-    b = TOY_BASE
-    torch.manual_seed(c.seed)
-    shape = decoder.ModelConfig(
-        *SHAPES["toy"], max_position_embeddings=64, tie_word_embeddings=True
-    )
-    model = decoder.Transformer(shape).to(c.device)
-    for p in model.parameters():
-        if p.ndim == 2:  # 1 / sqrt(fan in): a std of 0.02 gets stuck in so small a model
-            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
-    data.save_toy_tokenizer(folder)
-    lorapar.write_json(folder / "config.json", {"eos_token_id": 0})  # the tokenizer reads it here
-    tokenizer = data.Tokenizer(folder)
-    rows, _ = data.tokenize(world.corpus(b["steps"] * b["batch"]), tokenizer, c.max_length)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    started = time.perf_counter()
-    for step in range(b["steps"]):
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * min(1, (step + 1) / 100) * (1 - step / b["steps"])
-        optimizer.zero_grad()
-        chosen = rows[step * b["batch"] : (step + 1) * b["batch"]]
-        loss = backward(model, chosen, b["batch"] // 2, c.device)  # two halves: short, then long
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        if (step + 1) % 50 == 0:
-            elapsed = time.perf_counter() - started
-            left = elapsed / (step + 1) * (b["steps"] - step - 1)
-            print(f"base {step + 1}/{b['steps']}  loss {loss:.3f}  left {clock(left)}")
-    decoder.save_model(model, folder, eos_token_id=tokenizer.eos_ids[0])  # the weights last
-
-
-def toy_inputs(c: RunConfig):
+def toy_inputs(c):
     """The toy world's files -> (model folder, data folder), made once a run folder."""
     base, world_folder = Path(c.out) / "base", Path(c.out) / "world"
     if (base / "model.safetensors").exists():
         print(f"toy base: reused from {base}")
     else:
-        lorapar.write_json(Path(c.out) / "config.json", settings(c))
+        write_json(Path(c.out) / "config.json", settings(c))
         world = data.make_toy(world_folder, c.seed)
         print(f"toy base: training {TOY_BASE['steps']} steps on the unreliable corpus")
         make_toy_base(c, base, world)
     return base, world_folder
 
 
-# --------------------------------------------------------------------------------- the run folder
+def make_toy_base(c, folder: Path, world: data.ToyWorld):
+    """Trains the toy's tiny base on the unreliable corpus; writes a Hugging Face style folder."""
+    steps, batch = TOY_BASE["steps"], TOY_BASE["batch"]
+    torch.manual_seed(c.seed)
+    shape = ModelConfig(
+        len(data.TOY_TOKENS), 128, 256, 2, 4, 4, 32,
+        max_position_embeddings=64, tie_word_embeddings=True,
+    )  # fmt: skip
+    model = Transformer(shape).to(c.device)
+    for p in model.parameters():
+        if p.ndim == 2:  # 1 / sqrt(fan in): a std of 0.02 gets stuck in so small a model
+            torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
+    data.save_toy_tokenizer(folder)
+    write_json(folder / "config.json", {"eos_token_id": 0})  # the tokenizer reads it here
+    tokenizer = data.Tokenizer(folder)
+    encoded, _ = data.tokenize(world.corpus(steps * batch), tokenizer, c.max_length)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    CLOCK.start("base", 0)
+    for step in range(steps):
+        lr = 3e-3 * min(1, (step + 1) / 100) * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.zero_grad()
+        chosen = encoded[step * batch : (step + 1) * batch]
+        loss = backward(model, chosen, batch // 2, c.device)  # two halves: short, then long
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            print(
+                f"base {step + 1}/{steps}  loss {loss:.3f}  left {CLOCK.left('base', step, steps)}"
+            )
+    save_model(model, folder, eos_token_id=tokenizer.eos_ids[0])  # the weights last
 
 
-def settings(c: RunConfig) -> dict:
-    return {name: value for name, value in asdict(c).items() if name != "out"}
+# ---------------------------------------------------------------------------------- the run folder
 
 
-def open_run(c: RunConfig) -> dict:
-    """-> the report of the run folder so far. Raises ValueError if it holds another run."""
+def settings(c) -> dict:
+    return {name: value for name, value in vars(c).items() if name in defaults() and name != "out"}
+
+
+def open_run(c) -> dict:
+    """-> the report of the run folder so far. Raises ValueError if it holds another run: a stage's
+    own flags may change until it begins, those of size and speed always."""
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
     if (out / "config.json").exists():
-        old, new = decoder.read_json(out / "config.json"), settings(c)
-        for name in new | old:
-            if new.get(name) != old.get(name):
+        old, new = read_json(out / "config.json"), settings(c)
+        for name in new:
+            stage = name.partition("_")[0]
+            begun = stage not in ("sft", "rl") or (out / stage / "state.safetensors").exists()
+            if name not in FREE and begun and new[name] != old.get(name):
                 raise ValueError(
-                    f"{out} holds a run with {option(name)} {old.get(name)}, not "
-                    f"{new.get(name)}: choose another --out, or delete that folder"
+                    f"{out} holds a run with {option(name)} {old.get(name)}, not {new[name]}: "
+                    "choose another --out, or delete that folder"
                 )
     report = {"evaluation": {}, "partition": {}, "data": {}, "seconds": {}, "peak_gb": {}}
     if (out / "report.json").exists():
-        report |= decoder.read_json(out / "report.json")
+        report |= read_json(out / "report.json")
     report["since"] = time.perf_counter()  # the last `done`; never written
     return report
 
 
-def done(c: RunConfig, report: dict, what: str):
+def done(c, report, what: str):
     """Notes the seconds since the last call and the peak memory, and saves the report. The first
     time counts: a reused result took no time."""
     now = time.perf_counter()
     report["seconds"].setdefault(what, round(now - report["since"], 2))
     report["peak_gb"].setdefault(what, round(peak_memory(c.device) / 1e9, 2))
     report["since"] = now
-    kept = {name: value for name, value in report.items() if name != "since"}
-    lorapar.write_json(Path(c.out) / "report.json", kept)
+    written = {name: value for name, value in report.items() if name != "since"}
+    write_json(Path(c.out) / "report.json", written)
 
 
 def peak_memory(device) -> int:
-    """Bytes: the GPU's peak since the last call, or this process' peak so far."""
-    if torch.device(device).type != "cuda":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    return peak
+    """Bytes: the GPU's peak since the last call, or this process' peak so far; 0 if unknown."""
+    if torch.device(device).type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def write_json(path, value):
+    lorapar.write_file(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_tensors(path, tensors: dict):
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    lorapar.write_file(path, safetensors_bytes(tensors, {"format": "pt"}))
 
 
 def read_tensors(path) -> dict[str, torch.Tensor]:
     try:
-        return {
-            name: t.clone() for name, t in load_file(path).items()
-        }  # a copy, for the file is mapped
+        mapped = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: not readable ({error}); delete it to redo this part") from None
-
-
-def save_state(folder, model, optimizer, step: int):
-    """What a stage needs to go on bit for bit, in one file that is renamed into place."""
-    tensors = {f"adam.{name}": t for name, t in optimizer.state[optimizer.packed].items()}
-    tensors |= {"flat": lorapar.get_flat(model), "step": torch.tensor(step)}
-    lorapar.write_tensors(folder / "state.safetensors", tensors)
-
-
-def load_state(folder, model, optimizer) -> int:
-    """Puts a saved state back and returns how many steps it has behind it; 0 if there is none."""
-    path = folder / "state.safetensors"
-    if not path.exists():
-        return 0
-    tensors = read_tensors(path)
-    if tensors["adam.exp_avg"].shape != optimizer.packed.shape:
-        raise ValueError(f"{path}: made with another mask; delete it to redo the stage")
-    lorapar.set_flat(model, tensors["flat"])
-    adam = {name[5:]: t for name, t in tensors.items() if name.startswith("adam.")}
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: adam}})
-    return int(tensors["step"])
-
-
-def forget_metrics(path: Path, stage: str, first_step: int):
-    """Drops the lines of metrics.jsonl that a resumed stage will write again, and a torn one."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):
-            record = json.loads(line)
-            if record["stage"] != stage or record["step"] < first_step:
-                kept.append(record)
-    data.write_jsonl(path, kept)
-
-
-def clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    return {name: t.clone() for name, t in mapped.items()}  # the file will be written again
 
 
 def bar(items, what):
@@ -820,21 +1019,22 @@ def jaccard(part: lorapar.Partition) -> float:
 
 def partition_facts(model, part: lorapar.Partition, masks: dict) -> dict:
     """What partition.json says: regions, active elements, each projection's share of them."""
-    sizes = {name: p.numel() for name, p in lorapar.lora_factors(model).items()}  # in flat order
-    projections = {}
-    for name, *pieces in zip(sizes, *(region.split(list(sizes.values())) for region in part)):
-        row = projections.setdefault(name.split(".")[-2], Counter())
-        row["elements"] += sizes[name]
-        row.update({region: int(piece.sum()) for region, piece in zip(part._fields, pieces)})
+    N, begin, projections = len(part.shared), 0, {}
+    for name, factor in lorapar.lora_factors(model).items():  # in flat order
+        piece = slice(begin, begin + factor.numel())
+        begin = piece.stop
+        counts = projections.setdefault(name.split(".")[-2], Counter())
+        counts["elements"] += factor.numel()
+        for region_name, region in part._asdict().items():
+            counts[region_name] += int(region[piece].sum())
     active = {stage: int(mask.sum()) for stage, mask in masks.items()}
     return {
-        "elements": len(part.shared),
+        "elements": N,
         "regions": {name: int(region.sum()) for name, region in part._asdict().items()},
         "jaccard": jaccard(part),
         "active": active,
-        "active_percent": {stage: 100 * n / len(part.shared) for stage, n in active.items()},
+        "active_percent": {stage: 100 * n / N for stage, n in active.items()},
         "per_projection": projections,
-        "factors": sizes,
     }
 
 
@@ -843,96 +1043,130 @@ def table(head: list, rows) -> list[str]:
     return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def write_report(c: RunConfig, report: dict) -> str:
+def write_report(c, report, s1, s2) -> str:
     """report.md: the tables a person reads. Returns its text."""
     stages, p = report["evaluation"], report["partition"]
     lines = [f"# LoRA-PAR: {c.data}, seed {c.seed}", ""]
     if stages:
         systems = {system: row["examples"] for system, row in stages["base"].items()}
-        shown = {"accuracy": "{:.1%}", "probability": "{:.3f}", "loss": "{:.3f}"}
-        head = ["", *(f"{s} {k}" for s in systems for k in ("accuracy", "p(answer)", "loss"))]
-        rows = (
-            [stage, *(form.format(row[s][k]) for s in systems for k, form in shown.items())]
-            for stage, row in stages.items()
-        )
-        counts = ", ".join(f"{system} {n}" for system, n in systems.items())
-        lines += [*table(head, rows), "", f"{report['test']}: {counts}; greedy answers.", ""]
-    head = ["elements", "S1-only", "S2-only", "shared", "Jaccard", "active in SFT", "active in RL"]
-    active = (f"{p['active'][k]} ({p['active_percent'][k]:.1f}%)" for k in ("sft", "rl"))
-    row = [p["elements"], *p["regions"].values(), f"{p['jaccard']:.3f}", *active]
-    lines += [*table(head, [row]), ""]
-    lines += [f"- {name}: {value}" for name, value in report["data"].items() if value]
-    costs = {"Seconds": "seconds", "Peak memory up to the end of each, GB": "peak_gb"}
-    for what, key in costs.items():
+        rows = []
+        for stage, row in stages.items():
+            cells = [f"{100 * a['accuracy']:.1f} ± {100 * a['error']:.1f}" for a in row.values()]
+            rows.append([stage, *cells, f"{row['all']['loss']:.3f}"])
+        lines += table(["accuracy, %", *(f"{s} ({n})" for s, n in systems.items()), "loss"], rows)
+        lines += ["", f"{report['test']}, greedy answers, ± one standard error. loss: mean over"]
+        lines += ["examples of the cross-entropy a token of the reference answer.", ""]
+    rows = []
+    for theta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9):
+        part = lorapar.partition(s1, s2, theta)
+        shares = [100 * float((own | part.shared).double().mean()) for own in part[:2]]
+        rows.append([theta, *(f"{share:.2f}" for share in shares), f"{jaccard(part):.3f}"])
+    lines += table(["theta", "% S1 region", "% S2 region", "Jaccard"], rows)
+    regions = p["regions"]
+    lines += [
+        "",
+        f"This run: theta {c.theta}, {p['elements']} elements: S1-only {regions['s1_only']},",
+    ]
+    lines += [
+        f"S2-only {regions['s2_only']}, shared {regions['shared']}; active in SFT "
+        f"{p['active_percent']['sft']:.1f}%, in RL {p['active_percent']['rl']:.1f}%."
+    ]
+    lines += [""] + [f"- {name}: {text}" for name, text in report["data"].items()]
+    if "votes" in report:
+        lines.append(f"- {report['votes']}")
+    for what, key in (("Seconds", "seconds"), ("Peak memory up to the end of each, GB", "peak_gb")):
         lines += ["", f"{what}: " + "  ".join(f"{k} {v:.2f}" for k, v in report[key].items())]
     text = "\n".join([*lines, ""])
     lorapar.write_file(Path(c.out) / "report.md", text.encode())
     return text
 
 
-# ------------------------------------------------------------------------------- other commands
+# --------------------------------------------------------------------------------- other commands
 
 
 def run_eval(arguments):
-    """The accuracy of a checkpoint, with or without an adapter."""
-    parser = argparse.ArgumentParser("train.py eval", description=run_eval.__doc__)
+    """The accuracy of a run, asked as the run asks, or of any checkpoint (--model, --adapter)."""
+    parser = Parser("train.py eval", description=run_eval.__doc__)
+    parser.add_argument("run", nargs="?", help="a run folder: its model, last adapter and settings")
     parser.add_argument("--adapter", help="a folder in PEFT's format")
-    parser.add_argument("--samples", type=int, default=1, help="over 1: sample, and give pass@k")
-    parser.add_argument("--out", default="answers.jsonl", help="every answer, a line an example")
-    names = "model data data_path labels prompt seed device dtype max_response temperature "
-    names += "eval_examples eval_split batch_rows micro_batch allow_unconfined_code"
-    c, own = read_flags(parser, names.split(), arguments)
-    if not c.model or c.data == "toy" or own.samples < 1:
-        raise ValueError("eval needs --model and --data, and --samples of at least 1")
-    split = "all" if data.in_one_file(c.data, c.data_path) else c.eval_split
-    examples = data.load_dataset(c.data, c.data_path, split)
-    if all(e.kind == "text" for e in examples):
+    names = "model data labels prompt seed device dtype max_response eval_examples eval_split "
+    names += "batch_rows micro_batch allow_unconfined_code"
+    add_flags(parser, names.split())
+    said = vars(parser.parse_args(arguments))
+    folder, adapter = said.pop("run"), said.pop("adapter")
+    c = argparse.Namespace(**defaults() | said)
+    if folder:
+        settled = read_json(Path(folder) / "config.json")
+        if settled.get("eval_data"):
+            settled["data"] = settled["eval_data"]
+        c = argparse.Namespace(**defaults() | settled | said)
+        written = [
+            s for s in ORDERS[c.order] if (Path(folder) / s / "adapter_config.json").exists()
+        ]
+        if not written and not adapter:
+            raise ValueError(f"{folder}: no adapter there yet")
+        adapter = adapter or Path(folder) / written[-1]
+    elif not c.model or c.data == "toy":
+        raise ValueError("eval needs a run folder, or --model and --data")
+    source = data.split_spec(c.data) if c.model else ("toy", Path(folder) / "world")
+    path = find_model(c.model) if c.model else Path(folder) / "base"
+    alone = data.in_one_file(*source) and (not folder or "data" in said)
+    examples = data.load_dataset(*source, "all" if alone else c.eval_split)
+    examples = [e for e in examples if e.kind != "text"]
+    if not examples:
         raise ValueError(f"answers of {c.data} cannot be checked")
-    if c.labels:
-        known = {e.id: e for e in data.label_examples(examples, c.labels)}
-        if not known:
-            raise ValueError(f"--labels {c.labels}: no label matches an example of {c.data}")
-        examples = [known.get(e.id, e) for e in examples]
+    if c.labels and c.model:
+        label_of = {e.id: e for e in data.label_examples(examples, c.labels)}
+        examples = [label_of.get(e.id, e) for e in examples]
     random.Random(c.seed).shuffle(examples)
-    path = decoder.find_model(c.model)
-    with open(own.out, "a"):  # fails now, not after the work
-        pass
+    out = new_file(
+        Path(folder or ".") / ("answers" if folder else "") / f"eval-{Path(source[0]).stem}.jsonl"
+    )
     tokenizer, model = data.Tokenizer(path), load(c, path)
-    if own.adapter:
-        lorapar.load_adapter(model, own.adapter)
-    examples = [e for e in examples if e.kind != "text"][: c.eval_examples]
-    averages, records = evaluate(c, model, tokenizer, examples, c.data, own.samples)
-    print(json.dumps(averages, indent=2))
-    data.write_jsonl(own.out, records)
-    print(f"every answer is in {own.out}")
+    if adapter:
+        lorapar.load_adapter(model, adapter)
+    records = answer(c, model, tokenizer, examples[: c.eval_examples], c.data)
+    print(json.dumps(averages(records), indent=2))
+    data.write_jsonl(out, records)
+    print(f"every answer is in {out}")
+
+
+def new_file(path: Path) -> Path:
+    """A name that no file has yet, made now: a folder that cannot be written fails early."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        name = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
+        with suppress(FileExistsError):
+            name.touch(exist_ok=False)
+            return name
 
 
 def run_merge(arguments):
     """Folds an adapter into its checkpoint: a whole Hugging Face folder, weights in their dtype."""
-    parser = argparse.ArgumentParser("train.py merge", description=run_merge.__doc__)
+    parser = Parser("train.py merge", description=run_merge.__doc__)
     parser.add_argument("--model", required=True, help="the base: a model folder or Hub id")
     parser.add_argument("--adapter", required=True, help="a folder in PEFT's format")
-    parser.add_argument("--out", required=True, help="the folder to write")
+    parser.add_argument("--out", required=True, help="the folder to write: new, or empty")
     args = parser.parse_args(arguments)
-    source, out = decoder.find_model(args.model), Path(args.out)
-    if out.exists() and out.resolve() == source.resolve():
-        raise ValueError(f"--out {out} is the model itself; name another folder")
-    model = decoder.load_model(source, dtype=None)  # each tensor as it is stored
-    decoder.save_model(lorapar.merge(lorapar.load_adapter(model, args.adapter)), out)
+    source, out = find_model(args.model), Path(args.out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"--out {out} is not empty; name a new folder")
+    model = load_model(source, dtype=None)  # each tensor as it is stored
+    save_model(lorapar.merge(lorapar.load_adapter(model, args.adapter)), out)
     for file in source.iterdir():
-        kept = file.suffix in (".json", ".model", ".jinja", ".txt")
-        if file.is_file() and kept and not file.name.endswith(".index.json"):
+        described = file.suffix in (".json", ".model", ".jinja", ".txt")
+        if file.is_file() and described and not file.name.endswith(".index.json"):
             shutil.copy(file, out / file.name)
     print(f"merged: {out}")
 
 
 def run_figure(arguments):
     """Draws importance.png and training.png of a run folder."""
-    parser = argparse.ArgumentParser("train.py figure", description=run_figure.__doc__)
+    parser = Parser("train.py figure", description=run_figure.__doc__)
     parser.add_argument("run", help="the run folder")
     out = Path(parser.parse_args(arguments).run)
-    if not (out / "importance.safetensors").exists():
-        raise ValueError(f"{out}: no run there (no importance.safetensors)")
+    if not (out / "partition.json").exists():
+        raise ValueError(f"{out}: no run there (no partition.json)")
     draw_figures(out)
 
 
@@ -952,11 +1186,8 @@ def draw_figures(out: Path):
     figure = new_figure(6, 5)
     if figure is None:
         return
-    scores = read_tensors(out / "importance.safetensors")
-    s1, s2 = scores["s1"], scores["s2"]
-    regions = read_tensors(out / "partition.safetensors")
+    scores, regions = (read_tensors(out / f"{n}.safetensors") for n in ("importance", "partition"))
     s1_only, s2_only, shared = (regions[name] for name in lorapar.Partition._fields)
-    facts = decoder.read_json(out / "partition.json")
     axes = figure.subplots()
     some = torch.randperm(len(shared), generator=torch.Generator().manual_seed(0))[:20_000]
     for name, colour, region in (
@@ -967,195 +1198,224 @@ def draw_figures(out: Path):
     ):
         here = some[region[some]]
         share = f"{name} {region.double().mean():.1%}"
-        axes.scatter(s1[here], s2[here], s=2, c=colour, label=share, rasterized=True)
+        s1, s2 = scores["s1"][here], scores["s2"][here]
+        axes.scatter(s1, s2, s=2, c=colour, label=share, rasterized=True)
     axes.set(xscale="log", yscale="log")
     axes.set(xlabel="importance for System 1", ylabel="importance for System 2")
-    axes.legend(title=f"Jaccard index {facts['jaccard']:.3f}", markerscale=4)
+    index = read_json(out / "partition.json")["jaccard"]
+    axes.legend(title=f"Jaccard index {index:.3f}", markerscale=4)
     figure.savefig(out / "importance.png", dpi=120, bbox_inches="tight")
     metrics = out / "metrics.jsonl"
-    lines = [r for _, r in data.read_records(metrics)] if metrics.exists() else []
+    lines = [record for _, record in data.read_records(metrics)] if metrics.exists() else []
     figure = new_figure(14, 3)
     shown = {"loss": "sft", "reward": "rl", "kl": "rl", "length": "rl"}
     for axes, (name, stage) in zip(figure.subplots(1, 4), shown.items()):
-        points = [(r["step"] + 1, r[name]) for r in lines if r["stage"] == stage and name in r]
-        axes.plot(*zip(*points) if points else ([], []))
+        points = [r for r in lines if r["stage"] == stage and name in r]
+        axes.plot([r["step"] + 1 for r in points], [r[name] for r in points], marker=".")
         axes.set(title=f"{stage}: {name}", xlabel="step")
+        axes.locator_params(axis="x", nbins=5, integer=True)
     figure.savefig(out / "training.png", dpi=120, bbox_inches="tight")
     print(f"figures: {out}/importance.png, {out}/training.png")
 
 
 # ------------------------------------------------------------------------------------------ sweeps
 
-TARGETS, RANDOM = ("qkvgud", "qkv", "gud"), ("random", "random-in-tensor")
 FULL = {"theta": 1.0, "stage_data": "all"}  # every element, every example
-TWICE = {"sft_epochs": lambda base: 2 * base.sft_epochs}
-SWEEPS = {  # name -> {row: the flags it changes}; a function is called with the base settings
-    "splits": {
-        "one teacher": {"labels": "teachers:1"},
-        "vote of 3": {"labels": "teachers:3"},
-        "vote of 5": {"labels": "teachers:5"},
-        "random split": {"labels": "teachers:5:shuffled"},
-    },
-    "shared": {
-        f"alpha {a} beta {b}": {"alpha": a, "beta": b}
-        for a in (0.0, 0.5, 1.0)
-        for b in (0.0, 0.5, 1.0)
-    },
-    "theta": {
-        f"{targets.upper()} {theta} {select}": dict(targets=targets, theta=theta, select=select)
-        for targets in TARGETS
-        for select in ("importance", *RANDOM)
-        for theta in (0.3, 0.5, 0.7, 0.9, 1.0)
-        if select == "importance" or (targets == "qkvgud" and theta < 1)
-    },
-    "methods": {
-        "LoRA": FULL | {"init": "lora", "order": "sft"},
-        "LoRA, 2 epochs": FULL | {"init": "lora", "order": "sft"} | TWICE,
-        "OLoRA": FULL | {"init": "olora", "order": "sft"},
-        "OLoRA, 2 epochs": FULL | {"init": "olora", "order": "sft"} | TWICE,
-        "PiSSA": FULL | {"init": "pissa", "order": "sft"},
-        "PiSSA, 2 epochs": FULL | {"init": "pissa", "order": "sft"} | TWICE,
-        "LoRA + RL": FULL | {"init": "lora"},
-        "PiSSA + RL": FULL | {"init": "pissa"},
-        "LoRA-PAR 0.9": {},
-        "LoRA-PAR 0.95": {"theta": 0.95},
-        "LoRA-PAR 0.9 from PiSSA": {"init": "pissa"},
-        "LoRA-PAR 0.95 from PiSSA": {"init": "pissa", "theta": 0.95},
-    },
-    "order": {"SFT then RL": {}, "RL then SFT": {"order": "rl,sft"}},
-    "scores": {s: {"select": s} for s in (*lorapar.SCORES, *reversed(RANDOM), "swapped")},
+RANDOM = ("random", "random-in-tensor")
+
+
+def sweep_rows(name: str) -> dict:
+    """The rows of a table: {row: (the flags it changes, the row it is compared with)}."""
+    if name == "splits":
+        labels = {"vote of 5": "teachers:5", "vote of 3": "teachers:3"}
+        labels |= {"one teacher": "teachers:1", "random split": "teachers:5:shuffled"}
+        return {row: ({"labels": words}, "vote of 5") for row, words in labels.items()}
+    if name == "order":
+        rows = {"SFT then RL": {}, "RL then SFT": {"order": "rl-sft"}}
+        return {row: (flags, "SFT then RL") for row, flags in rows.items()}
+    if name == "swapped":
+        rows = {"own masks": {}, "swapped masks": {"select": "swapped"}}
+        return {row: (flags, "own masks") for row, flags in rows.items()}
+    rows = {}
+    if name == "shared":
+        for alpha, beta in itertools.product((0.0, 0.5, 1.0), repeat=2):
+            flags = {"alpha": alpha, "beta": beta}
+            rows[f"alpha {alpha} beta {beta}"] = (flags, "alpha 1.0 beta 1.0")
+    if name == "theta":
+        for targets, select in [("qkvgud", s) for s in ("importance", *RANDOM)] + [
+            ("qkv", "importance"),
+            ("gud", "importance"),
+        ]:
+            for theta in (0.3, 0.5, 0.7, 0.9, 1.0)[: 4 if select in RANDOM else 5]:
+                flags = {"targets": targets, "theta": theta, "select": select}
+                twin = f"{targets.upper()} {theta if select in RANDOM else 1.0} importance"
+                rows[f"{targets.upper()} {theta} {select}"] = (flags, twin)
+    if name == "methods":
+        for init, words in (("lora", "LoRA"), ("olora", "OLoRA"), ("pissa", "PiSSA")):
+            flags = FULL | {"init": init, "order": "sft"}
+            rows[words] = (flags, "LoRA-PAR 0.9")
+            rows[f"{words}, twice the epochs"] = (flags | {"sft_epochs": 2}, "LoRA-PAR 0.9")
+        for init, words in (("lora", "LoRA + RL"), ("pissa", "PiSSA + RL")):
+            rows[words] = (FULL | {"init": init}, "LoRA-PAR 0.9")
+        for theta, init in itertools.product((0.9, 0.95), ("anchored", "pissa")):
+            row = f"LoRA-PAR {theta}" + (" from PiSSA" if init == "pissa" else "")
+            rows[row] = ({"theta": theta, "init": init}, "LoRA-PAR 0.9")
+    return rows
+
+
+SWEEPS = {
+    "splits": "table 1: who splits the data",
+    "shared": "table 2: alpha and beta, the share of the shared elements that each stage trains",
+    "theta": "table 3, figure 5: how many elements, against random ones, for three target sets",
+    "methods": "table 4: LoRA, OLoRA, PiSSA, with and without RL, against LoRA-PAR",
+    "order": "SFT then RL, or the reverse",
+    "swapped": "each stage with the other system's elements",
+    "resample": "how much of two regions' difference is sampling",
 }
-SAME = "itself after SFT"  # in the place of another row
-CLAIMS = {  # sweep -> (the row that should end higher, the other, points in the paper if known)
-    "splits": [("vote of 5", "one teacher", None), ("vote of 5", "random split", None)],
-    "shared": [("alpha 1.0 beta 1.0", "alpha 0.0 beta 0.0", None)],
-    "theta": [
-        *(
-            (f"QKVGUD {t} importance", f"QKVGUD {t} {r}", None)
-            for t in (0.3, 0.5, 0.9)
-            for r in RANDOM
-        ),
-        ("QKVGUD 0.9 importance", "QKVGUD 1.0 importance", None),
-    ],
-    "methods": [
-        ("LoRA-PAR 0.9", SAME, 12.96),
-        ("LoRA-PAR 0.9", "LoRA + RL", 11.82),
-        ("LoRA-PAR 0.9 from PiSSA", "LoRA-PAR 0.9", None),
-    ],
-    "order": [("SFT then RL", "RL then SFT", 13.19)],
-    "scores": [("importance", other, None) for other in list(lorapar.SCORES)[1:] + ["swapped"]],
-}
-# The paper's numbers as far as the authors' repository shows them: Qwen2.5-7B on GSM8K, accuracy at
-# the end; percent active of LLaMA-2-7B (table 3) by targets and theta.
+# The paper's numbers as far as the authors' repository shows them: Qwen2.5-7B on GSM8K.
 PAPER = {"LoRA": 68.61, "PiSSA": 57.24, "LoRA + RL": 69.83, "LoRA-PAR 0.9": 81.65}
 PAPER |= {"SFT then RL": 81.65, "RL then SFT": 68.46}
-PAPER_ACTIVE = {("qkvgud", 0.1): 0.32, ("qkvgud", 0.3): 2.72, ("qkvgud", 0.5): 7.91}
-PAPER_ACTIVE |= {("qkvgud", 0.7): 17.87, ("qkvgud", 0.8): 26.4, ("qkvgud", 0.9): 40.56}
-PAPER_ACTIVE |= {("qkv", 0.9): 35.7, ("gud", 0.9): 42.9}
 RATES = (1 / 3, 1, 3)  # times the run's own
+TOY_SWEEP_RL_STEPS = 40  # the toy's two epochs end near 100% whatever the elements
 
 
 def run_sweep(arguments):
     """Repeats a table or figure of the paper: each cell an ordinary run in a folder of its own
     under --out (default runs/sweep), with any flag of a run. Writes NAME.md, NAME.csv and, where
     the paper has a figure and matplotlib is installed, NAME.png. Finished cells are reused."""
-    parser = argparse.ArgumentParser(
-        "train.py sweep", description=run_sweep.__doc__, allow_abbrev=False
+    about = "; ".join(f"{name}: {words}" for name, words in SWEEPS.items())
+    parser = Parser(
+        "train.py sweep", description=run_sweep.__doc__, epilog=about, allow_abbrev=False
     )
-    parser.add_argument("name", choices=[*SWEEPS, "resample"])
-    parser.add_argument("--seeds", type=int, default=5, help="0 .. N-1; seed N chooses the rates")
+    parser.add_argument("name", choices=tuple(SWEEPS))
+    parser.add_argument("--seeds", type=count, default=5, help="0 .. N-1; seed N chooses the rates")
+    parser.add_argument("--rows", help="only these rows of the table, comma separated")
     args, rest = parser.parse_known_args(arguments)
     base = read_config(["--out", "runs/sweep", *rest])
-    if args.seeds < 1 or (base.score_only and args.name != "theta"):
-        raise ValueError("sweep needs --seeds of at least 1, and --score-only goes with theta")
-    rows = SWEEPS.get(args.name, {})
-    for name in {k for row in rows.values() for k, v in row.items() if not callable(v)}:
-        if any(word.partition("=")[0] == option(name) for word in rest):
-            raise ValueError(f"sweep {args.name} sets {option(name)} itself")
+    if base.model is None and base.rl_steps is None:
+        base.rl_steps = TOY_SWEEP_RL_STEPS
+    if base.order == "none":
+        raise ValueError("sweep: --order none trains nothing that could be compared")
     if args.name == "resample":
         return resample(base, args.seeds)
-    if base.score_only:
-        return active_shares(replace(base, score_only=False), args.seeds)
+    rows = sweep_rows(args.name)
+    for name in {name for flags, _ in rows.values() for name in flags}:
+        if any(word.partition("=")[0] == option(name) for word in rest):
+            raise ValueError(f"sweep {args.name} sets {option(name)} itself")
+    if args.rows:
+        unknown = set(args.rows.split(",")) - set(rows)
+        if unknown:
+            raise ValueError(f"--rows: no row {min(unknown)!r}; there are {', '.join(rows)}")
+        rows = {row: rows[row] for row in args.rows.split(",")}
+    progress = Progress(rows, base, args.seeds)
     records, rates = [], {}
-    for row, changes in rows.items():
-        best, rates[row] = tuned_rates(base, changes, args.seeds)
+    for row, (flags, _) in rows.items():
+        best, rates[row] = tuned_rates(base, flags, args.seeds, progress)
         for seed in range(args.seeds):
-            _, report = run_cell(base, changes | best | {"seed": seed})
+            report = run_cell(base, flags | best | {"seed": seed}, progress)
             records.append({"row": row, "seed": seed} | best | cell_facts(report))
-        print(f"{row}: {spread(r['all at the end'] for r in records[-args.seeds :])}")
-    columns = ["% active in sft", "% active in rl", "S1 after sft", "S2 after sft"]
-    columns += ["S1 at the end", "S2 at the end", "all at the end"]
-    columns = [name for name in columns if any(name in r for r in records)]
-    counts = ", ".join(f"{k} {v['examples']}" for k, v in report["evaluation"]["base"].items())
-    cells = {row: [r for r in records if r["row"] == row] for row in rows}
-    shown = (
-        [row, PAPER.get(row, ""), rates[row], *(spread(r.get(k) for r in mine) for k in columns)]
-        for row, mine in cells.items()
-    )
-    claims = ["ends higher", "than", "by", "standard error", "paper", "verdict"]
-    lines = [
-        f"## {args.name}: {args.seeds} seeds, {report['test']} ({counts})",
-        "",
-        *table(["", "paper", "rates", *columns], shown),
-        "",
-        "Mean ± standard deviation, in %. Rates of the stages in their order, each the best of "
-        f"{len(RATES)} on the validation split of seed {args.seeds} (* at the grid's edge). "
-        "Paper: Qwen2.5-7B on GSM8K. Differences at the end are paired by seed.",
-        "",
-        *table(claims, (verdict(*claim, records) for claim in CLAIMS[args.name])),
-        "",
-        f"{len(records)} cells, {sum(r['seconds'] for r in records):.0f} s; choosing rates not in.",
-    ]
-    write_sweep(base, args.name, records, lines)
+        print(f"{row}: {spread([r['all at the end'] for r in records[-args.seeds :]])}")
+    write_sweep(base, args.name, records, sweep_table(args, rows, records, rates, report))
     if args.name == "theta":  # figure 5
         curves = {}
-        for row, mine in cells.items():
+        for row in rows:
             targets, theta, select = row.split()
-            ends = [r["all at the end"] for r in mine]
+            ends = [r["all at the end"] for r in records if r["row"] == row]
             curves.setdefault(f"{targets} {select}", {})[float(theta)] = ends
         draw_curves(base, "theta", curves, "theta", "accuracy at the end, %")
 
 
-def run_cell(base: RunConfig, changes: dict) -> tuple[RunConfig, dict]:
-    """One ordinary run in a folder named after what it changes -> its settings and report; a
-    finished one is read."""
-    changes = {k: v(base) if callable(v) else v for k, v in changes.items()}
+def sweep_table(args, rows, records, rates, report) -> list[str]:
+    columns = ["% active in sft", "% active in rl", "S1 at the end", "S2 at the end"]
+    columns += ["all after sft", "all at the end"]
+    lines = []
+    for row, (_, reference) in rows.items():
+        mine = {r["seed"]: r for r in records if r["row"] == row}
+        theirs = {r["seed"]: r for r in records if r["row"] == reference}
+        difference = ""
+        if theirs and row != reference:
+            gaps = [mine[s]["all at the end"] - theirs[s]["all at the end"] for s in mine]
+            difference = f"{statistics.mean(gaps):+.1f}{error_of(gaps)}"
+        spreads = [spread([r.get(column) for r in mine.values()]) for column in columns]
+        lines.append([row, PAPER.get(row, ""), rates[row], *spreads, reference, difference])
+    head = ["", "paper", "rates", *columns, "compared with", "difference"]
+    counts = ", ".join(f"{k} {v['examples']}" for k, v in report["evaluation"]["base"].items())
+    return [
+        f"## {args.name}: {args.seeds} seeds, {report['test']} ({counts})",
+        "",
+        *table(head, lines),
+        "",
+        "Accuracy in %, mean ± standard deviation. Rates of the stages in their order, each the "
+        f"best of {len(RATES)} on the validation split of seed {args.seeds} (* at its edge). "
+        "Paper: Qwen2.5-7B on GSM8K. Difference at the end, paired by seed, ± its standard error.",
+        "",
+        f"{len(records)} cells, {sum(r['seconds'] for r in records):.0f} s; choosing rates not in.",
+    ]
+
+
+class Progress:
+    """How far a sweep is: the cells of all rows and seeds, those that choose the rates included."""
+
+    def __init__(self, rows, base, seeds: int):
+        stages = [len(ORDERS[flags.get("order", base.order)]) for flags, _ in rows.values()]
+        self.cells = sum(n * len(RATES) + seeds for n in stages)
+        self.begun, self.seconds = 0, []
+
+    def start(self):
+        self.begun += 1
+        left = ""
+        if self.seconds:
+            seconds = statistics.mean(self.seconds) * (self.cells - self.begun + 1)
+            left = f", left {int(seconds) // 60}:{int(seconds) % 60:02d}"
+        print(f"cell {self.begun} of {self.cells}{left}")
+
+
+def run_cell(base, changes: dict, progress=None) -> dict:
+    """The report of one ordinary run in a folder named after what it changes; a finished one is
+    only read."""
     changed = {k: v for k, v in changes.items() if k == "seed" or v != getattr(base, k)}
     folder = Path(base.out) / "cells" / ",".join(f"{k}={v}" for k, v in sorted(changed.items()))
-    c = replace(base, **changes, out=str(folder))
-    if (folder / "report.md").exists() and decoder.read_json(folder / "config.json") == settings(c):
-        return c, decoder.read_json(folder / "report.json")
+    c = argparse.Namespace(**vars(base) | changes | {"out": str(folder)})
+    if progress:
+        progress.start()
+    if (folder / "report.md").exists() and read_json(folder / "config.json") == settings(c):
+        return read_json(folder / "report.json")
+    started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "w") as log, redirect_stdout(log), redirect_stderr(log):
+    with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
         share_toy(base, c)
-        return c, run(c)
+        report = run(c)
+    if progress:
+        progress.seconds.append(time.perf_counter() - started)
+    return report
 
 
-def share_toy(base: RunConfig, c: RunConfig):
+def share_toy(base, c):
     """Links the toy's base and data, made once a seed, into a run folder."""
     if not c.model:
-        once = replace(base, seed=c.seed, out=str(Path(base.out) / f"toy-{c.seed}"))
+        once = argparse.Namespace(**vars(base) | {"seed": c.seed})
+        once.out = str(Path(base.out) / f"toy-{c.seed}")
         for part in toy_inputs(once):
             if not (Path(c.out) / part.name).exists():
                 (Path(c.out) / part.name).symlink_to(part.resolve())
 
 
-def tuned_rates(base: RunConfig, changes: dict, seed: int):
-    """-> the cell's learning rates and their text. One stage after the other takes the best of
-    three, by the accuracy of whole runs at the end, on the validation split of a seed that is not
-    compared."""
+def tuned_rates(base, flags: dict, seed: int, progress=None):
+    """-> the row's learning rates and their text. One stage after the other takes the best of
+    three, by the accuracy of whole runs at the end (then by the loss), on the validation split of a
+    seed that is not compared."""
     rates, words = {}, []
-    for stage in changes.get("order", base.order).split(","):
+    for stage in ORDERS[flags.get("order", base.order)]:
         tried = {}
         for factor in RATES:
             rate = float(f"{getattr(base, f'{stage}_lr') * factor:.3g}")
-            trial = changes | rates | {f"{stage}_lr": rate, "seed": seed}
+            trial = flags | rates | {f"{stage}_lr": rate, "seed": seed, "eval_split": "validation"}
             try:
-                _, report = run_cell(base, trial | {"eval_split": "validation"})
+                report = run_cell(base, trial, progress)
                 row = list(report["evaluation"].values())[-1]["all"]
-                tried[rate] = row["accuracy"], row["probability"]
+                tried[rate] = row["accuracy"], -row["loss"]
             except Diverged:
-                tried[rate] = -1.0, 0.0
+                tried[rate] = -1.0, -math.inf
         best = max(tried, key=tried.get)
         rates[f"{stage}_lr"] = best
         words.append(f"{best:.2g}" + "*" * (best in (min(tried), max(tried))))
@@ -1169,36 +1429,27 @@ def cell_facts(report: dict) -> dict:
     for stage, when in [*((s, f"after {s}") for s in stages), (stages[-1], "at the end")]:
         for system, row in report["evaluation"][stage].items():
             facts[f"{system} {when}"] = 100 * row["accuracy"]
+            facts[f"{system} p(answer) {when}"] = row["probability"]
     return facts | {"seconds": round(sum(report["seconds"].values()), 1)}
 
 
-def spread(values, digits=1) -> str:
-    """Mean ± standard deviation."""
+def spread(values: list, digits=1) -> str:
+    """Mean ± standard deviation; the mean alone of one value."""
     values = [v for v in values if v is not None]
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}" if values else ""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """The mean and its standard error, which one value does not tell."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.inf
-    return statistics.mean(values), error
+def error_of(values: list[float], digits=1) -> str:
+    """The mean's standard error as " ± x"; one value does not tell it."""
+    if len(values) < 2:
+        return ""
+    return f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
 
 
-def verdict(better: str, worse: str, paper: float | None, records: list[dict]) -> list[str]:
-    """A table's row. Seen: the mean difference is beyond two standard errors. Not seen: it is not,
-    and two standard errors more do not reach the paper's (0 where that is not known)."""
-    row, column = (better, "all after sft") if worse == SAME else (worse, "all at the end")
-    first = {r["seed"]: r["all at the end"] for r in records if r["row"] == better}
-    second = {r["seed"]: r[column] for r in records if r["row"] == row}
-    mean, error = mean_and_error([first[seed] - second[seed] for seed in first])
-    word = "not seen" if mean + 2 * error < (paper or 0.0) else "too noisy to tell"
-    word = "seen" if mean > 2 * error else word
-    known = "" if paper is None else f"{paper:+.1f}"
-    return [better, worse, f"{mean:+.1f}", f"{error:.1f}", known, word]
-
-
-def write_sweep(base: RunConfig, name: str, records: list[dict], lines: list[str]):
+def write_sweep(base, name: str, records: list[dict], lines: list[str]):
     """NAME.csv, all facts of all cells, and NAME.md, which is also printed."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(k for r in records for k in r)))
@@ -1209,248 +1460,89 @@ def write_sweep(base: RunConfig, name: str, records: list[dict], lines: list[str
     print("\n".join(["", *lines, "", f"written: {base.out}/{name}.md and .csv"]))
 
 
-def active_shares(base: RunConfig, seeds: int):
-    """How many elements reach cumulative importance theta, for three target sets (table 3). At an
-    anchored start an adapter's gradient is its own whatever the others are, so the scores of QKV
-    and GUD are those of all six, ranked alone."""
-    records, rows, kept = [], [], []
-    for seed in range(seeds):
-        c, report = run_cell(base, {"seed": seed, "score_only": True})
-        scores = read_tensors(Path(c.out) / "importance.safetensors")
-        kept.append((report["partition"]["factors"], scores["s1"], scores["s2"]))
-    for targets, theta in itertools.product(TARGETS, (0.1, 0.3, 0.5, 0.7, 0.8, 0.9)):
-        names = [lorapar.PROJECTIONS[letter] for letter in targets]
-        for seed, (factors, s1, s2) in enumerate(kept):
-            inside = [torch.full((n,), f.split(".")[-2] in names) for f, n in factors.items()]
-            part = lorapar.partition(s1[torch.cat(inside)], s2[torch.cat(inside)], theta)
-            record = {"targets": targets, "theta": theta, "seed": seed, "jaccard": jaccard(part)}
-            for name, region in (("S1", part.s1_only), ("S2", part.s2_only)):
-                record[name] = 100 * float((region | part.shared).double().mean())
-            records.append(record)
-        shares = [spread([r[k] for r in records[-seeds:]], 2) for k in ("S1", "S2")]
-        index = spread([r["jaccard"] for r in records[-seeds:]], 3)
-        known = PAPER_ACTIVE.get((targets, theta), "")
-        rows.append([targets.upper(), theta, known, *shares, index])
-    head = ["targets", "theta", "paper, % active", "S1 region, %", "S2 region, %", "Jaccard"]
-    lines = [f"## theta: {seeds} seeds, {base.score_examples} examples a system", ""]
-    write_sweep(base, "theta-scores", records, [*lines, *table(head, rows)])
-
-
-BLOCK = 25  # examples whose gradients are summed once, to be put together in several draws
-
-
-def resample(base: RunConfig, seeds: int):
+def resample(base, seeds: int):
     """How much of what looks like two regions is sampling: the Jaccard index of the regions of the
     two systems, of one system scored on other examples, and of two halves with shuffled labels."""
-    records, rows, kinds = [], [], ("S1 / S2", "S1 / S1", "S2 / S2", "shuffled")
+    records = []
     for seed in range(seeds):
         records += resample_once(base, seed)
-    curves = {kind: {} for kind in kinds}
+    kinds, rows, curves = ("S1 / S2", "S1 / S1", "S2 / S2", "shuffled"), [], {}
     for n, theta in dict.fromkeys((r["examples"], r["theta"]) for r in records):
         mine = [r for r in records if (r["examples"], r["theta"]) == (n, theta)]
         gaps = [(r["S1 / S1"] + r["S2 / S2"]) / 2 - r["S1 / S2"] for r in mine]
-        beyond = "{:+.3f} ± {:.3f}".format(*mean_and_error(gaps))
-        rows.append([n, theta, *(spread((r.get(kind) for r in mine), 3) for kind in kinds), beyond])
+        beyond = f"{statistics.mean(gaps):+.3f}{error_of(gaps, 3)}"
+        rows.append([n, theta, *(spread([r[kind] for r in mine], 3) for kind in kinds), beyond])
         for kind in kinds if theta == 0.9 else ():
-            if kind in mine[0]:
-                curves[kind][n] = [r[kind] for r in mine]
+            curves.setdefault(kind, {})[n] = [r[kind] for r in mine]
     lines = [
         f"## resample: Jaccard indices, {seeds} seeds",
         "",
         *table(["examples a draw", "theta", *kinds, "beyond sampling"], rows),
         "",
         "S1 / S2: the mean of four pairs of draws. S1 / S1, S2 / S2: disjoint draws of one system. "
-        "Shuffled: two disjoint halves, each half S1 and half S2. Beyond sampling: the mean of the "
-        "second and third less the first, with its standard error.",
+        "Shuffled: two disjoint draws, each half S1 and half S2. Beyond sampling: the mean of the "
+        "second and third less the first, ± its standard error.",
     ]
     write_sweep(base, "resample", records, lines)
     draw_curves(base, "resample", curves, "examples a draw", "Jaccard index at theta 0.9")
 
 
-def resample_once(base: RunConfig, seed: int) -> list[dict]:
+def resample_once(base, seed: int) -> list[dict]:
     """The records of one seed, kept in a folder of its own."""
     folder = Path(base.out) / f"resample-{seed}"
-    c = replace(base, seed=seed, score_only=True, out=str(folder))
+    c = argparse.Namespace(**vars(base) | {"seed": seed, "order": "none", "out": str(folder)})
     report = open_run(c)  # refuses a folder of other settings
     if (folder / "resample.json").exists():
-        return decoder.read_json(folder / "resample.json")
+        return read_json(folder / "resample.json")["records"]
     share_toy(base, c)
-    model, _, _, rows, _ = prepare(c, report)
+    model, _, inputs = prepare(c, report)
+    targets = [PROJECTIONS[letter] for letter in c.targets]
     start = torch.Generator().manual_seed(c.seed)
-    lorapar.add_lora(model, c.targets, c.r, c.lora_alpha, c.dropout, c.init, generator=start)
-    fewest = min(map(len, rows.values()))
-    sizes = [n for n in (25, 50, 100, 200) if 2 * n <= fewest]
+    lorapar.add_lora(model, targets, c.r, c.lora_alpha, c.dropout, c.init, generator=start)
+    S1, S2 = inputs.encoded["S1"], inputs.encoded["S2"]
+    sizes = [n for n in (25, 50, 100, 200) if 2 * n <= min(len(S1), len(S2))]
     if not sizes:
-        raise ValueError(f"resample: {fewest} examples of a system are too few for two draws of 25")
-    half, sums = sizes[-1] // BLOCK, {}  # blocks of a draw; system -> its blocks' g and F
-    for system, members in rows.items():
-        sums[system] = []
-        for i in bar(range(0, 2 * sizes[-1], BLOCK), f"score {system}"):
-            block = data.batches(members[i : i + BLOCK], c.micro_batch, c.device)
-            moments = lorapar.gradient_moments(model, block, decoder.token_logprobs)
-            sums[system].append([m.float().cpu() for m in moments[:2]])
-    phi = lorapar.get_flat(model).cpu()
+        raise ValueError("resample: a system has too few examples for two draws of 25")
 
-    def scores(blocks):
-        g, fisher = (sum(block[i].double() for block in blocks) for i in (0, 1))
-        return lorapar.scores_from(g, fisher, BLOCK * len(blocks), phi)
+    def importance(encoded):
+        return lorapar.importance(model, data.batches(encoded, c.micro_batch, c.device)).cpu()
 
     records = []
-    for n in sizes:
-        k, firsts = n // BLOCK, (0, half)  # two disjoint draws of k blocks begin there
-        one, two = ([scores(blocks[f : f + k]) for f in firsts] for blocks in sums.values())
-        pairs = {"S1 / S2": list(itertools.product(one, two)), "S1 / S1": [one], "S2 / S2": [two]}
-        if k > 1:
-            mixed = [
-                [b for blocks in sums.values() for b in blocks[f : f + k // 2]] for f in firsts
-            ]
-            pairs["shuffled"] = [[scores(blocks) for blocks in mixed]]
+    for n in bar(sizes, "resample"):
+        half = n // 2
+        s1 = [importance(S1[:n]), importance(S1[n : 2 * n])]  # two disjoint draws of each system
+        s2 = [importance(S2[:n]), importance(S2[n : 2 * n])]
+        mixed = [importance(S1[:half] + S2[:half]), importance(S1[half:n] + S2[half:n])]
+        pairs = {"S1 / S2": list(itertools.product(s1, s2)), "S1 / S1": [s1], "S2 / S2": [s2]}
+        pairs["shuffled"] = [mixed]
         for theta in (0.1, 0.3, 0.5, 0.7, 0.9):
             record = {"seed": c.seed, "examples": n, "theta": theta}
-            for kind, those in pairs.items():
-                indices = [jaccard(lorapar.partition(*pair, theta)) for pair in those]
-                record[kind] = sum(indices) / len(indices)
+            for kind, draws in pairs.items():
+                indices = [jaccard(lorapar.partition(*pair, theta)) for pair in draws]
+                record[kind] = statistics.mean(indices)
             records.append(record)
-    lorapar.write_json(folder / "resample.json", records)
+    write_json(folder / "resample.json", {"records": records})
     return records
 
 
-def draw_curves(base: RunConfig, name: str, curves: dict, x: str, y: str):
+def draw_curves(base, name: str, curves: dict, x: str, y: str):
     """{curve: {x: values}} -> NAME.png, means and standard deviations, if matplotlib is there."""
     figure = new_figure(6, 4)
     if figure is None:
         return
     axes = figure.subplots()
-    for curve, points in curves.items():
+    width = 0.01 * max(p for points in curves.values() for p in points)
+    for i, (curve, points) in enumerate(curves.items()):
         means = [statistics.mean(values) for values in points.values()]
         errors = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in points.values()]
-        axes.errorbar(list(points), means, errors, label=curve, marker="o", capsize=3)
+        beside = [p + (i - len(curves) / 2) * width / 2 for p in points]  # no bar hides another
+        axes.errorbar(beside, means, errors, label=curve, marker="o", capsize=3)
     axes.set(xlabel=x, ylabel=y)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(Path(base.out) / f"{name}.png", dpi=120, bbox_inches="tight")
 
 
-# ------------------------------------------------------------------------------------------- bench
-
-SHAPES = {  # the first seven fields of ModelConfig: vocabulary, hidden, ffn, layers, heads ..
-    "toy": (len(data.TOY_TOKENS), 128, 256, 2, 4, 4, 32),
-    "58m": (32000, 512, 1376, 8, 8, 8, 64),
-    "llama-2-7b": (32000, 4096, 11008, 32, 32, 32, 128),
-    "qwen2.5-7b": (152064, 3584, 18944, 28, 28, 4, 128),
-}
-
-
-def random_model(name, device, dtype):
-    """A model of a known shape, or of a folder's config.json, with random weights."""
-    if name in SHAPES:
-        kind = "qwen2" if name.startswith("qwen") else "llama"
-        config = decoder.ModelConfig(*SHAPES[name], model_type=kind)
-    else:
-        path = decoder.find_model(name) / "config.json"
-        config = decoder.ModelConfig.from_dict(decoder.read_json(path), str(path))
-    with torch.device("meta"):
-        model = decoder.Transformer(config)
-    model.to_empty(device=device).to(dtype).requires_grad_(False)
-    for p in model.parameters():
-        p.normal_(std=0.02) if p.ndim == 2 else p.fill_(1.0)
-    return model.eval()
-
-
-def median_time(work, device, repeats=3) -> float:
-    """The median seconds of work(), after one call to warm up."""
-    times = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        work()
-        if torch.device(device).type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
-
-
-def run_bench(arguments):
-    """What a model shape costs on this device, each figure beside its floor.
-
-    Floors: the arithmetic at the rate of a large matrix product, the bytes at that of a copy, both
-    measured here. SFT counts 4 FLOPs a parameter and token (forward, and backward to the
-    activations: the frozen weights need no gradient); a step of decoding reads the weights and
-    every slot of the KV cache once.
-    """
-    parser = argparse.ArgumentParser("train.py bench", description=run_bench.__doc__)
-    parser.add_argument("--shape", default="58m", help=f"{', '.join(SHAPES)}, or a model folder")
-    parser.add_argument("--length", type=int, default=256, help="tokens per row, half are answer")
-    parser.set_defaults(max_response=64)
-    names = "device dtype targets r micro_batch rl_batch rl_group max_response"
-    c, own = read_flags(parser, names.split(), arguments)
-    cuda = torch.device(c.device).type == "cuda"
-    dtype = "bfloat16" if c.dtype == "bfloat16" or (cuda and c.dtype == "auto") else "float32"
-    dtype, half = getattr(torch, dtype), own.length // 2
-    torch.manual_seed(0)
-
-    def show(what, value, unit, floor=None):
-        share = f"  {floor / value:6.1%} of the floor's speed" if floor else ""
-        print(f"{what:44s} {value:12.4g} {unit}{share}")
-
-    n = 8192 if cuda else 2048
-    square = torch.randn(n, n, device=c.device, dtype=dtype)
-    flops = 2 * n**3 / median_time(lambda: square @ square, c.device, 5)
-    block, copied = torch.zeros(2, 2**27, dtype=torch.uint8, device=c.device)
-    bandwidth = 2 * len(block) / median_time(lambda: copied.copy_(block), c.device, 5)
-    show("matrix product", flops / 1e9, "GFLOP/s")
-    show("memory copy, bytes read and written", bandwidth / 1e9, "GB/s")
-    model = lorapar.add_lora(random_model(own.shape, c.device, dtype), c.targets, c.r)
-    m, head = model.config, model.head_weight.numel()
-    body = sum(p.numel() for layer in model.model.layers for p in layer.parameters())
-    rows = [(torch.randint(m.vocab_size, (own.length,)).tolist(), half)] * c.micro_batch
-    tokens, labels = data.collate(rows, c.device)
-    optimizer = lorapar.MaskedAdamW(model, lr=1e-5, max_grad_norm=1.0)
-
-    def sft_step():
-        backward(model, rows, c.micro_batch, c.device)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def score_batch():
-        lorapar.importance(model, [(tokens, labels)], decoder.token_logprobs)
-
-    floor = 4 * (body * tokens.numel() + head * int((labels != -100).sum())) / flops
-    time_sft = median_time(sft_step, c.device)
-    show("SFT step", time_sft, "s", floor)
-    show("importance", median_time(score_batch, c.device), "s", floor)
-    scores = torch.rand(2, len(lorapar.get_flat(model))) ** 4
-    time_partition = median_time(lambda: lorapar.partition(*scores, 0.9), c.device, 1)
-    show(f"partition of {scores.shape[1]} elements", time_partition, "s")
-
-    R, prompts = c.rl_batch * c.rl_group, [rows[0][0][:half]] * c.rl_batch
-    sizes = {"group": c.rl_group, "max_new_tokens": c.max_response, "batch_rows": R}
-    s, slots = grpo.Settings(**sizes, micro_batch=c.micro_batch), half + c.max_response
-    cache = 2 * m.num_hidden_layers * m.num_key_value_heads * m.head_dim * R * slots
-    read = (body + head + cache) * dtype.itemsize / bandwidth
-    floor = 2 * body * c.rl_batch * half / flops  # the prompts
-    floor += (c.max_response - 1) * max(read, 2 * (body + head) * R / flops)
-    time_rollout = median_time(lambda: grpo.rollouts(model, prompts, s), c.device, 2)
-    show("rollouts", time_rollout, "s", floor)
-    sampled, advantages = grpo.rollouts(model, prompts, s), torch.randn(c.rl_batch, c.rl_group)
-    reference = lorapar.get_flat(model)
-    time_update = median_time(
-        lambda: grpo.grpo_update(model, optimizer, sampled, advantages, reference, s), c.device, 2
-    )
-    floor = 6 * R * (body * slots + head * c.max_response) / flops  # the reference: a forward more
-    show("GRPO update with KL", time_update, "s", floor)
-    show("peak memory", peak_memory(c.device) / 1e9, "GB")
-    # GSM8K's 7,473 training problems: about 200 tokens each; RL: 8 answers of up to 256 tokens
-    show("SFT epoch on GSM8K, projected", 7473 * 200 * time_sft / tokens.numel() / 3600, "h")
-    per_token = (time_rollout + time_update) / (R * c.max_response)
-    show("RL epoch on GSM8K, projected", 7473 * 8 * 256 * per_token / 3600, "h")
-
-
-COMMANDS = {
-    "eval": run_eval,
-    "merge": run_merge,
-    "figure": run_figure,
-    "sweep": run_sweep,
-    "bench": run_bench,
-}
+COMMANDS = {"eval": run_eval, "merge": run_merge, "figure": run_figure, "sweep": run_sweep}
 
 
 def main(arguments=None):
@@ -1467,6 +1559,12 @@ def main(arguments=None):
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
         sys.exit(f"train.py: {reason}: lower --micro-batch and --batch-rows, or --checkpointing")
+    except KeyboardInterrupt:
+        print(
+            "\ntrain.py: stopped; repeat the command (a run goes on from its folder)",
+            file=sys.stderr,
+        )
+        sys.exit(130)
     except (ValueError, OSError, SafetensorError, data.SandboxError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
