@@ -393,7 +393,6 @@ class Source(NamedTuple):
     read: object  # (path, split) -> yields examples
     splits: tuple
     home: str
-    hub: tuple = ()  # (dataset repository, file) where the publisher keeps plain json on the Hub
 
 
 ALL_SPLITS = ("train", "validation", "test")
@@ -402,19 +401,16 @@ GSM8K_HOME = (
 )
 MMLU_HOME = "github.com/hendrycks/test: a folder that holds dev, val and test with csv files"
 HUB = "huggingface.co/datasets/"
-DOLLY = ("databricks/databricks-dolly-15k", "databricks-dolly-15k.jsonl")
-ALPACA = ("sahil2801/CodeAlpaca-20k", "code_alpaca_20k.json")
-FEEDBACK = ("m-a-p/CodeFeedback-Filtered-Instruction", "CodeFeedback-Filtered-Instruction.jsonl")
-PLATYPUS_HOME = HUB + "garage-bAInd/Open-Platypus (save it as jsonl)"
+FEEDBACK_HOME = HUB + "m-a-p/CodeFeedback-Filtered-Instruction"
 DATASETS = {
     "toy": Source(toy, ALL_SPLITS, "made by make_toy"),
     "gsm8k": Source(gsm8k, ("train", "test"), GSM8K_HOME),
     "mmlu": Source(mmlu, ALL_SPLITS, MMLU_HOME),
     "humaneval": Source(humaneval, ("test",), "github.com/openai/human-eval: HumanEval.jsonl.gz"),
-    "dolly": Source(instructions("dolly"), ("train",), HUB + DOLLY[0], DOLLY),
-    "platypus": Source(instructions("platypus"), ("train",), PLATYPUS_HOME),
-    "codealpaca": Source(instructions("codealpaca"), ("train",), HUB + ALPACA[0], ALPACA),
-    "codefeedback": Source(instructions("codefeedback"), ("train",), HUB + FEEDBACK[0], FEEDBACK),
+    "dolly": Source(instructions("dolly"), ("train",), HUB + "databricks/databricks-dolly-15k"),
+    "platypus": Source(instructions("platypus"), ("train",), HUB + "garage-bAInd/Open-Platypus"),
+    "codealpaca": Source(instructions("codealpaca"), ("train",), HUB + "sahil2801/CodeAlpaca-20k"),
+    "codefeedback": Source(instructions("codefeedback"), ("train",), FEEDBACK_HOME),
 }
 OWN_NAMES = (".jsonl", ".jsonl.gz")
 FILE_SHARES = {"train": (0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1), "all": (0, 1)}
@@ -432,28 +428,6 @@ def split_spec(spec: str) -> tuple[str, str | None]:
     return spec, spec
 
 
-def find_dataset(name: str, path) -> tuple[Source, Path]:
-    """The data set's source and files: `path` as it is, or the publisher's file from the Hub."""
-    if name not in DATASETS:
-        name, path = split_spec(name)
-    source = DATASETS.get(name, Source(own_file, ("train",), "your own file"))
-    if path is not None:
-        if not Path(path).exists():
-            raise ValueError(f"{name}: nothing at {path}; it comes from {source.home}")
-        return source, Path(path)
-    if not source.hub:
-        raise ValueError(f"{name}: say where it is, {name}:PATH; it comes from {source.home}")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return source, Path(hf_hub_download(*source.hub, repo_type="dataset"))
-    except Exception as error:  # network, access and name errors of several libraries
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"{name}: the Hub download failed ({reason}): name it {name}:PATH"
-        ) from None
-
-
 def in_one_file(name: str, path) -> bool:
     """Is this one file that holds no splits: one's own, or one of GSM8K's two?"""
     return name.endswith(OWN_NAMES) or (name == "gsm8k" and Path(path or "").is_file())
@@ -467,7 +441,13 @@ def load_dataset(name: str, path, split: str) -> list[Example]:
     fixed seed over the different questions, so the three never overlap. ValueError names an
     unknown set, a missing file or a bad line.
     """
-    source, path = find_dataset(name, path)
+    if name not in DATASETS:
+        name, path = split_spec(name)
+    source = DATASETS.get(name, Source(own_file, ("train",), "your own file"))
+    if path is None or not Path(path).exists():
+        where = "say where it is" if path is None else f"nothing at {path}"
+        raise ValueError(f"{name}: {where}, {name}:PATH; it comes from {source.home}")
+    path = Path(path)
     stored, shares = "train", {"train": (0.05, 1), "validation": (0, 0.05)}
     if in_one_file(name, path):
         shares = FILE_SHARES
@@ -612,17 +592,16 @@ def count_votes(paths):
     """
     teachers = {str(path): read_teacher(path) for path in paths}
     names = dict.fromkeys(name for statuses in teachers.values() for name in statuses)
+    asked = Counter(name for statuses in teachers.values() for name in statuses)
     lines = []
     for teacher, statuses in teachers.items():
-        if not set(statuses) & {n for t, s in teachers.items() if t != teacher for n in s}:
-            if len(teachers) > 1:
-                raise ValueError(f"{teacher}: shares no example with the other teachers")
+        if len(teachers) > 1 and all(asked[name] == 1 for name in statuses):
+            raise ValueError(f"{teacher}: shares no example with the other teachers")
         counts = Counter(statuses.values())
         counts["missing"] = len(names) - len(statuses)
         shown = [f"{kind} {counts[kind]}" for kind in (*STATUSES, "missing") if counts[kind]]
         lines.append(f"{teacher}: {', '.join(shown)}")
-    records, labels = [], Counter({"S1": 0, "S2": 0})
-    pairs = agreeing = ties = 0
+    records, pairs, agreeing, ties = [], 0, 0, 0
     for name in names:
         votes = {teacher: s[name] for teacher, s in teachers.items() if name in s}
         ballots = [v for v in votes.values() if v in ("S1", "S2")]
@@ -631,16 +610,15 @@ def count_votes(paths):
         agreeing += math.comb(n1, 2) + math.comb(n2, 2)
         ties += n1 == n2 > 0
         if ballots:
-            label = vote(ballots)
-            labels[label] += 1
-            records.append({"id": name, "label": label, "votes": votes})
-    lines.append(
-        f"votes: S1 {labels['S1']}, S2 {labels['S2']}, of them {ties} ties called S2; "
-        f"{len(names) - len(records)} without a vote"
-        + (f"; two teachers agree in {agreeing / pairs:.1%}" if pairs else "")
-    )
+            records.append({"id": name, "label": vote(ballots), "votes": votes})
     if not records:
         raise ValueError("\n".join([*lines, "no teacher gave a verdict: no labels"]))
+    labels = Counter(record["label"] for record in records)
+    agreement = f"; two teachers agree in {agreeing / pairs:.1%}" if pairs else ""
+    lines.append(
+        f"votes: S1 {labels['S1']}, S2 {labels['S2']}, of them {ties} ties called S2; "
+        f"{len(names) - len(records)} without a vote{agreement}"
+    )
     return records, lines
 
 
@@ -840,38 +818,20 @@ NUMBER = re.compile(
 )
 GROUPED = re.compile(r"\d+|\d{1,3}(?:,\d{2,3})*,\d{3}")  # 1,000 and India's 1,00,000; not 3,5
 ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")  # behind it: no amount
-SPOILED = re.compile(
-    r"[eE][-+]?\d|[xX]\d|[.:/]\d|[_^²³⁰-⁹¼-¾⅐-⅞]|\.?\0"
-)  # behind it: not this number
-GOES_ON = re.compile(r"[eE][-+]?\d| ?(?:=|[-+−*×÷/^x] ?[$€£¥₹]?\d|\.?\0)")  # into an expression
+# what spoils the number before it, and what makes it the beginning of an expression
+SPOILED = re.compile(r"[eE][-+]?\d|[xX]\d|[.:/]\d|[_^²³⁰-⁹¼-¾⅐-⅞]|\.?\0")
+GOES_ON = re.compile(r" ?(?:=|[-+−*×÷/^x] ?[$€£¥₹]?\d)")
 BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.M)
-WRAPPERS = ("text", "textbf", "textit", "mathrm", "mathbf", "mathit", "mbox", "boxed", "mathsf")
-NO_MEANING = (
-    "left",
-    "right",
-    "quad",
-    "qquad",
-    "displaystyle",
-    "begin",
-    "end",
-    "checkmark",
-    "square",
+WRAPPER = re.compile(r"\\(?:text(?:bf|it)?|math(?:rm|bf|it|sf)|mbox|boxed) ?\{([^{}]*)\}")
+MEANINGLESS = re.compile(
+    r"\\(?:left|right|q?quad|displaystyle|begin|end|checkmark|square)(?![a-zA-Z])"
 )
-COMMAND = re.compile(r"\\([a-zA-Z]+) ?((?:\{[^{}]*\}|\[[^][{}\\]*\])*)(?![{\[a-zA-Z])")
+COMMAND = re.compile(r"\\[a-zA-Z]+ ?(?:\{[^{}]*\}|\[[^][{}\\]*\])*(?![{\[a-zA-Z])")
 
 
 def plain(text: str) -> str:
     """Markdown and LaTeX that mean the same without them are taken off: **18**, \\boxed{1{,}000},
     \\text{18} eggs, \\frac12. Any other command becomes \\0, so that \\sqrt{3} is not read as 3."""
-
-    def read(command):
-        name, arguments = command.groups()
-        if name in WRAPPERS:
-            return arguments.strip("{}")
-        if name in NO_MEANING:
-            return " "
-        return "*" if name in ("times", "cdot", "div") else "\0"
-
     text = text.replace("\0", " ").replace("\\\\", "\n").replace("{,}", ",")
     text = re.sub(r"(?<=\d)\\[,!;:](?=\d)", "", text)  # 1\,000
     text = re.sub(r"\\[,!;: ()\[\]]|\*\*|__|`|\$\$", " ", text)
@@ -879,28 +839,32 @@ def plain(text: str) -> str:
     text = re.sub(r"\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree", "", text)
     text = re.sub(r"\\[dt]?frac ?(\d)(\d)", r"\\frac{\1}{\2}", text)
     text = re.sub(r"\\[dt]?frac ?\{ ?([\d.,]+) ?\}\{ ?([\d.,]+) ?\}", r" \1/\2", text)
+    text = re.sub(r"\\(?:times|cdot|div)(?![a-zA-Z])", "*", MEANINGLESS.sub(" ", text))
     for _ in range(6):  # the innermost commands first
-        text, count = COMMAND.subn(read, text)
+        text, count = COMMAND.subn("\0", WRAPPER.sub(r"\1", text))
         if not count:
             break
     text = re.sub(r"\\[a-zA-Z]+|\^\{[^{}]*\}", "\0", text)
     return re.sub(r"[{}#]", " ", text).strip(" \t\r\n*_")
 
 
+def decimal(text: str):
+    """1,000.5 as an exact Fraction; None where a comma does not part thousands."""
+    text = text.rstrip(",")
+    digits = text.partition(".")[0]
+    if len(text) > 200 or (digits and not GROUPED.fullmatch(digits)):
+        return None
+    return Fraction(text.replace(",", ""))
+
+
 def value_of(number: re.Match):
     """A match of NUMBER as an exact Fraction; None if it is none: \\0, 1/0, 3,5, absurdly long."""
-    if number[0] == "\0" or len(number[0]) > 200:
+    if number[0] == "\0" or len(number["whole"] or "") > 200:
         return None
-    value = Fraction(1)
-    for part, power in ((number["top"], 1), (number["bottom"] or "1", -1)):
-        part = part.rstrip(",")
-        digits = part.partition(".")[0]
-        if (digits and not GROUPED.fullmatch(digits)) or (
-            power < 0 and not float(part.replace(",", ""))
-        ):
-            return None
-        value *= Fraction(part.replace(",", "")) ** power
-    value += int(number["whole"] or 0)  # 2 1/2
+    top, bottom = decimal(number["top"]), decimal(number["bottom"] or "1")
+    if top is None or not bottom:
+        return None
+    value = int(number["whole"] or 0) + top / bottom  # 2 1/2
     return -value if number["sign"] in ("-", "−") else value
 
 
@@ -929,8 +893,8 @@ def marked_number(text: str):
     text = plain(text)
     for part in (text, text.rpartition("=")[2].lstrip()):
         first = NUMBER.match(part)
-        ends = first and not ORDINAL.match(part, first.end())
-        if ends and not GOES_ON.match(part, first.end()) and not SPOILED.match(part, first.end()):
+        spoilers = (ORDINAL, SPOILED, GOES_ON)
+        if first and not any(spoiler.match(part, first.end()) for spoiler in spoilers):
             return value_of(first)
     values = all_numbers(text)
     return values[0] if len(values) == 1 else None
@@ -1191,12 +1155,10 @@ class SandboxError(RuntimeError):
 def passes_tests(example: Example, reply: str, unconfined=False) -> bool:
     """Does the code pass the problem's own tests? (HumanEval; Chen et al. 2021)
 
-    The tests run in one process, the code in another, so no object, patched builtin or walked frame
-    of the candidate is ever near the verdict. The candidate has no environment, no terminal and
-    limits on time and memory. Before its code runs it imports what the code names from a list of
-    harmless modules; then a seccomp filter of the Linux kernel (`confine`) leaves it about thirty
-    system calls, which read and write what is open (two pipes to the judge), manage memory and tell
-    the time. Files, processes, threads, sockets and signals answer EPERM.
+    The tests run in one process, the code in another without environment, terminal, or much time
+    and memory. Before the code runs, what it imports is loaded from a list of harmless modules;
+    then a seccomp filter of the Linux kernel (`confine`) leaves it about thirty system calls, which
+    read and write what is open (two pipes to the judge), manage memory and tell the time.
 
     Where there is no seccomp (not Linux on x86-64 or aarch64) it raises SandboxError, unless
     unconfined=True lets the code run with the rights of this program. ValueError names a problem
@@ -1388,24 +1350,28 @@ def program(prompt: str, reply: str, entry: str) -> str:
     if not best.whole:
         reply = final_part(reply).partition("\0")[0].rstrip().removesuffix("```")
         texts, helpers = [reply], ""
-        for block in fenced_blocks(reply):
+        for block in re.findall(BLOCK, reply)[:9]:
+            block = textwrap.dedent(block[1])
             texts.append(helpers + block)
             if longest_that_parses(block) == block and not defines.search(block):
                 helpers += block + "\n"
+        texts += [textwrap.dedent(block[1]) for block in re.findall(OUTER_BLOCK, reply)]
         readings = [read_code(prompt, text, defines) for text in reversed(texts)]  # the last try
         best = max(readings, key=lambda r: (r.whole, r.defines, r.kept))
     return without_run_on(best.source, best.head, entry)
 
 
-class Reading(NamedTuple):
-    """One way to read a text as code: the source, how many lines of it stand before the text, how
-    many characters of the text it keeps, whether these are all, whether they define the entry."""
+# A fenced block, up to a fence as long; and up to the last such fence, for a fence in a docstring.
+BLOCK = r"(?ms)^[^\S\n]*(`{3,}|~{3,})[^\n]*\n(.*?)(?:^[^\S\n]*\1[`~]*[^\S\n]*$|\Z)"
+OUTER_BLOCK = BLOCK.replace(".*?", ".*").replace("|\\Z", "")
 
+
+class Reading(NamedTuple):
     source: str
-    head: int
-    kept: int
-    whole: bool
-    defines: bool
+    head: int  # lines of the source before the text that was read
+    kept: int  # characters of the text, up to a syntax error
+    whole: bool  # is that all of it?
+    defines: bool  # and does it define the entry?
 
 
 def read_code(prompt: str, text: str, defines: re.Pattern) -> Reading:
@@ -1422,45 +1388,14 @@ def read_code(prompt: str, text: str, defines: re.Pattern) -> Reading:
     for body in (text, textwrap.indent(textwrap.dedent(text), "    "), "    " + text.lstrip()):
         ways.append((head, body))
     best = Reading(prompt + "\n    pass\n", prompt.count("\n") + 2, 0, False, False)
+    length = len("".join(text.split()))
     for front, code in ways:
         source = longest_that_parses(front + code)
         code = source[len(front) :]
         kept, found = len("".join(code.split())), bool(defines.search(code))
         if kept > best.kept and (found or front == head):
-            best = Reading(
-                source, front.count("\n"), kept, kept == len("".join(text.split())), found
-            )
+            best = Reading(source, front.count("\n"), kept, kept == length, found)
     return best
-
-
-def fenced_blocks(text: str) -> list[str]:
-    """The code of each Markdown block. A fence closes one that is not longer; inside code (in a
-    docstring) it closes none, so the first one counts that leaves code which parses."""
-    lines, fences = text.split("\n"), {}
-    for i, line in enumerate(lines):
-        fence = re.match(r"[^\S\n]*(`{3,}|~{3,})(.*)", line)
-        if fence:
-            fences[i] = fence
-    blocks, end = [], -1
-    for i, opening in fences.items():
-        if i <= end or len(blocks) == 9:
-            continue
-        closing = []
-        for j, fence in fences.items():
-            if j > i and fence[1].startswith(opening[1]) and not fence[2].strip():
-                closing.append(j)
-        codes = {
-            j: textwrap.dedent("\n".join(lines[i + 1 : j])) for j in closing[:9] or [len(lines)]
-        }
-        parsing = [j for j, code in codes.items() if parses(code)]
-        end = parsing[0] if parsing else next(iter(codes))
-        blocks.append(codes[end])
-    return blocks
-
-
-def parses(code: str) -> bool:
-    body = "def f():\n" + textwrap.indent(code, "    ")
-    return any(longest_that_parses(way) == way for way in (code, body))
 
 
 def longest_that_parses(source: str) -> str:

@@ -71,7 +71,7 @@ def grpo_step(model, optimizer, prompts, rewards, reference, s: Settings, genera
         "parts": {
             n: sum(r.reward_parts.get(n, 0.0) for r in rollouts) / len(rollouts) for n in names
         },
-        "zero_std_groups": int((totals == totals[:, :1]).all(1).sum()),  # nothing to learn there
+        "equal_groups": int((totals == totals[:, :1]).all(1).sum()),  # nothing to learn there
         "length": sum(len(r.answer) for r in rollouts) / len(rollouts),
         "truncated": sum(r.answer[-1] not in s.eos_ids for r in rollouts) / len(rollouts),
         "grad_norm": optimizer.grad_norm.item(),

@@ -1621,7 +1621,7 @@ PUBLISHED = {  # the publisher's fields, what stands in them, the question; the 
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_instruction_sets_in_their_publishers_fields(name, tmp_path, monkeypatch):
+def test_instruction_sets_in_their_publishers_fields(name, tmp_path):
     fields, texts, question = PUBLISHED[name]
     record = dict(zip(fields.split(), texts.split("|")), source="x")
     jsonl, array = tmp_path / "a" / "x.jsonl", tmp_path / "b" / "x.json"
@@ -1638,15 +1638,9 @@ def test_instruction_sets_in_their_publishers_fields(name, tmp_path, monkeypatch
         examples = both[0]
     refuses("cannot be checked", data.is_correct, examples[0], "x")
     refuses("no test split", data.load_dataset, name, jsonl, "test")
+    refuses(f"{name}:PATH", data.load_dataset, name, None, "train")
     jsonl.write_text('{"a": 1}\n')
     refuses("x.jsonl:1: no text in the field", data.load_dataset, name, jsonl, "train")
-    download, on_the_hub = Mock(return_value=str(array)), data.DATASETS[name].hub
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    if on_the_hub:
-        assert len(data.load_dataset(name, None, "train")) in (38, 39)
-        download.assert_called_once_with(*on_the_hub, repo_type="dataset")
-    else:
-        refuses(f"{name}:PATH", data.load_dataset, name, None, "train")
 
 
 def test_requests_hold_the_roleplay_prompt_in_the_batch_format(tmp_path):
@@ -2144,7 +2138,7 @@ def test_grpo_raises_the_rewarded_tokens():
         )
         steps.append(stats)
     assert steps[0]["reward"] < 0.6 and steps[-1]["reward"] > 0.9
-    assert steps[0]["zero_std_groups"] == 0 and steps[0]["truncated"] == 1.0
+    assert steps[0]["equal_groups"] == 0 and steps[0]["truncated"] == 1.0
     assert stats["reward"] == pytest.approx(sum(r.reward_parts["share"] for r in rollouts) / 16)
 
 
@@ -2632,7 +2626,7 @@ def test_a_sweep_of_two_tiny_cells(toy_run, tmp_path, monkeypatch, capsys):
     command = ["sweep", "order", "--seeds", "2", *QUICK, "--out", str(out)]
     train.main(command)
     said = capsys.readouterr().out
-    assert "cell 1 of 12\n" in said and re.search(r"cell 12 of 12, left \d+:\d\d\n", said)
+    assert re.search(r"cell 1 of 12, left \d+:\d\d\n", said) and "cell 12 of 12, left 0:00" in said
     records = list(csv.DictReader((out / "order.csv").open()))
     expected = list(itertools.product(("SFT then RL", "RL then SFT"), "01"))
     assert [(r["row"], r["seed"]) for r in records] == expected
@@ -2667,18 +2661,17 @@ def test_every_sweep_has_rows_that_are_settings_and_references():
             assert set(flags) <= set(train.defaults()) and reference in rows
 
 
-def test_a_rate_is_lost_by_diverging_alone(monkeypatch):
-    def cell(base, changes, progress):
+def test_a_rate_is_lost_by_diverging_alone():
+    def cell(changes):
         if changes.get("sft_lr") == 9e-3:
             raise error
         return {"evaluation": {"sft": {"all": {"accuracy": changes["sft_lr"], "loss": 0.5}}}}
 
-    monkeypatch.setattr(train, "run_cell", cell)
     base, error = train.read_config([]), train.Diverged("not finite")
-    best, words = train.tuned_rates(base, {"order": "sft"}, 5)
+    best, words = train.tuned_rates(base, {"order": "sft"}, 5, cell)
     assert best == {"sft_lr": 3e-3} and words == "0.003"
     error = ValueError("another run is there")
-    refuses("another run", train.tuned_rates, base, {"order": "sft"}, 5)
+    refuses("another run", train.tuned_rates, base, {"order": "sft"}, 5, cell)
 
 
 def test_resampling_is_partitions_of_ordinary_scores(toy_run, tmp_path):
@@ -2861,7 +2854,10 @@ def bench(arguments):
             if peer != "ours":
                 line += f"   {peer} {other:.3f} s, ratio {other / seconds['ours']:.2f}"
         print(line)
-    print(f"peak memory {train.peak_memory(device) / 1e9:.1f} GB")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if device != "cpu":
+        peak = torch.cuda.max_memory_allocated(device)
+    print(f"peak memory {peak / 1e9:.1f} GB")
 
 
 def add_peers(works, args, model, tokens, labels, prompts, few):

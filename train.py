@@ -22,6 +22,7 @@ import shutil
 import statistics
 import sys
 import time
+import traceback
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
@@ -166,7 +167,6 @@ def sft(c, report, model, encoded, mask):
         model, c.sft_lr, weight_decay=c.sft_weight_decay, max_grad_norm=c.sft_grad_norm
     )
     steps = step_indices(len(encoded), c.sft_batch, c.sft_epochs, c.sft_steps, c.seed)
-    print("sft: loss a token of the answers, grad: norm of the active gradient before clipping")
     model.train()  # dropout acts in this stage alone
     for step in range(load_state(c, "sft", model, optimizer, len(steps)), len(steps)):
         started = time.perf_counter()
@@ -177,14 +177,9 @@ def sft(c, report, model, encoded, mask):
             loss = backward(model, batch, c.micro_batch, c.device)
             optimizer.step()  # clips, then moves the active elements
             optimizer.zero_grad()
-        rate = sum(len(e.ids) for e in batch) / (time.perf_counter() - started)
-        values = {
-            "loss": loss,
-            "grad_norm": optimizer.grad_norm.item(),
-            "tokens_per_s": round(rate),
-        }
-        words = f"loss {loss:.4f}  grad {values['grad_norm']:.3f}  {rate:.0f} tok/s"
-        end_step(c, "sft", model, optimizer, step, len(steps), values | {"lr": lr}, words)
+        rate = round(sum(len(e.ids) for e in batch) / (time.perf_counter() - started))
+        values = {"loss": loss, "grad_norm": optimizer.grad_norm.item(), "lr": lr, "tok/s": rate}
+        end_step(c, "sft", model, optimizer, step, len(steps), values)
     model.eval()
     lorapar.save_adapter(model, Path(c.out) / "sft", c.model or "toy")  # anew: it may be missing
     done(c, report, "sft")
@@ -220,57 +215,34 @@ def rl(c, report, model, tokenizer, prompts, mask):
         batch_rows=c.batch_rows,
         micro_batch=c.micro_batch,
     )
+    reward = reward_function(c)
     steps = step_indices(len(prompts), c.rl_batch, c.rl_epochs, c.rl_steps, c.seed)
-    print(
-        "rl: reward (its parts) and length are means over answers, truncated: share without an end;"
-        "\n    kl: to the policy as RL began, gap: sampling's log-probs against training's (only"
-        "\n    rounding), equal groups: all rewards alike, so nothing to learn from them"
-    )
     equal_steps = 0
     for step in range(load_state(c, "rl", model, optimizer, len(steps)), len(steps)):
         generator = seed_step(c, step)
         lr = set_lr(optimizer, c.rl_lr, step, len(steps), c.rl_warmup)
         examples, asked = zip(*[prompts[i] for i in steps[step]])
-        rewards = partial(reward_rollouts, c, tokenizer, examples)
+        rewards = partial(reward_rollouts, c, reward, tokenizer, examples)
         with stop_if_diverged(c, "rl", step):
             stats, rollouts = grpo.grpo_step(
                 model, optimizer, asked, rewards, reference, settings, generator
             )
         keep_samples(c, tokenizer, step, examples, rollouts)
-        end_step(
-            c,
-            "rl",
-            model,
-            optimizer,
-            step,
-            len(steps),
-            stats | {"lr": lr},
-            rl_words(stats, len(asked)),
-        )
-        equal_steps = equal_steps + 1 if stats["zero_std_groups"] == len(asked) else 0
+        end_step(c, "rl", model, optimizer, step, len(steps), stats | {"lr": lr})
+        equal_steps = equal_steps + 1 if stats["equal_groups"] == len(asked) else 0
         if equal_steps == 10:
             print("rl: warning: ten steps without a difference in reward: nothing is being learned")
     lorapar.save_adapter(model, Path(c.out) / "rl", c.model or "toy")
     done(c, report, "rl")
 
 
-def reward_rollouts(c, tokenizer, examples, rollouts) -> list[dict]:
+def reward_rollouts(c, reward, tokenizer, examples, rollouts) -> list[dict]:
     """The reward parts of a step's rollouts, G to each example in a row, on all cores."""
-    reward = load_reward(c.reward) if c.reward else data.reward_parts
     work = []
     for i, rollout in enumerate(rollouts):
         example = examples[i // c.rl_group]
         work.append((example, tokenizer.decode(rollout.answer), c.allow_unconfined_code))
     return data.in_parallel(reward, work)
-
-
-def rl_words(stats: dict, groups: int) -> str:
-    parts = " ".join(f"{name} {value:.2f}" for name, value in stats["parts"].items())
-    return (
-        f"reward {stats['reward']:.3f} ({parts})  length {stats['length']:.0f}  truncated "
-        f"{stats['truncated']:.2f}  kl {stats['kl']:.4f}  gap {stats['gap']:.1e}  equal groups "
-        f"{stats['zero_std_groups']}/{groups}  {stats['rollout_s'] + stats['update_s']:.2f} s"
-    )
 
 
 def keep_samples(c, tokenizer, step: int, examples, rollouts):
@@ -327,7 +299,7 @@ def stop_if_diverged(c, stage: str, step: int):
         ) from None
 
 
-def end_step(c, stage, model, optimizer, step: int, steps: int, values: dict, words: str):
+def end_step(c, stage, model, optimizer, step: int, steps: int, values: dict):
     """Prints the step's line, adds it to metrics.jsonl, saves now and then (and at the end)."""
     saves = (step + 1) % c.save_every == 0 or step + 1 == steps
     if saves:  # elements can be finite and their product not
@@ -337,27 +309,31 @@ def end_step(c, stage, model, optimizer, step: int, steps: int, values: dict, wo
                 raise FloatingPointError("the model's log-probs are not finite")
     with open(Path(c.out) / "metrics.jsonl", "a") as out:
         out.write(json.dumps({"stage": stage, "step": step} | values) + "\n")
-    print(f"{stage} {step + 1}/{steps}  {words}  left {CLOCK.left(stage, step, steps)}")
+    words = [f"{name} {values[name]:.4g}" for name in SHOWN[stage]]
+    if "parts" in values:
+        words[0] += f" ({' '.join(f'{k} {v:.2f}' for k, v in values['parts'].items())})"
+    print(f"{stage} {step + 1}/{steps}  {'  '.join(words)}  left {time_left(stage, step, steps)}")
     if saves:
         save_state(Path(c.out) / stage, model, optimizer, step + 1)
 
 
-class Clock:
-    """The time left in a loop, from the steps that this process has taken."""
-
-    def __init__(self):
-        self.began = {}
-
-    def start(self, loop: str, step: int):
-        self.began[loop] = step, time.perf_counter()
-
-    def left(self, loop: str, step: int, steps: int) -> str:
-        first, began = self.began[loop]
-        seconds = (time.perf_counter() - began) / (step + 1 - first) * (steps - step - 1)
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+SHOWN = {  # of a step's values
+    "sft": ("loss", "grad_norm", "tok/s"),
+    "rl": ("reward", "length", "truncated", "kl", "gap", "equal_groups", "rollout_s", "update_s"),
+}
+LEGEND = {
+    "sft": "loss: a token of the answers; grad_norm: of the active elements, before clipping",
+    "rl": "reward (its parts), length: means over answers; truncated: share without an end; kl: to "
+    "the\n    policy as RL began; gap: of sampling's log-probs to training's (rounding alone); "
+    "equal_groups:\n    prompts whose answers all earn the same, so nothing is learned from them",
+}
+BEGAN = {}  # loop: its first step here, and when that was
 
 
-CLOCK = Clock()
+def time_left(loop: str, step: int, steps: int) -> str:
+    first, began = BEGAN.setdefault(loop, (step, time.perf_counter()))
+    seconds = (time.perf_counter() - began) / (step + 1 - first) * (steps - step - 1)
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def save_state(folder, model, optimizer, step: int):
@@ -381,11 +357,12 @@ def load_state(c, stage: str, model, optimizer, steps: int) -> int:
         adam = {name[5:]: t for name, t in tensors.items() if name.startswith("adam.")}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: adam}})
         first = int(tensors["step"])
-        print(f"{stage}: " + (f"reused from {folder}" if first == steps else f"after step {first}"))
     keep_lines(Path(c.out) / "metrics.jsonl", lambda r: r["stage"] != stage or r["step"] < first)
     if stage == "rl":
         keep_lines(folder / "samples.jsonl", lambda r: r["step"] < first)
-    CLOCK.start(stage, first)
+    BEGAN[stage] = first, time.perf_counter()
+    words = f"reused from {folder}" if first == steps else LEGEND[stage]
+    print(f"{stage}: {f'after step {first}; ' if 0 < first < steps else ''}{words}")
     return first
 
 
@@ -513,6 +490,9 @@ SHARE = within(0, 1, "[0, 1]")
 ABOVE_0 = within(1e-37, 1e37, "(0, 1e37]")  # float32 ends there
 FROM_0 = within(0, 1e37, "[0, 1e37]")
 
+STARTS = ("anchored", "gaussian", "lora", "pissa", "olora")
+SELECT = ("importance", "random", "random-in-tensor", "swapped")
+
 # group: {flag: (type, default, help)}. Defaults are the paper's, where it gives them.
 FLAGS = {
     "what goes in and out": {
@@ -523,12 +503,16 @@ FLAGS = {
         "labels": (
             str,
             None,
-            "a labels.jsonl, the authors' csv, or steps:K (GSM8K); toy: teachers:K[:shuffled]",
+            "labels.jsonl, the authors' csv, steps:K; toy: teachers:K[:shuffled]",
         ),
         "reward": (str, None, "FILE.py:FUNCTION(question, answer, completion) -> float or dict"),
         "prompt": (("plain", "chat", "authors"), "plain", "whose template asks the question"),
         "out": (str, None, "the run folder; default runs/toy or runs/MODEL-DATA"),
         "seed": (int, 0, "seeds everything"),
+        "dtype": (("auto", "float32", "bfloat16"), "auto", "of the base; auto: bfloat16 on a GPU"),
+        "train_examples": (count, None, "use at most this many training examples"),
+        "eval_examples": (count, None, "evaluate on at most this many examples"),
+        "eval_split": (("test", "validation"), "test", "choose settings on validation only"),
     },
     "LoRA": {
         "targets": (str, "qkvgud", "projections that get an adapter: letters of q k v o g u d"),
@@ -536,9 +520,9 @@ FLAGS = {
         "lora_alpha": (ABOVE_0, 64.0, "the scale is lora_alpha / r"),
         "dropout": (SHARE, 0.05, "in SFT only"),
         "init": (
-            ("anchored", "gaussian", "lora", "pissa", "olora"),
+            STARTS,
             "anchored",
-            "the start; all but gaussian leave the model as it is at step 0",
+            "the start; all but gaussian keep the model as it is at step 0",
         ),
     },
     "the method": {
@@ -546,11 +530,7 @@ FLAGS = {
         "theta": (within(1e-37, 1, "(0, 1]"), 0.9, "cumulative importance of a system's region"),
         "alpha": (SHARE, 1.0, "share of the shared region that SFT trains"),
         "beta": (SHARE, 1.0, "share of the shared region that RL trains"),
-        "select": (
-            ("importance", "random", "random-in-tensor", "swapped"),
-            "importance",
-            "what ranks the elements; random permutes the scores, swapped the stages' masks",
-        ),
+        "select": (SELECT, "importance", "random permutes the scores, swapped the stages' masks"),
         "order": (tuple(ORDERS), "sft-rl", "the stages; none stops after the partition"),
         "stage_data": (("split", "all"), "split", "a stage trains on its system, or on all"),
     },
@@ -587,16 +567,6 @@ FLAGS = {
         "checkpointing": (bool, False, "recompute layers in the backward: less memory, slower"),
         "save_every": (count, 50, "steps between saves of the resume state"),
         "allow_unconfined_code": (bool, False, "run code answers where no sandbox can be had"),
-    },
-    "how much": {
-        "dtype": (
-            ("auto", "float32", "bfloat16"),
-            "auto",
-            "of the base; auto: float32 on the CPU and for float32 files, else bfloat16",
-        ),
-        "train_examples": (count, None, "use at most this many training examples"),
-        "eval_examples": (count, None, "evaluate on at most this many examples"),
-        "eval_split": (("test", "validation"), "test", "choose settings on validation only"),
     },
 }
 FREE = tuple(FLAGS["size and speed (free to change when a run goes on)"])
@@ -696,8 +666,10 @@ def prepare(c, report):
         done(c, report, "toy base")
     sets = read_sets(c, world)
     has_rl = "rl" in ORDERS[c.order]
-    if has_rl:
-        try_reward(c, sets["S2"])
+    if has_rl:  # one call of the reward, before hours of work
+        example = next(e for e in sets["S2"] if c.reward or e.kind != "text")
+        parts = reward_function(c)(example, example.answer, c.allow_unconfined_code)
+        print(f"reward    of the reference answer of {example.id}: {parts}")
     records = read_labels(c, world, sets, report)
     labels = Path(c.out) / "labels.jsonl"
     label_of = {r["id"]: r["label"] for r in records}
@@ -844,43 +816,32 @@ def rl_prompts(c, tokenizer, examples, report) -> list:
     return prompts
 
 
-def try_reward(c, examples):
-    """One call of the reward, before hours of work: on an example with its own reference answer."""
-    reward = load_reward(c.reward) if c.reward else data.reward_parts
-    example = next(e for e in examples if c.reward or e.kind != "text")
-    parts = reward(example, example.answer, c.allow_unconfined_code)
-    print(f"reward    of the reference answer of {example.id}: {parts}")
-
-
-def load_reward(spec: str):
-    """FILE.py:FUNCTION -> reward(example, completion, ..) -> parts. Raises ValueError, one line, on
-    anything that the file or the function raises or gives that is not a number."""
-    file, _, name = spec.rpartition(":")
+def reward_function(c):
+    """reward(example, completion, unconfined) -> its parts: the data set's, or --reward's. Raises
+    ValueError, one line, on whatever one's own raises or gives that is no number."""
+    if not c.reward:
+        return data.reward_parts
+    file, _, name = c.reward.rpartition(":")
+    if not Path(file).is_file():
+        raise ValueError(f"--reward {c.reward}: no file {file!r}; the form is FILE.py:FUNCTION")
     try:
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"no file {file!r}; the form is FILE.py:FUNCTION")
-        function = runpy.run_path(file)[name]
+        function = runpy.run_path(file).get(name)
     except Exception as error:  # the user's own code
-        why = (
-            f"no function {name}"
-            if isinstance(error, KeyError)
-            else f"{type(error).__name__}: {error}"
-        )
-        raise ValueError(f"--reward {spec}: {why}") from None
+        raise ValueError(f"--reward {c.reward}: {type(error).__name__}: {error}") from None
+    if not callable(function):
+        raise ValueError(f"--reward {c.reward}: no function {name} in {file}")
 
-    def reward(example, completion, _=False):
+    def reward(example, completion, _unconfined):
         try:
             value = function(example.question, example.answer, completion)
             parts = value if isinstance(value, dict) else {"reward": value}
             parts = {str(k): float(v) for k, v in parts.items()}
         except Exception as error:
-            frame = error.__traceback__
-            while frame.tb_next:
-                frame = frame.tb_next
-            why = f"{type(error).__name__}: {error} (line {frame.tb_lineno}, on {example.id})"
-            raise ValueError(f"--reward {spec}: {why}") from None
+            line = traceback.extract_tb(error.__traceback__)[-1].lineno
+            why = f"{type(error).__name__}: {error} (line {line}, on {example.id})"
+            raise ValueError(f"--reward {c.reward}: {why}") from None
         if not parts or not all(map(math.isfinite, parts.values())):
-            raise ValueError(f"--reward {spec}: gave {value!r} (on {example.id})")
+            raise ValueError(f"--reward {c.reward}: gave {value!r} (on {example.id})")
         return parts
 
     return reward
@@ -921,7 +882,7 @@ def make_toy_base(c, folder: Path, world: data.ToyWorld):
     tokenizer = data.Tokenizer(folder)
     encoded, _ = data.tokenize(world.corpus(steps * batch), tokenizer, c.max_length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    CLOCK.start("base", 0)
+    BEGAN["base"] = 0, time.perf_counter()
     for step in range(steps):
         lr = 3e-3 * min(1, (step + 1) / 100) * (1 - step / steps)
         optimizer.param_groups[0]["lr"] = lr
@@ -932,7 +893,7 @@ def make_toy_base(c, folder: Path, world: data.ToyWorld):
         optimizer.step()
         if (step + 1) % 50 == 0:
             print(
-                f"base {step + 1}/{steps}  loss {loss:.3f}  left {CLOCK.left('base', step, steps)}"
+                f"base {step + 1}/{steps}  loss {loss:.3f}  left {time_left('base', step, steps)}"
             )
     save_model(model, folder, eos_token_id=tokenizer.eos_ids[0])  # the weights last
 
@@ -959,7 +920,7 @@ def open_run(c) -> dict:
                     f"{out} holds a run with {option(name)} {old.get(name)}, not {new[name]}: "
                     "choose another --out, or delete that folder"
                 )
-    report = {"evaluation": {}, "partition": {}, "data": {}, "seconds": {}, "peak_gb": {}}
+    report = {"evaluation": {}, "partition": {}, "data": {}, "seconds": {}}
     if (out / "report.json").exists():
         report |= read_json(out / "report.json")
     report["since"] = time.perf_counter()  # the last `done`; never written
@@ -967,28 +928,13 @@ def open_run(c) -> dict:
 
 
 def done(c, report, what: str):
-    """Notes the seconds since the last call and the peak memory, and saves the report. The first
-    time counts: a reused result took no time."""
+    """Notes the seconds since the last call and saves the report. The first time counts: a reused
+    result took no time."""
     now = time.perf_counter()
     report["seconds"].setdefault(what, round(now - report["since"], 2))
-    report["peak_gb"].setdefault(what, round(peak_memory(c.device) / 1e9, 2))
     report["since"] = now
     written = {name: value for name, value in report.items() if name != "since"}
     write_json(Path(c.out) / "report.json", written)
-
-
-def peak_memory(device) -> int:
-    """Bytes: the GPU's peak since the last call, or this process' peak so far; 0 if unknown."""
-    if torch.device(device).type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def write_json(path, value):
@@ -1062,20 +1008,20 @@ def write_report(c, report, s1, s2) -> str:
         shares = [100 * float((own | part.shared).double().mean()) for own in part[:2]]
         rows.append([theta, *(f"{share:.2f}" for share in shares), f"{jaccard(part):.3f}"])
     lines += table(["theta", "% S1 region", "% S2 region", "Jaccard"], rows)
-    regions = p["regions"]
+    regions, percent = p["regions"], p["active_percent"]
     lines += [
         "",
-        f"This run: theta {c.theta}, {p['elements']} elements: S1-only {regions['s1_only']},",
+        f"This run: theta {c.theta}, {p['elements']} elements. S1-only {regions['s1_only']},",
     ]
     lines += [
-        f"S2-only {regions['s2_only']}, shared {regions['shared']}; active in SFT "
-        f"{p['active_percent']['sft']:.1f}%, in RL {p['active_percent']['rl']:.1f}%."
+        f"S2-only {regions['s2_only']}, shared {regions['shared']}. Active: {percent['sft']:.1f}% in"
     ]
+    lines += [f"SFT, {percent['rl']:.1f}% in RL."]
     lines += [""] + [f"- {name}: {text}" for name, text in report["data"].items()]
     if "votes" in report:
         lines.append(f"- {report['votes']}")
-    for what, key in (("Seconds", "seconds"), ("Peak memory up to the end of each, GB", "peak_gb")):
-        lines += ["", f"{what}: " + "  ".join(f"{k} {v:.2f}" for k, v in report[key].items())]
+    seconds = "  ".join(f"{what} {took:.2f}" for what, took in report["seconds"].items())
+    lines += ["", f"seconds: {seconds}"]
     text = "\n".join([*lines, ""])
     lorapar.write_file(Path(c.out) / "report.md", text.encode())
     return text
@@ -1116,8 +1062,12 @@ def run_eval(arguments):
     if not examples:
         raise ValueError(f"answers of {c.data} cannot be checked")
     if c.labels and c.model:
-        label_of = {e.id: e for e in data.label_examples(examples, c.labels)}
-        examples = [label_of.get(e.id, e) for e in examples]
+        try:
+            labelled = {e.id: e for e in data.label_examples(examples, c.labels)}
+            examples = [labelled.get(e.id, e) for e in examples]
+        except ValueError:  # a run's labels may be those of its training examples alone
+            if "labels" in said:
+                raise
     random.Random(c.seed).shuffle(examples)
     out = new_file(
         Path(folder or ".") / ("answers" if folder else "") / f"eval-{Path(source[0]).stem}.jsonl"
@@ -1307,12 +1257,20 @@ def run_sweep(arguments):
         if unknown:
             raise ValueError(f"--rows: no row {min(unknown)!r}; there are {', '.join(rows)}")
         rows = {row: rows[row] for row in args.rows.split(",")}
-    progress = Progress(rows, base, args.seeds)
+    stages = [len(ORDERS[flags.get("order", base.order)]) for flags, _ in rows.values()]
+    cells, done_cells = sum(n * len(RATES) + args.seeds for n in stages), itertools.count()
+    BEGAN["sweep"] = 0, time.perf_counter()
+
+    def cell(changes):
+        report, number = run_cell(base, changes), next(done_cells)
+        print(f"cell {number + 1} of {cells}, left {time_left('sweep', number, cells)}")
+        return report
+
     records, rates = [], {}
     for row, (flags, _) in rows.items():
-        best, rates[row] = tuned_rates(base, flags, args.seeds, progress)
+        best, rates[row] = tuned_rates(base, flags, args.seeds, cell)
         for seed in range(args.seeds):
-            report = run_cell(base, flags | best | {"seed": seed}, progress)
+            report = cell(flags | best | {"seed": seed})
             records.append({"row": row, "seed": seed} | best | cell_facts(report))
         print(f"{row}: {spread([r['all at the end'] for r in records[-args.seeds :]])}")
     write_sweep(base, args.name, records, sweep_table(args, rows, records, rates, report))
@@ -1353,41 +1311,18 @@ def sweep_table(args, rows, records, rates, report) -> list[str]:
     ]
 
 
-class Progress:
-    """How far a sweep is: the cells of all rows and seeds, those that choose the rates included."""
-
-    def __init__(self, rows, base, seeds: int):
-        stages = [len(ORDERS[flags.get("order", base.order)]) for flags, _ in rows.values()]
-        self.cells = sum(n * len(RATES) + seeds for n in stages)
-        self.begun, self.seconds = 0, []
-
-    def start(self):
-        self.begun += 1
-        left = ""
-        if self.seconds:
-            seconds = statistics.mean(self.seconds) * (self.cells - self.begun + 1)
-            left = f", left {int(seconds) // 60}:{int(seconds) % 60:02d}"
-        print(f"cell {self.begun} of {self.cells}{left}")
-
-
-def run_cell(base, changes: dict, progress=None) -> dict:
+def run_cell(base, changes: dict) -> dict:
     """The report of one ordinary run in a folder named after what it changes; a finished one is
     only read."""
     changed = {k: v for k, v in changes.items() if k == "seed" or v != getattr(base, k)}
     folder = Path(base.out) / "cells" / ",".join(f"{k}={v}" for k, v in sorted(changed.items()))
     c = argparse.Namespace(**vars(base) | changes | {"out": str(folder)})
-    if progress:
-        progress.start()
     if (folder / "report.md").exists() and read_json(folder / "config.json") == settings(c):
         return read_json(folder / "report.json")
-    started = time.perf_counter()
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
         share_toy(base, c)
-        report = run(c)
-    if progress:
-        progress.seconds.append(time.perf_counter() - started)
-    return report
+        return run(c)
 
 
 def share_toy(base, c):
@@ -1400,7 +1335,7 @@ def share_toy(base, c):
                 (Path(c.out) / part.name).symlink_to(part.resolve())
 
 
-def tuned_rates(base, flags: dict, seed: int, progress=None):
+def tuned_rates(base, flags: dict, seed: int, cell):
     """-> the row's learning rates and their text. One stage after the other takes the best of
     three, by the accuracy of whole runs at the end (then by the loss), on the validation split of a
     seed that is not compared."""
@@ -1411,7 +1346,7 @@ def tuned_rates(base, flags: dict, seed: int, progress=None):
             rate = float(f"{getattr(base, f'{stage}_lr') * factor:.3g}")
             trial = flags | rates | {f"{stage}_lr": rate, "seed": seed, "eval_split": "validation"}
             try:
-                report = run_cell(base, trial, progress)
+                report = cell(trial)
                 row = list(report["evaluation"].values())[-1]["all"]
                 tried[rate] = row["accuracy"], -row["loss"]
             except Diverged:
