@@ -2654,11 +2654,13 @@ def test_a_sweep_of_two_tiny_cells(toy_run, tmp_path, monkeypatch, capsys):
 
 
 def test_every_sweep_has_rows_that_are_settings_and_references():
-    assert [len(train.sweep_rows(n)) for n in train.SWEEPS] == [4, 9, 23, 12, 2, 2, 0]
+    base = train.read_config([])
+    assert [len(train.sweep_rows(n, base)) for n in train.SWEEPS] == [4, 9, 23, 12, 2, 2, 0]
     for name in train.SWEEPS:
-        rows = train.sweep_rows(name)
+        rows = train.sweep_rows(name, base)
         for flags, reference in rows.values():
             assert set(flags) <= set(train.defaults()) and reference in rows
+    assert train.sweep_rows("methods", base)["LoRA, twice the epochs"][0]["sft_epochs"] == 16
 
 
 def test_a_rate_is_lost_by_diverging_alone():

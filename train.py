@@ -1008,18 +1008,16 @@ def write_report(c, report, s1, s2) -> str:
         shares = [100 * float((own | part.shared).double().mean()) for own in part[:2]]
         rows.append([theta, *(f"{share:.2f}" for share in shares), f"{jaccard(part):.3f}"])
     lines += table(["theta", "% S1 region", "% S2 region", "Jaccard"], rows)
-    regions, percent = p["regions"], p["active_percent"]
-    lines += [
-        "",
-        f"This run: theta {c.theta}, {p['elements']} elements. S1-only {regions['s1_only']},",
-    ]
-    lines += [
-        f"S2-only {regions['s2_only']}, shared {regions['shared']}. Active: {percent['sft']:.1f}% in"
-    ]
-    lines += [f"SFT, {percent['rl']:.1f}% in RL."]
-    lines += [""] + [f"- {name}: {text}" for name, text in report["data"].items()]
+    sizes = ", ".join(f"{name} {size}" for name, size in p["regions"].items())
+    active = ", ".join(f"{share:.1f}% in {stage}" for stage, share in p["active_percent"].items())
+    lines += ["", f"- theta {c.theta}: {p['elements']} elements, {sizes}; active {active}"]
+    lines += [f"- {name}: {text}" for name, text in report["data"].items()]
     if "votes" in report:
         lines.append(f"- {report['votes']}")
+    if stages and c.init in lorapar.ANCHORED:
+        lines.append(
+            f"- adapters: rank {2 * c.r}, twice --r: they hold the difference from the base"
+        )
     seconds = "  ".join(f"{what} {took:.2f}" for what, took in report["seconds"].items())
     lines += ["", f"seconds: {seconds}"]
     text = "\n".join([*lines, ""])
@@ -1053,7 +1051,7 @@ def run_eval(arguments):
             raise ValueError(f"{folder}: no adapter there yet")
         adapter = adapter or Path(folder) / written[-1]
     elif not c.model or c.data == "toy":
-        raise ValueError("eval needs a run folder, or --model and --data")
+        raise ValueError("eval needs a run folder (the toy's too), or --model and another --data")
     source = data.split_spec(c.data) if c.model else ("toy", Path(folder) / "world")
     path = find_model(c.model) if c.model else Path(folder) / "base"
     alone = data.in_one_file(*source) and (not folder or "data" in said)
@@ -1171,45 +1169,52 @@ def draw_figures(out: Path):
 # ------------------------------------------------------------------------------------------ sweeps
 
 FULL = {"theta": 1.0, "stage_data": "all"}  # every element, every example
-RANDOM = ("random", "random-in-tensor")
+PAR = "LoRA-PAR 0.9"
 
 
-def sweep_rows(name: str) -> dict:
+def sweep_rows(name: str, base) -> dict:
     """The rows of a table: {row: (the flags it changes, the row it is compared with)}."""
     if name == "splits":
-        labels = {"vote of 5": "teachers:5", "vote of 3": "teachers:3"}
-        labels |= {"one teacher": "teachers:1", "random split": "teachers:5:shuffled"}
-        return {row: ({"labels": words}, "vote of 5") for row, words in labels.items()}
+        return {
+            "vote of 5": ({"labels": "teachers:5"}, "vote of 5"),
+            "vote of 3": ({"labels": "teachers:3"}, "vote of 5"),
+            "one teacher": ({"labels": "teachers:1"}, "vote of 5"),
+            "random split": ({"labels": "teachers:5:shuffled"}, "vote of 5"),
+        }
     if name == "order":
-        rows = {"SFT then RL": {}, "RL then SFT": {"order": "rl-sft"}}
-        return {row: (flags, "SFT then RL") for row, flags in rows.items()}
+        return {
+            "SFT then RL": ({"order": "sft-rl"}, "SFT then RL"),
+            "RL then SFT": ({"order": "rl-sft"}, "SFT then RL"),
+        }
     if name == "swapped":
-        rows = {"own masks": {}, "swapped masks": {"select": "swapped"}}
-        return {row: (flags, "own masks") for row, flags in rows.items()}
+        return {
+            "own masks": ({"select": "importance"}, "own masks"),
+            "swapped masks": ({"select": "swapped"}, "own masks"),
+        }
     rows = {}
     if name == "shared":
         for alpha, beta in itertools.product((0.0, 0.5, 1.0), repeat=2):
             flags = {"alpha": alpha, "beta": beta}
             rows[f"alpha {alpha} beta {beta}"] = (flags, "alpha 1.0 beta 1.0")
     if name == "theta":
-        for targets, select in [("qkvgud", s) for s in ("importance", *RANDOM)] + [
-            ("qkv", "importance"),
-            ("gud", "importance"),
-        ]:
-            for theta in (0.3, 0.5, 0.7, 0.9, 1.0)[: 4 if select in RANDOM else 5]:
-                flags = {"targets": targets, "theta": theta, "select": select}
-                twin = f"{targets.upper()} {theta if select in RANDOM else 1.0} importance"
-                rows[f"{targets.upper()} {theta} {select}"] = (flags, twin)
+        for targets in ("qkvgud", "qkv", "gud"):
+            for theta in (0.3, 0.5, 0.7, 0.9, 1.0):
+                row = f"{targets.upper()} {theta}"
+                flags = {"targets": targets, "theta": theta, "select": "importance"}
+                rows[f"{row} importance"] = (flags, f"{targets.upper()} 1.0 importance")
+                if targets == "qkvgud" and theta < 1:
+                    for select in ("random", "random-in-tensor"):
+                        rows[f"{row} {select}"] = (flags | {"select": select}, f"{row} importance")
     if name == "methods":
         for init, words in (("lora", "LoRA"), ("olora", "OLoRA"), ("pissa", "PiSSA")):
             flags = FULL | {"init": init, "order": "sft"}
-            rows[words] = (flags, "LoRA-PAR 0.9")
-            rows[f"{words}, twice the epochs"] = (flags | {"sft_epochs": 2}, "LoRA-PAR 0.9")
-        for init, words in (("lora", "LoRA + RL"), ("pissa", "PiSSA + RL")):
-            rows[words] = (FULL | {"init": init}, "LoRA-PAR 0.9")
-        for theta, init in itertools.product((0.9, 0.95), ("anchored", "pissa")):
-            row = f"LoRA-PAR {theta}" + (" from PiSSA" if init == "pissa" else "")
-            rows[row] = ({"theta": theta, "init": init}, "LoRA-PAR 0.9")
+            rows[words] = (flags, PAR)
+            rows[f"{words}, twice the epochs"] = (flags | {"sft_epochs": 2 * base.sft_epochs}, PAR)
+        rows["LoRA + RL"] = (FULL | {"init": "lora"}, PAR)
+        rows["PiSSA + RL"] = (FULL | {"init": "pissa"}, PAR)
+        for theta in (0.9, 0.95):
+            rows[f"LoRA-PAR {theta}"] = ({"theta": theta}, PAR)
+            rows[f"LoRA-PAR {theta} from PiSSA"] = ({"theta": theta, "init": "pissa"}, PAR)
     return rows
 
 
@@ -1248,7 +1253,7 @@ def run_sweep(arguments):
         raise ValueError("sweep: --order none trains nothing that could be compared")
     if args.name == "resample":
         return resample(base, args.seeds)
-    rows = sweep_rows(args.name)
+    rows = sweep_rows(args.name, base)
     for name in {name for flags, _ in rows.values() for name in flags}:
         if any(word.partition("=")[0] == option(name) for word in rest):
             raise ValueError(f"sweep {args.name} sets {option(name)} itself")
