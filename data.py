@@ -65,18 +65,25 @@ class Tokenizer:
         self.settings |= read_fields(folder / "tokenizer_config.json")
         self.special_tokens = {}  # "bos_token", "eos_token" ..: the token's text
         for kind, token in self.settings.items():
-            token = token.get("content") if isinstance(token, dict) else token
-            if kind.endswith("_token") and isinstance(token, str):
-                self.special_tokens[kind] = token
+            if kind.endswith("_token") and isinstance(text_of_token(token), str):
+                self.special_tokens[kind] = text_of_token(token)
         files = [folder / "tokenizer.json", folder / "tokenizer.model"]
         file = next((file for file in files if file.exists()), None)
         if file is None:
             raise ValueError(f"{folder}: no tokenizer.json and no tokenizer.model")
         try:
             read = self.read_json if file.suffix == ".json" else self.read_sentencepiece
-            bos, eos, pad, puts_bos = read(file)
+            bos, eos, puts_bos, id_of = read(file)
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(f"{file}: {error}") from None
+        for token in self.named_tokens():
+            if id_of(token) is None:
+                raise ValueError(
+                    f"{file} does not hold {token!r}, which another file there names: load the "
+                    "tokenizer with transformers and save it once"
+                )
+        named_eos = id_of(self.special_tokens.get("eos_token", ""))
+        eos = eos if named_eos is None else named_eos
         self.bos_id = bos if self.settings.get("add_bos_token", puts_bos) else None
         model = read_fields(folder / "config.json") | read_fields(folder / "generation_config.json")
         listed = model.get("eos_token_id", [])
@@ -86,9 +93,21 @@ class Tokenizer:
         self.eos_ids = tuple(dict.fromkeys(i for i in [eos, *listed] if i is not None))
         if not self.eos_ids:
             raise ValueError(f"{folder}: no file names an EOS token, so answers could not end")
+        pad = id_of(self.special_tokens.get("pad_token", ""))
         self.pad_id = self.eos_ids[0] if pad is None else pad
         self.front = self.ids("\n")  # what stands before a text that goes on: see encode, decode
         self.adds_space = self.decode(self.ids("x")) != "x"  # LLaMA's: "x" -> "▁x"
+
+    def named_tokens(self) -> list[str]:
+        """Every token that the files beside the vocabulary name."""
+        named = list(self.special_tokens.values())
+        for kind in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
+            tokens = self.settings.get(kind, ())
+            named += map(text_of_token, tokens.values() if isinstance(tokens, dict) else tokens)
+        named += read_fields(self.folder / "added_tokens.json")
+        if not all(isinstance(token, str) for token in named):
+            raise ValueError(f"{self.folder}: a special token in its files is no text")
+        return [token for token in named if token]
 
     def read_json(self, file):
         import tokenizers
@@ -96,30 +115,19 @@ class Tokenizer:
         bpe = tokenizers.Tokenizer.from_file(str(file))
         bpe.no_truncation()  # a file carries both if they were on when it was saved
         bpe.no_padding()
-        named = [*self.special_tokens.values()]
-        for kind in ("additional_special_tokens", "extra_special_tokens"):
-            for token in self.settings.get(kind, ()):
-                named.append(token["content"] if isinstance(token, dict) else token)
-        for token in dict.fromkeys(named):
-            if bpe.token_to_id(token) is None:  # named beside the file alone: it gets the next id
-                bpe.add_special_tokens([token])
         self.ids = lambda text: bpe.encode(text, add_special_tokens=False).ids
         self.text = lambda ids: bpe.decode(ids, skip_special_tokens=False)
-        kinds = ("bos_token", "eos_token", "pad_token")
-        bos, eos, pad = (bpe.token_to_id(self.special_tokens.get(kind, "")) for kind in kinds)
-        return bos, eos, pad, bpe.encode("x").ids[:1] == [bos]
+        bos = bpe.token_to_id(self.special_tokens.get("bos_token", ""))
+        return bos, None, bpe.encode("x").ids[:1] == [bos], bpe.token_to_id
 
     def read_sentencepiece(self, file):
         import sentencepiece
 
         pieces = sentencepiece.SentencePieceProcessor(str(file))
-        added = list(read_fields(self.folder / "added_tokens.json").values())
-        added += map(int, self.settings.get("added_tokens_decoder", ()))
-        if any(id >= len(pieces) for id in added):
-            raise ValueError("tokens were added that it cannot hold: save a tokenizer.json")
+        ids = {pieces.id_to_piece(i): i for i in range(len(pieces))}
         self.ids = pieces.encode
         self.text = lambda ids: pieces.decode([i for i in ids if i < len(pieces)])
-        return pieces.bos_id(), pieces.eos_id(), None, True
+        return pieces.bos_id(), pieces.eos_id(), True, ids.get
 
     def encode(self, text: str, bos=False, eos=False, goes_on=False) -> list[int]:
         """Token ids; bos=True puts the BOS in front where the model wants one. goes_on: the text
@@ -160,14 +168,16 @@ class Tokenizer:
         def refuse(message):
             raise TemplateError(message)
 
-        def tojson(value, ensure_ascii=False, **settings):
-            return json.dumps(value, ensure_ascii=ensure_ascii, **settings)
+        def tojson(value, ensure_ascii=False, indent=None, **settings):
+            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **settings)
 
         text = self.settings.get("chat_template")
         if (self.folder / "chat_template.jinja").exists():
             text = (self.folder / "chat_template.jinja").read_text(encoding="utf-8")
         if isinstance(text, list):  # several named templates
-            text = next((t["template"] for t in text if t["name"] == "default"), None)
+            text = {t["name"]: t["template"] for t in text}
+        if isinstance(text, dict):
+            text = text.get("default")
         if not isinstance(text, str):
             raise ValueError("none is there; --prompt plain needs none")
         if not (self.folder / "tokenizer.json").exists():
@@ -175,13 +185,17 @@ class Tokenizer:
                 "tokenizer.model would spell its special tokens: save a tokenizer.json"
             )
         # marks the assistant's words for training; the words themselves stay
-        text = re.sub(r"\{%-?\s*(?:end)?generation\s*-?%\}", generation_tag, text)
+        text = re.sub(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}", generation_tag, text)
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals.update(raise_exception=refuse, strftime_now=time.strftime)
         environment.filters["tojson"] = tojson
         return environment.from_string(text)
+
+
+def text_of_token(token):
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def generation_tag(tag: re.Match) -> str:
@@ -518,8 +532,8 @@ def vote(labels: list[str]) -> str:
 
 
 VERDICT = re.compile(
-    r"(?:\bsystem[\s_#:‐-―-]{0,3}|(?<![\w'’])s)([12]|one|two)\b",  # not the s of "It's 1 step"
-    re.IGNORECASE,
+    r"(?:\bsystem[\W_]{0,3}(?:no\W{0,2}|number )?|(?<![\w'’])s)([12１２]|one|two)\b",
+    re.IGNORECASE,  # not the s of "It's 1 step"
 )
 
 
@@ -529,7 +543,7 @@ def verdict(text: str) -> str | None:
     text = final_part(text).strip()
     for part in (text.rpartition("\n")[2], text):
         named = {word.lower() for word in VERDICT.findall(part)}
-        systems = {"S2" if word in ("2", "two") else "S1" for word in named}
+        systems = {"S2" if word in ("2", "２", "two") else "S1" for word in named}
         if len(systems) == 1:
             return systems.pop()
     return None
@@ -569,17 +583,17 @@ def status_of(record: dict) -> str:
         body = record["response"]["body"] if "response" in record else record
         choice = body["choices"][0]
         message = choice["message"]
-        content = message["content"]
-    except (TypeError, KeyError, IndexError):
+        end, content = str(choice.get("finish_reason")).lower(), message.get("content")
+        if message.get("refusal") or end in ("content_filter", "safety", "refusal"):
+            return "refused"
+        if isinstance(content, list):  # thoughts are parts of another type
+            parts = [{"text": part} if isinstance(part, str) else part for part in content]
+            texts = [p["text"] for p in parts if p.get("type", "text") in ("text", "output_text")]
+            content = "".join(text if isinstance(text, str) else text["value"] for text in texts)
+    except (TypeError, KeyError, IndexError, AttributeError):
         return "error"
-    if message.get("refusal") or choice.get("finish_reason") == "content_filter":
-        return "refused"
-    if choice.get("finish_reason") == "length":
+    if end in ("length", "max_tokens"):
         return "cut"
-    if isinstance(content, list):  # thoughts are parts of another type
-        content = "".join(
-            str(p.get("text")) for p in content if p.get("type") in ("text", "output_text")
-        )
     if not isinstance(content, str) or record.get("error"):
         return "error"
     return verdict(content) or "unclear"
@@ -750,13 +764,25 @@ def batches(encoded, size: int, device="cpu"):
 # --------------------------------------------------------------- what the answer of a reply is
 
 # Models run on into thousands of spaces and digits, so no pattern here backtracks over them.
-THOUGHT_END = re.compile(r"</(?:think|thinking|thought)>|\[/THINK\]|<\|end_of_thought\|>")
-THOUGHT_BEGIN = re.compile(r"\s*(?:<(?:think|thinking|thought)>|\[THINK\])")
+THOUGHT = r"(?:\w+:)?(?:think|thinking|thoughts?|reflection|scratchpad|analysis) ?"
+THOUGHT_END = re.compile(
+    rf"</{THOUGHT}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>"
+    r"|<\|channel\|>final<\|message\|>",
+    re.IGNORECASE,
+)
+THOUGHT_BEGIN = re.compile(
+    rf"\s*(?:<{THOUGHT}>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|channel\|>analysis)",
+    re.IGNORECASE,
+)
+ROLES = "human|user|student|assistant|用户|人类"
+TASKS = (
+    "question|q|problem|instructions?|input|query|prompt|task|exercise|example|问题|问|题目|質問"
+)
 NEXT_TURN = re.compile(
-    r"<\|[^|\s]{1,40}\|>|</s>|<(?:end|start)_of_turn>|\[/?INST\]|\[/PYTHON\]"
-    r"|^[ \t]*(?:\*\*)?(?:Human|User|Question|Q|Problem|Instruction)(?: ?\d{1,3})?(?:\*\*)?:"
-    r"|^###+ *(?:Instruction|Human|User|Question|Input)\b",
-    re.MULTILINE,
+    r"<[|｜][^|｜\s]{1,40}[|｜]>|</s>|<eos>|<(?:end|start)_of_turn>|\[/?INST\]|\[/PYTHON\]"
+    rf"|^[ \t>*]*(?:{ROLES}|{TASKS})[ .]?\d{{0,3}}[.)]?\**[:：]"
+    rf"|^##+ *(?:{ROLES}|{TASKS}|response|end)\b",
+    re.MULTILINE | re.IGNORECASE,
 )
 
 
@@ -808,37 +834,48 @@ def marked(text: str) -> str | None:
 # A number, or \0: a formula that is none. Currency signs and codes may stand before it, and any
 # letter of a script without spaces; a Latin letter, digit or point would make it something else.
 CURRENCIES = (
-    "USD EUR GBP JPY CNY RMB INR CAD AUD CHF HKD SGD KRW BRL MXN ZAR AED NGN PKR Rs Rp RM kr"
+    "USD|EUR|GBP|JPY|CNY|RMB|INR|CAD|AUD|NZD|CHF|HKD|SGD|TWD|KRW|RUB|BRL|MXN|ZAR|SEK|NOK|DKK|PLN|TRY|"
+    "THB|PHP|IDR|MYR|VND|AED|SAR|NGN|KES|PKR|BDT|Rs|Rp|RM|kr"
 )
-DECIMAL = r"(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
-BEFORE = rf"(?<![A-Za-z0-9_.^])(?<!\d[:/])(?:(?:{CURRENCIES.replace(' ', '|')})\.? ?)?"
+SIGNED = r"(?P<sign>[-+−–]?) ?[$€£¥₹]? ?"
+DECIMAL = r"(?:\d(?:[\d,]*\d)?(?:\.\d+)?|\.\d+)"
 NUMBER = re.compile(
-    rf"\0|{BEFORE}(?P<sign>[-+−]?) ?[$€£¥₹]? ?(?:(?P<whole>\d+) (?=\d+ ?/ ?\d))?(?P<top>{DECIMAL})"
+    rf"\0 ?{DECIMAL}?|(?<![A-Za-z0-9_.^]|√)(?:(?:{CURRENCIES})\.? ?)?{SIGNED}"
+    rf"(?:(?P<whole>\d{{1,3}}) (?=\d{{1,2}} ?/ ?\d))?(?P<top>{DECIMAL})"
     rf"(?: ?/ ?(?P<bottom>{DECIMAL}))?"
+    r"(?P<tail>(?:[eE][-+]?|[.,:/xX^]+|\*\*)\d[\d.,:/]*|\.?\(\d+\))?"  # 1e5, 12:30, 6x3: no amount
 )
 GROUPED = re.compile(r"\d+|\d{1,3}(?:,\d{2,3})*,\d{3}")  # 1,000 and India's 1,00,000; not 3,5
 ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")  # behind it: no amount
 # what spoils the number before it, and what makes it the beginning of an expression
-SPOILED = re.compile(r"[eE][-+]?\d|[xX]\d|[.:/]\d|[_^²³⁰-⁹¼-¾⅐-⅞]|\.?\0")
-GOES_ON = re.compile(r" ?(?:=|[-+−*×÷/^x] ?[$€£¥₹]?\d)")
-BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.M)
-WRAPPER = re.compile(r"\\(?:text(?:bf|it)?|math(?:rm|bf|it|sf)|mbox|boxed) ?\{([^{}]*)\}")
-MEANINGLESS = re.compile(
-    r"\\(?:left|right|q?quad|displaystyle|begin|end|checkmark|square)(?![a-zA-Z])"
+SPOILED = re.compile(
+    r"\.?\s?\0|\s?[½¼¾⅐-⅞√π∞万亿]|[_^²³⁰-⁹⁻⁺]|\(\d|[kKMB]\b|\s?(?:thousand|million|billion|dozen)\b"
 )
+GOES_ON = re.compile(
+    r"\s*(?:[=<>≤≥±!|]|[-+−*×÷/^:]\s*[\d.$€£¥₹(√\0]|,\s*\d|[xyzni]\b|(?:or|and|to|plus|minus|times)\b)"
+)
+BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.M)
+WIDE = str.maketrans("，．－／％＄￥٬٫~", ",.-/%$¥,. ")
+WRAPPER = re.compile(
+    r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it|sf)|boldsymbol|underline|[fm]box|boxed) ?\{([^{}]*)\}"
+)
+MEANINGLESS = re.compile(
+    r"\\(?:(?:text)?color ?\{[^{}]*\}|(?:left|right|q?quad|displaystyle|begin|end|checkmark|square|"
+    r"bf|rm|approx|sim|therefore|implies|to|q?[rR]ightarrow|because)(?![a-zA-Z]))"
+)
+FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{ ?(-?[\d.,]+) ?\}|(\d)) ?(?:\{ ?([\d.,]+) ?\}|(\d))")
 COMMAND = re.compile(r"\\[a-zA-Z]+ ?(?:\{[^{}]*\}|\[[^][{}\\]*\])*(?![{\[a-zA-Z])")
 
 
 def plain(text: str) -> str:
     """Markdown and LaTeX that mean the same without them are taken off: **18**, \\boxed{1{,}000},
     \\text{18} eggs, \\frac12. Any other command becomes \\0, so that \\sqrt{3} is not read as 3."""
-    text = text.replace("\0", " ").replace("\\\\", "\n").replace("{,}", ",")
-    text = re.sub(r"(?<=\d)\\[,!;:](?=\d)", "", text)  # 1\,000
-    text = re.sub(r"\\[,!;: ()\[\]]|\*\*|__|`|\$\$", " ", text)
+    text = text.replace("\0", " ").replace("\\\\", "\n").replace("{,}", ",").translate(WIDE)
+    text = re.sub(r"(?<=\d)(?:\\[,!;:]|[\u00a0\u202f'’])(?=\d{3}(?!\d))", ",", text)  # 1\,000
+    text = re.sub(r"\\[,!;: ()\[\]]|(?<!\d)\*\*|\*\*(?!\d)|__|`|\$\$", " ", text)
     text = re.sub(r"\\([$%#&])", r"\1", text)
     text = re.sub(r"\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree", "", text)
-    text = re.sub(r"\\[dt]?frac ?(\d)(\d)", r"\\frac{\1}{\2}", text)
-    text = re.sub(r"\\[dt]?frac ?\{ ?([\d.,]+) ?\}\{ ?([\d.,]+) ?\}", r" \1/\2", text)
+    text = FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
     text = re.sub(r"\\(?:times|cdot|div)(?![a-zA-Z])", "*", MEANINGLESS.sub(" ", text))
     for _ in range(6):  # the innermost commands first
         text, count = COMMAND.subn("\0", WRAPPER.sub(r"\1", text))
@@ -850,7 +887,6 @@ def plain(text: str) -> str:
 
 def decimal(text: str):
     """1,000.5 as an exact Fraction; None where a comma does not part thousands."""
-    text = text.rstrip(",")
     digits = text.partition(".")[0]
     if len(text) > 200 or (digits and not GROUPED.fullmatch(digits)):
         return None
@@ -859,7 +895,7 @@ def decimal(text: str):
 
 def value_of(number: re.Match):
     """A match of NUMBER as an exact Fraction; None if it is none: \\0, 1/0, 3,5, absurdly long."""
-    if number[0] == "\0" or len(number["whole"] or "") > 200:
+    if number["top"] is None or number["tail"]:
         return None
     top, bottom = decimal(number["top"]), decimal(number["bottom"] or "1")
     if top is None or not bottom:
@@ -897,7 +933,7 @@ def marked_number(text: str):
         if first and not any(spoiler.match(part, first.end()) for spoiler in spoilers):
             return value_of(first)
     values = all_numbers(text)
-    return values[0] if len(values) == 1 else None
+    return values[0] if len(values) == 1 and not re.search(r"[<>≤≥±|!]|[xyzn]\b", text) else None
 
 
 def final_number(reply: str):
@@ -911,13 +947,15 @@ def final_number(reply: str):
 
 
 def final_letter(reply: str):
-    """The choice that a reply begins with or marks: "B", " (B)", "Answer: B", \\boxed{B}."""
+    """The choice that a reply names last as its answer, or else begins with: "Answer: B", "(B)"."""
     text = final_part(reply)
     text = plain(text if marked(text) is None else marked(text))
-    letter = re.match(
-        r"(?:(?:the )?(?:correct )?answer(?: is)?:? ?)?\(?([A-D])(?![A-Za-z])", text, re.I
+    named = re.findall(
+        r"(?i:answer|option|choice|答案|选)(?:\W{0,3}(?:is|是|为))?[\W_]{0,4}([A-D])(?![A-Za-z])",
+        text,
     )
-    return letter[1] if letter and letter[1].isupper() else None
+    begins = re.match(r"[\W_]{0,3}(A(?! [a-z])|[B-D])(?![A-Za-z])", text)
+    return named[-1] if named else begins and begins[1]
 
 
 def is_correct(example: Example, reply: str, unconfined=False) -> bool:
@@ -932,7 +970,10 @@ def is_correct(example: Example, reply: str, unconfined=False) -> bool:
     if example.kind == "code":
         return passes_tests(example, reply, unconfined)
     if example.kind == "exact":
-        return final_part(reply).strip() == final_part(example.gold).strip()
+        text = final_part(reply)
+        inside = in_tags(text)
+        replies = [text, reply, text if inside is None else inside]
+        return example.gold.strip() in [text.strip() for text in replies]
     if example.kind == "toy":  # the last state of the string machine decides, spaces do not
         return reply.rpartition(";")[2].split() == example.gold.rpartition(";")[2].split()
     raise ValueError(f"{example.id}: answers of this data set cannot be checked")
@@ -1242,7 +1283,7 @@ def judge_main():
         raise error("raised by the candidate")
 
     def run_tests():
-        names = {"__name__": "tests"}
+        names = {"__name__": "tests", "candidate": call}
         exec(job["prompt"] + "\n    pass\n", names)  # helpers: HumanEval/32, 38, 50
         names[job["entry"]] = call  # HumanEval/33 calls the function by its name
         exec(job["tests"], names)

@@ -1182,12 +1182,27 @@ def test_a_tokenizer_file_saved_with_truncation_and_padding_cuts_and_pads_nothin
     assert data.Tokenizer(tmp_path).encode("M a b c d | rev rot A") == [3, 6, 7, 8, 9, 4, 14, 15, 1]
 
 
-def test_special_tokens_named_beside_tokenizer_json_get_the_next_ids(tmp_path):
+def test_special_tokens_that_the_vocabulary_does_not_hold_are_refused_by_name(tmp_path):
+    """Where another file names them: else they would be spelled, or another id be trained."""
     data.save_toy_tokenizer(tmp_path)
-    named = {"eos_token": "<stop>", "additional_special_tokens": ["<answer_end>"]}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
-    tokenizer, size = data.Tokenizer(tmp_path), len(data.TOY_TOKENS)
-    assert tokenizer.eos_ids == (size,) and tokenizer.encode("A<answer_end>") == [1, size + 1]
+    config, added = tmp_path / "tokenizer_config.json", tmp_path / "added_tokens.json"
+    for fields in (
+        {"eos_token": "<stop>"},
+        {"eos_token": {"content": "<stop>"}},
+        {"additional_special_tokens": ["c1", "<stop>"]},
+        {"extra_special_tokens": {"image": "<stop>"}},
+        {"added_tokens_decoder": {"99": {"content": "<stop>"}}},
+    ):
+        config.write_text(json.dumps({"eos_token": "<eos>"} | fields))
+        refuses("does not hold '<stop>'", data.Tokenizer, tmp_path)
+    config.write_text('{"eos_token": "c1", "additional_special_tokens": ["c2"]}')
+    assert data.Tokenizer(tmp_path).eos_ids == (data.TOY_TOKENS.index("c1"),)
+    added.write_text('{"<stop>": 200}')
+    refuses("does not hold '<stop>'", data.Tokenizer, tmp_path)
+    added.unlink()
+    config.write_text('{"eos_token": "<eos>", "additional_special_tokens": [1]}')
+    refuses("is no text", data.Tokenizer, tmp_path)
+    config.write_text('{"eos_token": "<eos>"}')
     (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
     refuses("eos_token_id is", data.Tokenizer, tmp_path)
 
@@ -1196,7 +1211,7 @@ def test_special_tokens_named_beside_tokenizer_json_get_the_next_ids(tmp_path):
 def test_sentencepiece_without_its_added_tokens_is_refused(tmp_path):
     shutil.copy(SHARED / "fixtures/llama2_tokenizer/tokenizer.model", tmp_path)
     (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 32000}')
-    refuses("save a tokenizer.json", data.Tokenizer, tmp_path)
+    refuses("does not hold '<|im_start|>'", data.Tokenizer, tmp_path)
     (tmp_path / "added_tokens.json").unlink()
     (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "{{ eos_token }}"}')
     refuses("save a tokenizer.json", data.Tokenizer(tmp_path).chat, [])
@@ -1315,19 +1330,29 @@ def test_numbers_are_compared_as_numbers(gold):
 
 
 FINAL_NUMBERS = {  # a reply, and the number it gives
-    "答案是18": 18, "共1,200元": 1200, "第18章": 18, "USD18": 18, "Rs500": 500, "Rs. 500": 500,
-    "US$18": 18, "€18": 18, "x18": None, "see MP3": None, "v1.5.2": None, "12:30": None,
+    "答案是18": 18, "共1,200元": 1200, "共1，200元": 1200, "第18章": 18, "1.2万元": None,
+    "USD18": 18, "Rs500": 500, "Rs. 500": 500, "PLN18": 18, "US$18": 18, "€18": 18,
+    "x18": None, "see MP3": None,
+    "v1.5.2": None, "12:30": None, "1.000,5": None, "2e-3": None, "1\u202f200": 1200, "1'200": 1200,
     "\\boxed{\\frac12}": 0.5, "\\boxed{\\dfrac{3}{4}}": 0.75, "\\boxed{2\\frac{1}{2}}": 2.5,
-    "-\\frac{1}{2}": -0.5, "2 1/2": 2.5, "\\boxed{2\\sqrt{3}}": None, "\\sqrt{3}": None,
-    "0.\\overline{3}": None, "\\frac{2\\sqrt{3}}{3}": None, "\\frac{\\pi}{2}": None,
-    "\\boxed{10^{2}}": None, "10^2": None, "2½": None, "6x3": None, "3,5": None, "1/2/2020": None,
+    "\\frac{-1}2": -0.5, "-\\frac{1}{2}": -0.5, "2 1/2": 2.5, "in 2024 1/2 of": 0.5,
+    "\\boxed{2\\sqrt{3}}": None, "\\boxed{2 \\sqrt{3}}": None, "\\boxed{2~\\pi}": None,
+    "\\boxed{3 + \\sqrt2}": None, "\\sqrt{3}": None, "√3": None, "2√3": None, "2π": None,
+    "0.\\overline{3}": None, "0.(3)": None, "\\frac{2\\sqrt{3}}{3}": None, "\\frac{\\pi}{2}": None,
+    "\\boxed{10^{2}}": None, "10^2": None, "2**3": None, "2½": None, "2 ½": None, "6x3": None,
+    "3,5": None, "1/2/2020": None, "\\boxed{5!}": None, "\\boxed{5x}": None, "\\boxed{x>5}": None,
+    "\\boxed{12, 13}": None, "\\boxed{12 and 13}": None, "#### 18 to 20": None, "$1.5M": None,
     "1,00,000": 100000, "1\\,000": 1000, "\\boxed{\\$1{,}234}": 1234, "\\boxed{18\\%}": 18,
     "\\(18\\)": 18, "$x=18$": 18, "90^\\circ": 90, "18 \\text{ cm}^2": 18, '{"answer": 18}': 18,
-    "18 \\quad": 18, "\\mathbf{18}": 18, "\\boxed{\\text{B}}": None, "**Answer:** 18": 18,
+    "18 \\quad": 18, "\\mathbf{18}": 18, "\\boxed{\\boldsymbol{18}}": 18, "\\boxed{\\approx 5}": 5,
+    "\\boxed{\\color{red}18}": 18, "\\boxed{\\text{B}}": None, "**Answer:** 18": 18, "18!": 18,
     "<think>so \\boxed{12}</think> The answer is 18": 18, "<think>\n\n</think>\n\n18": 18,
-    "<think>it is 18": None, "[THINK]12[/THINK]18": 18, "18\nHuman: and 20?": 18,
-    "18\n\n### Instruction:\nAdd 20": 18, "18<|im_end|>\n<|im_start|>user\n20": 18,
-    "<|im_start|>assistant\n18": 18, "18</s> 20": 18, "18 [INST] 20": 18,
+    "<think>it is 18": None, "[THINK]12[/THINK]18": 18, "<Thinking >12</Thinking >18": 18,
+    "<|channel|>analysis<|message|>12<|channel|>final<|message|>18<|return|>": 18,
+    "18\nHuman: and 20?": 18, "18\nuser： 20": 18, "18\n问题：20": 18, "18\n\nExample 2: 20": 18,
+    "18\n\n### Instruction:\nAdd 20": 18, "18\n## Question 20": 18, "18\n> **Q2.**: 20": 18,
+    "18<|im_end|>\n<|im_start|>user\n20": 18, "18<｜User｜>20": 18, "18</s> 20": 18,
+    "18 [INST] 20": 18, "<|im_start|>assistant\n18": 18,
 }  # fmt: skip
 
 
@@ -1339,15 +1364,19 @@ def test_what_looks_like_another_number_is_none(reply):
 
 def test_letters_and_texts_are_read_from_the_same_part_of_a_reply():
     letter = data.Example("x", "q", " B", "letter", "B")
-    right = "B| (B)|B.|Answer: B|The answer is B.|\\boxed{B}|**B**|<answer>B</answer>"
-    for reply in [*right.split("|"), "<think>A</think>\nB", "B\nQuestion: next?\nA"]:
+    right = "B| (B)|B.|Answer: B|The answer is B.|\\boxed{B}|**B**|<answer>B</answer>|[B]|Option B"
+    right += "|答案：B|答案是B|The answer is: **B**|A is wrong. The answer is B|<think>A</think>\nB"
+    for reply in [*right.split("|"), "B\nQuestion: next?\nA"]:
         assert data.is_correct(letter, reply), reply
-    for reply in ("A", "Both", "Also B", "<think>B</think> A", "be"):
+    for reply in ("A", "Both", "Also B", "<think>B</think> A", "be", "Answer: A or B"):
         assert not data.is_correct(letter, reply), reply
+    assert not data.is_correct(data.Example("x", "q", " A", "letter", "A"), "A cat is on it")
     exact = data.Example("x", "q", "yes", "exact", "yes")
-    assert data.is_correct(exact, "<think>\n\n</think>\n\nyes")
-    assert data.is_correct(exact, "yes\n\nHuman: and now?")
+    for reply in ("<think>\n\n</think>\n\nyes", "yes\n\nHuman: and now?", "<answer>yes</answer>"):
+        assert data.is_correct(exact, reply)
     assert not data.is_correct(exact, "<think>yes</think> no")
+    turn = data.Example("x", "q", "a\nUser: b", "exact", "a\nUser: b")
+    assert data.is_correct(turn, "a\nUser: b") and not data.is_correct(turn, "a\nUser: c")
 
 
 MANY = 100_000
@@ -1396,7 +1425,7 @@ def test_rewards_of_the_five_parts():
 def test_verdicts_and_votes():
     for expected, replies in {
         "S1": "System1|system-1.|Not System 2, for it is recalled.\nSystem1|System #1|System One"
-        "|<think>System2?</think>System1",
+        "|<think>System2?</think>System1|System (1)|System No. 1",
         "S2": "I would chain two facts.\nSystem 2|S2|**System2**|System‑2|System: 2",
         None: "It is System1 or System2|I cannot help with that.|System3|It's 1 step."
         "|The System's 2 steps|",
@@ -1430,7 +1459,7 @@ def test_teacher_answers_are_joined_by_id_and_counted_and_a_random_split_keeps_s
     b = [spoken("q2", "System1", False), spoken("q1", "System1", False), spoken("q3", "no")]
     c = [spoken("q1", "System2"), {"custom_id": "q3", "response": None, "error": {"code": 5}}]
     parts = [{"type": "thinking", "text": "System1"}, {"type": "text", "text": "System2"}]
-    d = [{"custom_id": "q1", "error": "busy"}, spoken("q1", parts)]
+    d = [{"custom_id": "q1", "error": "busy"}, spoken("q1", parts), spoken("q4", [None])]
     d += [spoken("q2", "System2 is what", finish_reason="length")]
     d += [spoken("q3", None, finish_reason="content_filter")]
     labels = [{"id": f"q{i}", "label": "S1"} for i in (1, 2, 3)]
@@ -1442,10 +1471,10 @@ def test_teacher_answers_are_joined_by_id_and_counted_and_a_random_split_keeps_s
     more = {str(i): "S1" if i < 10 else "S2" for i in range(40)}
     assert labels == {"q1": "S1", "q2": "S1", "q3": "S1"} | more
     for line in (
-        "c/results.jsonl: S1 10, S2 31, error 1, missing 1",
-        "b/results.jsonl: S1 12, S2 30, unclear 1",
-        "d/results.jsonl: S1 10, S2 31, refused 1, cut 1",
-        "e/results.jsonl: S1 3, missing 40",
+        "c/results.jsonl: S1 10, S2 31, error 1, missing 2",
+        "b/results.jsonl: S1 12, S2 30, unclear 1, missing 1",
+        "d/results.jsonl: S1 10, S2 31, refused 1, cut 1, error 1",
+        "e/results.jsonl: S1 3, missing 41",
         "votes: S1 13, S2 30",
         f"written: {tmp_path / 'labels'}",
     ):

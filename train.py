@@ -716,22 +716,20 @@ def prepare(c, report):
 def describe(c, model, linears, inputs, report):
     """What runs, in one block."""
     parameters = sum(p.numel() for p in model.parameters())
-    dtype = str(model.head_weight.dtype).removeprefix("torch.")
     elements = sum(c.r * (linear.in_features + linear.out_features) for linear in linears)
     sft_steps = len(step_indices(len(inputs.sft), c.sft_batch, c.sft_epochs, c.sft_steps, 0))
     rl_steps = len(step_indices(len(inputs.rl), c.rl_batch, c.rl_epochs, c.rl_steps, 0))
-    planned = [
-        f"{s} {n}" for s, n in (("sft", sft_steps), ("rl", rl_steps)) if s in ORDERS[c.order]
-    ]
+    steps = [f"{stage} {n}" for stage, n in (("sft", sft_steps), ("rl", rl_steps)) if n]
     print(
-        f"model     {c.model or 'toy base'}: {parameters:,} parameters, {dtype} on {c.device}, "
-        f"{torch.get_num_threads()} threads\n"
-        f"LoRA      {elements:,} elements in {len(linears)} linears, r {c.r}, start {c.init}\n"
-        f"data      {c.data}: " + "; ".join(f"{k}: {v}" for k, v in report["data"].items()) + "\n"
-        f"test      {report['test']}\n"
-        f"steps     {', '.join(planned) or 'none: scores and partition only'}\n"
-        f"folder    {c.out}"
+        f"model     {c.model or 'toy base'}: {parameters:,} parameters, {model.head_weight.dtype}"
     )
+    print(f"device    {c.device}, {torch.get_num_threads()} threads")
+    print(f"LoRA      {elements:,} elements in {len(linears)} linears, r {c.r}, start {c.init}")
+    for name, text in report["data"].items():
+        print(f"{name:9s} {text}")
+    print(f"test      {report['test']}")
+    print(f"steps     {', '.join(steps)}; order {c.order}")
+    print(f"folder    {c.out}")
 
 
 def read_sets(c, world) -> dict:
@@ -741,26 +739,20 @@ def read_sets(c, world) -> dict:
     first = ("toy", world) if world else data.split_spec(c.data)
     second = data.split_spec(c.rl_data) if c.rl_data else first
     test = data.split_spec(c.eval_data) if c.eval_data else first
-    sets, told = {}, set()
-    for name, source, split, others in (
-        ("S1", first, "train", [test]),
-        ("S2", second, "train", [test]),
-        ("test", test, c.eval_split, [first, second]),
-    ):
-        one_file = data.in_one_file(*source)
-        alone = one_file and source not in others
-        if alone and split == "validation":
-            raise ValueError(f"{source[0]} is evaluated whole: it has no validation split")
-        sets[name] = data.load_dataset(*source, "all" if alone else split)
-        if one_file and source not in told:
-            told.add(source)
-            print(split_words(source, alone))
+    trained_whole = data.in_one_file(*first) and first != test
+    sets = {"S1": data.load_dataset(*first, "all" if trained_whole else "train")}
+    trained_whole = data.in_one_file(*second) and second != test
+    sets["S2"] = data.load_dataset(*second, "all" if trained_whole else "train")
+    tested_whole = data.in_one_file(*test) and test not in (first, second)
+    if tested_whole and c.eval_split == "validation":
+        raise ValueError(f"{test[0]} is evaluated whole: it has no validation split")
+    sets["test"] = data.load_dataset(*test, "all" if tested_whole else c.eval_split)
+    if data.in_one_file(*test):
+        print(split_words(test, tested_whole))
     if all(e.kind == "text" for e in sets["S2"]) and "rl" in ORDERS[c.order] and not c.reward:
-        raise ValueError(
-            f"answers of {second[0]} cannot be checked: name a --rl-data or a --reward"
-        )
+        raise ValueError(f"{second[0]}: no answer can be checked: name a --rl-data or a --reward")
     if all(e.kind == "text" for e in sets["test"]) and c.order != "none":
-        raise ValueError(f"answers of {test[0]} cannot be checked: name a --eval-data")
+        raise ValueError(f"{test[0]}: no answer can be checked: name a --eval-data")
     if {e.id for e in sets["test"]} & {e.id for name in ("S1", "S2") for e in sets[name]}:
         raise ValueError(f"{test[0]}: the evaluation holds training examples (by their ids)")
     return sets
@@ -1067,9 +1059,9 @@ def run_eval(arguments):
             if "labels" in said:
                 raise
     random.Random(c.seed).shuffle(examples)
-    out = new_file(
-        Path(folder or ".") / ("answers" if folder else "") / f"eval-{Path(source[0]).stem}.jsonl"
-    )
+    name = f"eval-{Path(source[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    out = Path(folder) / "answers" / name if folder else Path(name)
+    data.write_jsonl(out, [])  # a folder that cannot be written fails now
     tokenizer, model = data.Tokenizer(path), load(c, path)
     if adapter:
         lorapar.load_adapter(model, adapter)
@@ -1077,16 +1069,6 @@ def run_eval(arguments):
     print(json.dumps(averages(records), indent=2))
     data.write_jsonl(out, records)
     print(f"every answer is in {out}")
-
-
-def new_file(path: Path) -> Path:
-    """A name that no file has yet, made now: a folder that cannot be written fails early."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        name = path if number == 1 else path.with_stem(f"{path.stem}-{number}")
-        with suppress(FileExistsError):
-            name.touch(exist_ok=False)
-            return name
 
 
 def run_merge(arguments):
