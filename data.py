@@ -387,9 +387,11 @@ def own_file(path, split):
             raise ValueError(f'{where}: "label" is {label!r}, not S1 or S2')
         kind, gold = "text" if check == "none" else check, answer
         if check == "number":
-            if final_number(answer) is None:
-                raise ValueError(f"{where}: no number to check in the answer {answer[:40]!r}")
-            gold = str(final_number(answer))
+            text = answer if marked(answer) is None else marked(answer)
+            if marked_number(text) is None or len(all_numbers(plain(text))) > 1:
+                what = f"not one number to check in the answer {answer[:40]!r}"
+                raise ValueError(f"{where}: {what}; mark it: #### 18")
+            gold = str(marked_number(text))
         if check == "letter":
             gold = answer.strip()
             if gold not in tuple("ABCD"):
@@ -532,8 +534,9 @@ def vote(labels: list[str]) -> str:
 
 
 VERDICT = re.compile(
-    r"(?:\bsystem[\W_]{0,3}(?:no\W{0,2}|number )?|(?<![\w'’])s)([12１２]|one|two)\b",
-    re.IGNORECASE,  # not the s of "It's 1 step"
+    r"(?:(?<![A-Za-z0-9])system[\W_]{0,3}(?:no\W{0,2}|number )?|系统|系統|システム|(?<![\w'’])s)"
+    r"([12１２]|one|two)(?![A-Za-z0-9]| ?(?:or|/) ?[12])",  # not the s of "It's 1 step"
+    re.IGNORECASE,
 )
 
 
@@ -566,12 +569,15 @@ def read_teacher(path) -> dict[str, str]:
             raise ValueError(f'{where}: no text "custom_id" (or "id" and "label")')
         if "url" in record and "method" in record:
             raise ValueError(f"{where}: this is a request, not a teacher's answer to it")
-        status = verdict(str(record["label"])) if "label" in record else status_of(record)
-        if "label" in record and status is None:
-            raise ValueError(f'{where}: "label" is {record["label"]!r}, not S1 or S2')
-        if statuses.get(name, "error") != "error" and status != "error":
+        status = status_of(record)
+        if "label" in record:
+            label = re.fullmatch(r"s(?:ystem)?[ _-]?([12])", str(record["label"]), re.IGNORECASE)
+            if not label:
+                raise ValueError(f'{where}: "label" is {record["label"]!r}, not S1 or S2')
+            status = f"S{label[1]}"
+        if {status, statuses.get(name)} <= {"S1", "S2"}:
             raise ValueError(f"{where}: second answer for {name}")
-        if statuses.get(name, "error") == "error":
+        if statuses.get(name) not in ("S1", "S2"):
             statuses[name] = status
     return statuses
 
@@ -588,8 +594,10 @@ def status_of(record: dict) -> str:
             return "refused"
         if isinstance(content, list):  # thoughts are parts of another type
             parts = [{"text": part} if isinstance(part, str) else part for part in content]
+            if any(part.get("type") == "refusal" for part in parts):
+                return "refused"
             texts = [p["text"] for p in parts if p.get("type", "text") in ("text", "output_text")]
-            content = "".join(text if isinstance(text, str) else text["value"] for text in texts)
+            content = "".join(text for text in texts if isinstance(text, str))
     except (TypeError, KeyError, IndexError, AttributeError):
         return "error"
     if end in ("length", "max_tokens"):
@@ -771,55 +779,68 @@ THOUGHT_END = re.compile(
     re.IGNORECASE,
 )
 THOUGHT_BEGIN = re.compile(
-    rf"\s*(?:<{THOUGHT}>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|channel\|>analysis)",
+    rf"<{THOUGHT}>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|channel\|>analysis",
     re.IGNORECASE,
 )
-ROLES = "human|user|student|assistant|用户|人类"
-TASKS = (
-    "question|q|problem|instructions?|input|query|prompt|task|exercise|example|问题|问|题目|質問"
-)
+TASKS = "question|q|problem|问题|问|题目|質問|問題"
 NEXT_TURN = re.compile(
-    r"<[|｜][^|｜\s]{1,40}[|｜]>|</s>|<eos>|<(?:end|start)_of_turn>|\[/?INST\]|\[/PYTHON\]"
-    rf"|^[ \t>*]*(?:{ROLES}|{TASKS})[ .]?\d{{0,3}}[.)]?\**[:：]"
-    rf"|^##+ *(?:{ROLES}|{TASKS}|response|end)\b",
+    r"<[|｜][^|｜\s]{1,40}[|｜]>|</?s>|<(?:eos|unk|pad)>|<(?:end|start)_of_turn>|\[/?INST\]|\[/PYTHON\]"
+    r"|^(?:> ?)?\**(?:human|user|instructions?|用户|人类)(?: ?\d{1,3})?\**[:：]"
+    rf"|(?P<task>^(?:> ?)?\**(?:{TASKS})(?: ?#?\d{{1,3}}[.:：]|\**[:：]))"
+    rf"|^##+ *(?:human|user|instructions?|input|response|end|{TASKS})\b",
     re.MULTILINE | re.IGNORECASE,
+)
+HEADER = re.compile(r"\s*<\|start_header_id\|>\w+<\|end_header_id\|>")
+# Before a question that a reply restates stands no answer; before one that it runs on into, does.
+ANSWERED = re.compile(
+    r"answer|####|boxed|答|=|\bis\b[^\n]{0,20}\d|\A\s*\S{1,12}\s*\Z", re.IGNORECASE
 )
 
 
 def behind_thoughts(reply: str) -> str:
-    """What follows a reply's last thought; nothing if its thought never ends."""
+    """What follows a reply's last thought, up to one that never ends."""
     ends = [m.end() for m in THOUGHT_END.finditer(reply)]
-    if ends:
-        return reply[ends[-1] :]
-    return "" if THOUGHT_BEGIN.match(reply) else reply
+    reply = reply[ends[-1] :] if ends else reply
+    begin = THOUGHT_BEGIN.search(reply)
+    return reply[: begin.start()] if begin else reply
 
 
 def final_part(reply: str) -> str:
     """The part of a reply that answers: behind its last thought, before the next turn into which a
     base model runs on. All that reads a reply begins here."""
     reply = behind_thoughts(reply)
-    begin = 0
-    for turn in NEXT_TURN.finditer(reply):
-        if reply[begin : turn.start()].strip():
+    header = HEADER.match(reply)
+    begin = last = header.end() if header else 0
+    blank, answered = True, False
+    for turn in NEXT_TURN.finditer(reply, begin):
+        piece, last = reply[last : turn.start()], turn.end()
+        blank = blank and not piece.strip()
+        answered = answered or bool(ANSWERED.search(piece))
+        if blank:
+            begin = turn.end()  # it only opens this turn
+        elif answered or not turn["task"]:
             return reply[begin : turn.start()]
-        begin = turn.end()  # it only opens this turn
     return reply[begin:]
 
 
 def in_tags(text: str) -> str | None:
     """What stands in the last <answer> that is closed; None without one."""
     _, opened, inside = text.rpartition("</answer>")[0].rpartition("<answer>")
-    return inside if opened else None
+    return inside.partition("</answer>")[0] if opened else None
+
+
+HEADING = re.compile(r"\W*(?:(?:step|part)\b|\d+[.)] +[A-Z]|[A-Za-z ]*:?\W*\Z)", re.IGNORECASE)
 
 
 def marked(text: str) -> str | None:
     """What a reply marks as its answer: inside the last <answer>, else in the line of the last
-    ####, else in the last \\boxed{}; None if it marks nothing."""
+    #### that is no heading, else in the last \\boxed{}; None if it marks nothing."""
     inside = in_tags(text)
     if inside is not None:
         return inside
-    if "####" in text:
-        return text.rpartition("####")[2].lstrip().partition("\n")[0]
+    line = text.rpartition("####")[2].lstrip().partition("\n")[0]
+    if "####" in text and not HEADING.match(line):
+        return line
     _, boxed, inside = text.rpartition("\\boxed{")
     if not boxed:
         return None
@@ -837,13 +858,13 @@ CURRENCIES = (
     "USD|EUR|GBP|JPY|CNY|RMB|INR|CAD|AUD|NZD|CHF|HKD|SGD|TWD|KRW|RUB|BRL|MXN|ZAR|SEK|NOK|DKK|PLN|TRY|"
     "THB|PHP|IDR|MYR|VND|AED|SAR|NGN|KES|PKR|BDT|Rs|Rp|RM|kr"
 )
-SIGNED = r"(?P<sign>[-+−–]?) ?[$€£¥₹]? ?"
-DECIMAL = r"(?:\d(?:[\d,]*\d)?(?:\.\d+)?|\.\d+)"
+SIGNED = r"(?P<sign>[-+−–‐‑﹣]|minus |negative |负|零下)? ?[$€£¥₹]? ?"
+DECIMAL = r"(?:\d+(?:,\d+)*(?:\.\d+)?|\.\d+)"
 NUMBER = re.compile(
-    rf"\0 ?{DECIMAL}?|(?<![A-Za-z0-9_.^]|√)(?:(?:{CURRENCIES})\.? ?)?{SIGNED}"
+    rf"\0 ?{DECIMAL}?|(?<![A-Za-z0-9_.^√])(?<![A-Za-z]-)(?:(?:{CURRENCIES})\.? ?)?{SIGNED}"
     rf"(?:(?P<whole>\d{{1,3}}) (?=\d{{1,2}} ?/ ?\d))?(?P<top>{DECIMAL})"
     rf"(?: ?/ ?(?P<bottom>{DECIMAL}))?"
-    r"(?P<tail>(?:[eE][-+]?|[.,:/xX^]+|\*\*)\d[\d.,:/]*|\.?\(\d+\))?"  # 1e5, 12:30, 6x3: no amount
+    r"(?P<tail>(?:[eE][-+]?|[.,:/xX^]+-?|\*\*)\d[\d.,:/]*|\.?\(\d+\))?"  # 1e5, 12:30, 6x3
 )
 GROUPED = re.compile(r"\d+|\d{1,3}(?:,\d{2,3})*,\d{3}")  # 1,000 and India's 1,00,000; not 3,5
 ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")  # behind it: no amount
@@ -852,7 +873,10 @@ SPOILED = re.compile(
     r"\.?\s?\0|\s?[½¼¾⅐-⅞√π∞万亿]|[_^²³⁰-⁹⁻⁺]|\(\d|[kKMB]\b|\s?(?:thousand|million|billion|dozen)\b"
 )
 GOES_ON = re.compile(
-    r"\s*(?:[=<>≤≥±!|]|[-+−*×÷/^:]\s*[\d.$€£¥₹(√\0]|,\s*\d|[xyzni]\b|(?:or|and|to|plus|minus|times)\b)"
+    r"\s*(?:[=<>≤≥±!|(]|[-+−*×÷/^:]\s*(?:[\d.$€£¥₹(√\0]|[a-z]\b)|,\s*[-\d]|[xyznit]\b)"
+    r"|[^\d\n]*(?:\b(?:or|and|no|not|wrong|plus|minus|times|to)\b|\n)\D*\d"
+    r"|\s?(?:hours?|minutes?|feet|foot|dollars?|years?|months?|weeks?|days?|pounds?)\W{1,3}\d",
+    re.IGNORECASE,
 )
 BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.M)
 WIDE = str.maketrans("，．－／％＄￥٬٫~", ",.-/%$¥,. ")
@@ -860,8 +884,9 @@ WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it|sf)|boldsymbol|underline|[fm]box|boxed) ?\{([^{}]*)\}"
 )
 MEANINGLESS = re.compile(
-    r"\\(?:(?:text)?color ?\{[^{}]*\}|(?:left|right|q?quad|displaystyle|begin|end|checkmark|square|"
-    r"bf|rm|approx|sim|therefore|implies|to|q?[rR]ightarrow|because)(?![a-zA-Z]))"
+    r"\\(?:(?:text)?color ?\{[^{}]*\}|(?:left|right|q?quad|displaystyle|begin|end|checkmark|"
+    r"(?:black)?square|tag ?\{[^{}]*\}|pounds|bf|rm|approx|sim|therefore|implies|to|"
+    r"q?[rR]ightarrow|because)(?![a-zA-Z]))"
 )
 FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{ ?(-?[\d.,]+) ?\}|(\d)) ?(?:\{ ?([\d.,]+) ?\}|(\d))")
 COMMAND = re.compile(r"\\[a-zA-Z]+ ?(?:\{[^{}]*\}|\[[^][{}\\]*\])*(?![{\[a-zA-Z])")
@@ -870,8 +895,10 @@ COMMAND = re.compile(r"\\[a-zA-Z]+ ?(?:\{[^{}]*\}|\[[^][{}\\]*\])*(?![{\[a-zA-Z]
 def plain(text: str) -> str:
     """Markdown and LaTeX that mean the same without them are taken off: **18**, \\boxed{1{,}000},
     \\text{18} eggs, \\frac12. Any other command becomes \\0, so that \\sqrt{3} is not read as 3."""
-    text = text.replace("\0", " ").replace("\\\\", "\n").replace("{,}", ",").translate(WIDE)
-    text = re.sub(r"(?<=\d)(?:\\[,!;:]|[\u00a0\u202f'’])(?=\d{3}(?!\d))", ",", text)  # 1\,000
+    text = text.replace("\0", " ").replace("\\!", "").replace("{,}", ",").translate(WIDE)
+    text = re.sub(r"<<[^<>]*>>", "", text)  # GSM8K's calculator
+    text = re.sub(r"\\\\(?:\[\w{0,9}\])?", "\n", text)
+    text = re.sub(r"(?<=\d)(?:\\[,;:]|[ \u00a0\u2009\u202f'’])(?=\d{3}(?!\d))", ",", text)  # 1 000
     text = re.sub(r"\\[,!;: ()\[\]]|(?<!\d)\*\*|\*\*(?!\d)|__|`|\$\$", " ", text)
     text = re.sub(r"\\([$%#&])", r"\1", text)
     text = re.sub(r"\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree", "", text)
@@ -882,7 +909,7 @@ def plain(text: str) -> str:
         if not count:
             break
     text = re.sub(r"\\[a-zA-Z]+|\^\{[^{}]*\}", "\0", text)
-    return re.sub(r"[{}#]", " ", text).strip(" \t\r\n*_")
+    return re.sub(r"[ \t]+", " ", re.sub(r"[{}#]", " ", text)).strip(" \t\r\n*_")
 
 
 def decimal(text: str):
@@ -901,15 +928,15 @@ def value_of(number: re.Match):
     if top is None or not bottom:
         return None
     value = int(number["whole"] or 0) + top / bottom  # 2 1/2
-    return -value if number["sign"] in ("-", "−") else value
+    return -value if number["sign"] not in (None, "+") else value
 
 
 def parse_number(text: str):
     """The value of a text that is one number and nothing more, else None: 18, 18., $18, 1,000,
     -3.50, 3/4, 2 1/2, 50%. Exact (Fraction): 18.00 equals 18."""
     text = plain(text).removesuffix(".").strip().removesuffix("%").strip()
-    number = NUMBER.fullmatch(text)
-    return value_of(number) if number else None
+    number = NUMBER.match(text)
+    return value_of(number) if number and number.end() == len(text) else None
 
 
 def all_numbers(text: str) -> list:
@@ -924,16 +951,17 @@ def all_numbers(text: str) -> list:
 
 
 def marked_number(text: str):
-    """The number in a marked answer: the one it begins with, unless an expression goes on, else the
-    one at the right side of its last =, else its only number; None if that leaves none."""
+    """The number in a marked answer: the one at the right side of its last =, or that it begins
+    with, unless an expression goes on, else its only number; None if that leaves none."""
     text = plain(text)
-    for part in (text, text.rpartition("=")[2].lstrip()):
+    for part in (text.rpartition("=")[2].lstrip(), text):
         first = NUMBER.match(part)
         spoilers = (ORDINAL, SPOILED, GOES_ON)
         if first and not any(spoiler.match(part, first.end()) for spoiler in spoilers):
             return value_of(first)
     values = all_numbers(text)
-    return values[0] if len(values) == 1 and not re.search(r"[<>≤≥±|!]|[xyzn]\b", text) else None
+    formula = re.search(r"[<>≤≥±|!/^(]|(?<![A-Za-z])[xyznit]\b", text)
+    return values[0] if len(values) == 1 and not formula else None
 
 
 def final_number(reply: str):
@@ -946,16 +974,23 @@ def final_number(reply: str):
     return values[-1] if values else None
 
 
+LETTER = (
+    r"([A-D])(?![\w+'’])(?!\W{1,3}(?:or |and )?[A-D](?!\w))(?! is (?:not|wrong|incorrect|false))"
+)
+SAID_LETTER = re.compile(
+    r"(?i:answer|correct|答案|答え)(?:\W{0,3}(?i:is|是|为|は|would be|option))?[\W_]{0,6}" + LETTER
+)
+FIRST_LETTER = re.compile(
+    r"[\W_]{0,3}(?:(?i:option|choice|选择?)[\W_]{0,2})?(?!A (?!is\b)[a-z])" + LETTER
+)
+
+
 def final_letter(reply: str):
-    """The choice that a reply names last as its answer, or else begins with: "Answer: B", "(B)"."""
+    """The one choice that a reply says is its answer, or begins with: "Answer: B", "(B)"."""
     text = final_part(reply)
     text = plain(text if marked(text) is None else marked(text))
-    named = re.findall(
-        r"(?i:answer|option|choice|答案|选)(?:\W{0,3}(?:is|是|为))?[\W_]{0,4}([A-D])(?![A-Za-z])",
-        text,
-    )
-    begins = re.match(r"[\W_]{0,3}(A(?! [a-z])|[B-D])(?![A-Za-z])", text)
-    return named[-1] if named else begins and begins[1]
+    letter = SAID_LETTER.search(text) or FIRST_LETTER.match(text)
+    return letter[1] if letter else None
 
 
 def is_correct(example: Example, reply: str, unconfined=False) -> bool:
@@ -1389,16 +1424,17 @@ def program(prompt: str, reply: str, entry: str) -> str:
     reply = behind_thoughts(re.sub(r"\r+\n?", "\n", reply.lstrip("\ufeff")))
     best = read_code(prompt, reply, defines)
     if not best.whole:
-        reply = final_part(reply).partition("\0")[0].rstrip().removesuffix("```")
-        texts, helpers = [reply], ""
-        for block in re.findall(BLOCK, reply)[:9]:
+        reply = re.sub(r"(?<=\S)```\s*\Z", "", final_part(reply).partition("\0")[0])
+        outer = [textwrap.dedent(block[1]) for block in re.findall(OUTER_BLOCK, reply)]
+        texts, helpers = [reply, *outer], ""
+        for block in re.findall(BLOCK, reply)[:30]:
             block = textwrap.dedent(block[1])
             texts.append(helpers + block)
             if longest_that_parses(block) == block and not defines.search(block):
                 helpers += block + "\n"
-        texts += [textwrap.dedent(block[1]) for block in re.findall(OUTER_BLOCK, reply)]
-        readings = [read_code(prompt, text, defines) for text in reversed(texts)]  # the last try
-        best = max(readings, key=lambda r: (r.whole, r.defines, r.kept))
+        readings = [read_code(prompt, text, defines) for text in reversed(texts)]
+        whole = [r for r in readings if r.whole and r.defines]  # the last try stands first
+        best = whole[0] if whole else max(readings, key=lambda r: (r.whole, r.kept))
     return without_run_on(best.source, best.head, entry)
 
 
@@ -1469,14 +1505,12 @@ def without_run_on(source: str, head: int, entry: str) -> str:
         if not found or is_helper:
             kept.append(node)
         found = found or (entry in names and node.end_lineno > head)
-    # the text itself: ast.unparse fails on deep expressions and some f-strings
-    texts = []
-    for node in kept:
-        texts += [
-            "@" + ast.get_source_segment(source, d) for d in getattr(node, "decorator_list", ())
-        ]
-        texts.append(ast.get_source_segment(source, node))
-    return "\n".join(texts)
+    lines, parts, written = source.split("\n"), [], 0
+    for node in kept:  # the text itself: ast.unparse fails on deep expressions and some f-strings
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+        parts += lines[max(first - 1, written) : node.end_lineno]
+        written = node.end_lineno
+    return "\n".join(parts)
 
 
 def literal(x) -> str:

@@ -1349,7 +1349,13 @@ FINAL_NUMBERS = {  # a reply, and the number it gives
     "<think>so \\boxed{12}</think> The answer is 18": 18, "<think>\n\n</think>\n\n18": 18,
     "<think>it is 18": None, "[THINK]12[/THINK]18": 18, "<Thinking >12</Thinking >18": 18,
     "<|channel|>analysis<|message|>12<|channel|>final<|message|>18<|return|>": 18,
-    "18\nHuman: and 20?": 18, "18\nuser： 20": 18, "18\n问题：20": 18, "18\n\nExample 2: 20": 18,
+    "18\nHuman: and 20?": 18, "18\nuser： 20": 18, "18\n问题：20": 18, "18\n\nProblem 2: 20": 18,
+    "Sum up the 2 steps.\n\n**Problem:** 16 eggs.\n\n**Answer:** 18": 18, "#### Step 3\n18": 18,
+    "<|start_header_id|>assistant<|end_header_id|>\n\n18<|eot_id|>": 18, "#### 9 * $2 = $18": 18,
+    "<answer>18 eggs or 19 eggs</answer>": None, "<answer>1 hour 30 minutes</answer>": None,
+    "x = –18": -18, "minus 18": -18, "10 000 dollars": 10000, "\\boxed{10,\\!000}": 10000,
+    "\\boxed{1 \\frac{1}{2}}": 1.5, "18 \\\\[5pt]": 18, "<<9*2=18>>18": 18, "10^-3": None,
+    "\\boxed{18 + x}": None, "\\boxed{7(x+3)}": None, "COVID-19": None, "Let me.\n<think>18": None,
     "18\n\n### Instruction:\nAdd 20": 18, "18\n## Question 20": 18, "18\n> **Q2.**: 20": 18,
     "18<|im_end|>\n<|im_start|>user\n20": 18, "18<｜User｜>20": 18, "18</s> 20": 18,
     "18 [INST] 20": 18, "<|im_start|>assistant\n18": 18,
@@ -1368,8 +1374,15 @@ def test_letters_and_texts_are_read_from_the_same_part_of_a_reply():
     right += "|答案：B|答案是B|The answer is: **B**|A is wrong. The answer is B|<think>A</think>\nB"
     for reply in [*right.split("|"), "B\nQuestion: next?\nA"]:
         assert data.is_correct(letter, reply), reply
-    for reply in ("A", "Both", "Also B", "<think>B</think> A", "be", "Answer: A or B"):
+    for reply in ("A", "Both", "Also B", "<think>B</think> A", "be", "Answer: A or B", "B, C",
+                  "Béton", "B or C", "A. B. C. D."):  # fmt: skip
         assert not data.is_correct(letter, reply), reply
+    for reply in (
+        "The answer is B, since C is false.",
+        "**B**\n\nOption D fails.",
+        "答案是B，选项A错误",
+    ):
+        assert data.is_correct(letter, reply), reply
     assert not data.is_correct(data.Example("x", "q", " A", "letter", "A"), "A cat is on it")
     exact = data.Example("x", "q", "yes", "exact", "yes")
     for reply in ("<think>\n\n</think>\n\nyes", "yes\n\nHuman: and now?", "<answer>yes</answer>"):
@@ -1382,9 +1395,10 @@ def test_letters_and_texts_are_read_from_the_same_part_of_a_reply():
 MANY = 100_000
 HOSTILE_PARTS = ["<answer>", "</answer>", "<reasoning>", "####", "- ", "\\boxed{", "\\frac{", "1,"]
 HOSTILE_PARTS += ["1/", "1e", "1 ", " -$ ", "Q:\n", "= 1", "\t \n", "</reasoning>\n<answer>\n"]
-HOSTILE_PARTS += [*" \n\t1.-{\\_*$,#", "system "]
+HOSTILE_PARTS += [*" \n\t1.-{\\_*$,#", "system ", "1,0", "1 000 ", "Q: x\n", "<think>", "1 or "]
 HOSTILE = [part * (MANY // len(part)) for part in HOSTILE_PARTS]
 HOSTILE += [f"<answer>{c * MANY}</answer>" for c in " 1"]
+HOSTILE += ["1," * (MANY // 2) + "x", "<answer>" + "1," * (MANY // 2) + "x</answer>"]
 HOSTILE += ["#### " + " " * MANY + "18", "a" + "1" * MANY, "#### 1e" + "9" * MANY]
 HOSTILE += ["<reasoning>\n" + "\n</reasoning>\n<answer>\n" * (MANY // 25) + "x"]
 
@@ -1570,7 +1584,8 @@ def test_ones_own_data_and_its_bad_lines(tmp_path):
         "no text in the field 'question'": {"answer": "a"},
         "the question is empty": {"question": " ", "answer": "a"},
         "is 'maybe', not number": {"question": "q", "answer": "1", "check": "maybe"},
-        "no number to check": {"question": "q", "answer": "2\\sqrt{3}", "check": "number"},
+        "not one number to check": {"question": "q", "answer": "2\\sqrt{3}", "check": "number"},
+        "mark it: #### 18": {"question": "q", "answer": "3 of 4", "check": "number"},
         "is not A, B, C or D": {"question": "q", "answer": "E", "check": "letter"},
         "not S1 or S2": {"question": "q", "answer": "a", "label": "S3"},
         "another question has it": {"question": "q", "answer": "a", "id": "first"},
@@ -1822,6 +1837,8 @@ string with a fence =>     s = '''\n```\n'''\nBODY
 longer fence => ````markdown\nHere\n```python\nWHOLE```\n````\n
 next turn => WHOLE\n### Instruction:\nNow write sub.\n
 comment like a turn =>     # User input\nBODY
+docstring like a turn => Sure:\n```python\ndef add(a, b):\n    '''\n    Problem: add\n    Example:\n    '''\nBODY```\n
+last of two tries => ```python\nWRONG# longer than the other one\n```\nWait:\n```python\nWHOLE```
 """)  # noqa: E501
 
 
