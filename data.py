@@ -64,8 +64,9 @@ class Tokenizer:
         self.settings = read_fields(folder / "special_tokens_map.json")
         self.settings |= read_fields(folder / "tokenizer_config.json")
         self.special_tokens = {}  # "bos_token", "eos_token" ..: the token's text
-        for kind, token in self.settings.items():
-            if kind.endswith("_token") and isinstance(text_of_token(token), str):
+        extra = self.settings.get("extra_special_tokens")
+        for kind, token in (self.settings | (extra if isinstance(extra, dict) else {})).items():
+            if kind.endswith("_token") and not isinstance(token, bool):
                 self.special_tokens[kind] = text_of_token(token)
         files = [folder / "tokenizer.json", folder / "tokenizer.model"]
         file = next((file for file in files if file.exists()), None)
@@ -74,9 +75,10 @@ class Tokenizer:
         try:
             read = self.read_json if file.suffix == ".json" else self.read_sentencepiece
             bos, eos, puts_bos, id_of = read(file)
+            named = self.named_tokens()
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(f"{file}: {error}") from None
-        for token in self.named_tokens():
+        for token in named:
             if id_of(token) is None:
                 raise ValueError(
                     f"{file} does not hold {token!r}, which another file there names: load the "
@@ -88,8 +90,10 @@ class Tokenizer:
         model = read_fields(folder / "config.json") | read_fields(folder / "generation_config.json")
         listed = model.get("eos_token_id", [])
         listed = listed if isinstance(listed, list) else [listed]
-        if not all(type(i) is int and i >= 0 for i in listed):
-            raise ValueError(f"{folder}: eos_token_id is {listed}, not a token id or a list of ids")
+        size = model["vocab_size"] if type(model.get("vocab_size")) is int else 10**9
+        if not all(type(i) is int and 0 <= i < size for i in listed):
+            where = f"{folder}/config.json or generation_config.json"
+            raise ValueError(f"{where}: eos_token_id is {str(listed)[:40]}, not ids below {size}")
         self.eos_ids = tuple(dict.fromkeys(i for i in [eos, *listed] if i is not None))
         if not self.eos_ids:
             raise ValueError(f"{folder}: no file names an EOS token, so answers could not end")
@@ -106,7 +110,7 @@ class Tokenizer:
             named += map(text_of_token, tokens.values() if isinstance(tokens, dict) else tokens)
         named += read_fields(self.folder / "added_tokens.json")
         if not all(isinstance(token, str) for token in named):
-            raise ValueError(f"{self.folder}: a special token in its files is no text")
+            raise ValueError("a special token in the files beside it is no text")
         return [token for token in named if token]
 
     def read_json(self, file):
@@ -179,13 +183,13 @@ class Tokenizer:
         if isinstance(text, dict):
             text = text.get("default")
         if not isinstance(text, str):
-            raise ValueError("none is there; --prompt plain needs none")
+            raise ValueError("chat_template is absent or no text; --prompt plain needs none")
         if not (self.folder / "tokenizer.json").exists():
             raise ValueError(
                 "tokenizer.model would spell its special tokens: save a tokenizer.json"
             )
-        # marks the assistant's words for training; the words themselves stay
-        text = re.sub(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}", generation_tag, text)
+        # {% generation %} marks the assistant's words for training: a block like any other here
+        text = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", text)
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -196,11 +200,6 @@ class Tokenizer:
 
 def text_of_token(token):
     return token.get("content") if isinstance(token, dict) else token
-
-
-def generation_tag(tag: re.Match) -> str:
-    """{% generation %} as a tag that jinja2 knows: it keeps the tag's white space control."""
-    return re.sub(r"(?:end)?generation", lambda m: "endif" if m[0][0] == "e" else "if true", tag[0])
 
 
 # ------------------------------------------------------------------------------------------ files
@@ -612,6 +611,8 @@ def count_votes(paths):
 
     A teacher is its path. Only "S1" and "S2" vote; an example without any vote gets no label.
     """
+    if len({Path(path).resolve() for path in paths}) < len(paths):
+        raise ValueError("vote: a teacher's file is named twice")
     teachers = {str(path): read_teacher(path) for path in paths}
     names = dict.fromkeys(name for statuses in teachers.values() for name in statuses)
     asked = Counter(name for statuses in teachers.values() for name in statuses)
@@ -864,7 +865,7 @@ NUMBER = re.compile(
     rf"\0 ?{DECIMAL}?|(?<![A-Za-z0-9_.^√])(?<![A-Za-z]-)(?:(?:{CURRENCIES})\.? ?)?{SIGNED}"
     rf"(?:(?P<whole>\d{{1,3}}) (?=\d{{1,2}} ?/ ?\d))?(?P<top>{DECIMAL})"
     rf"(?: ?/ ?(?P<bottom>{DECIMAL}))?"
-    r"(?P<tail>(?:[eE][-+]?|[.,:/xX^]+-?|\*\*)\d[\d.,:/]*|\.?\(\d+\))?"  # 1e5, 12:30, 6x3
+    r"(?P<tail>(?:[eE][-+]?|[.,:/xX^]+-?|\*\*)\d[\d.,:/]*|\.?\(\d+\)| 0\d\d\b)?"  # 1e5, 12:30, 6x3
 )
 GROUPED = re.compile(r"\d+|\d{1,3}(?:,\d{2,3})*,\d{3}")  # 1,000 and India's 1,00,000; not 3,5
 ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")  # behind it: no amount
@@ -873,7 +874,7 @@ SPOILED = re.compile(
     r"\.?\s?\0|\s?[½¼¾⅐-⅞√π∞万亿]|[_^²³⁰-⁹⁻⁺]|\(\d|[kKMB]\b|\s?(?:thousand|million|billion|dozen)\b"
 )
 GOES_ON = re.compile(
-    r"\s*(?:[=<>≤≥±!|(]|[-+−*×÷/^:]\s*(?:[\d.$€£¥₹(√\0]|[a-z]\b)|,\s*[-\d]|[xyznit]\b)"
+    r"\(|\s*(?:[=<>≤≥±!|]|[-+−*×÷/^:]\s*(?:[\d.$€£¥₹(√\0]|[a-z]\b)|,\s*[-\d]|[xyznit]\b)"
     r"|[^\d\n]*(?:\b(?:or|and|no|not|wrong|plus|minus|times|to)\b|\n)\D*\d"
     r"|\s?(?:hours?|minutes?|feet|foot|dollars?|years?|months?|weeks?|days?|pounds?)\W{1,3}\d",
     re.IGNORECASE,
@@ -898,7 +899,7 @@ def plain(text: str) -> str:
     text = text.replace("\0", " ").replace("\\!", "").replace("{,}", ",").translate(WIDE)
     text = re.sub(r"<<[^<>]*>>", "", text)  # GSM8K's calculator
     text = re.sub(r"\\\\(?:\[\w{0,9}\])?", "\n", text)
-    text = re.sub(r"(?<=\d)(?:\\[,;:]|[ \u00a0\u2009\u202f'’])(?=\d{3}(?!\d))", ",", text)  # 1 000
+    text = re.sub(r"(?<=\d)(?:\\[,;:]|[\u00a0\u2009\u202f'’])(?=\d{3}(?!\d))", ",", text)  # 1\,000
     text = re.sub(r"\\[,!;: ()\[\]]|(?<!\d)\*\*|\*\*(?!\d)|__|`|\$\$", " ", text)
     text = re.sub(r"\\([$%#&])", r"\1", text)
     text = re.sub(r"\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree", "", text)
@@ -960,7 +961,7 @@ def marked_number(text: str):
         if first and not any(spoiler.match(part, first.end()) for spoiler in spoilers):
             return value_of(first)
     values = all_numbers(text)
-    formula = re.search(r"[<>≤≥±|!/^(]|(?<![A-Za-z])[xyznit]\b", text)
+    formula = re.search(r"[<>≤≥±|!^]|\d\(|[A-Za-z]/\d|(?<![A-Za-z])[xyznit]\b", text)
     return values[0] if len(values) == 1 and not formula else None
 
 
@@ -1246,8 +1247,9 @@ def passes_tests(example: Example, reply: str, unconfined=False) -> bool:
     job |= {"reply": reply, "unconfined": unconfined}
     if unconfined and not can_confine():
         warnings.warn("code answers run unconfined, with the rights of this program", stacklevel=2)
+    posix = os.name == "posix"
     try:
-        judge = start_process("judge", start_new_session=True)
+        judge = start_process("judge", start_new_session=posix)
     except OSError as error:
         raise SandboxError(f"the sandbox cannot start: {error}") from None
     try:
@@ -1255,8 +1257,8 @@ def passes_tests(example: Example, reply: str, unconfined=False) -> bool:
     except subprocess.TimeoutExpired:  # what the candidate gave made the tests themselves hang
         out = b""
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(judge.pid, signal.SIGKILL)  # the judge, and the candidate in its group
+        with suppress(ProcessLookupError):  # the judge, and the candidate in its group
+            os.killpg(judge.pid, signal.SIGKILL) if posix else judge.kill()
     out = out or judge.communicate()[0]
     verdict = (out.decode().splitlines() or ["the judge ended at once"])[-1]
     if verdict.startswith("broken"):
@@ -1305,8 +1307,18 @@ def judge_main():
             candidate.stdin.flush()
         return answer()
 
+    def end(verdict):
+        print(verdict, file=verdicts)
+        candidate.kill()
+        candidate.wait()
+        os._exit(0)
+
     def call(*args, **kwargs):
         nonlocal calls
+        try:
+            literal((args, kwargs))
+        except TypeError as error:
+            end(f"broken: an argument cannot cross to the code: {error}")
         calls += 1
         kind, value = ask((args, kwargs))
         if kind == "returned":
@@ -1318,15 +1330,19 @@ def judge_main():
         raise error("raised by the candidate")
 
     def run_tests():
-        names = {"__name__": "tests", "candidate": call}
-        exec(job["prompt"] + "\n    pass\n", names)  # helpers: HumanEval/32, 38, 50
-        names[job["entry"]] = call  # HumanEval/33 calls the function by its name
+        names["candidate"] = names[job["entry"]] = call  # HumanEval/33 calls it by its name
         exec(job["tests"], names)
         if "check" in names:
             names["check"](call)
         if not calls:
             raise ValueError("they never call the function")
 
+    names = {"__name__": "tests"}
+    try:
+        exec(job["prompt"] + "\n    pass\n", names)  # helpers: HumanEval/32, 38, 50
+        names[job["entry"]]
+    except BaseException as error:
+        end(f"broken: the prompt defines no {job['entry']}: {type(error).__name__}: {error}")
     threading.Timer(SECONDS, candidate.kill).start()
     with suppress(BaseException):  # whatever the answers made of the judge: it is not a pass
         answer()  # "ready"
@@ -1421,21 +1437,28 @@ def program(prompt: str, reply: str, entry: str) -> str:
     is tried first, then its blocks; if none parses to its end, what keeps most up to an error."""
     name = re.escape(entry)
     defines = re.compile(rf"^[ \t]*(?:async )?def {name}\b|^{name} *(?::[^=\n]+)?=(?!=)", re.M)
-    reply = behind_thoughts(re.sub(r"\r+\n?", "\n", reply.lstrip("\ufeff")))
-    best = read_code(prompt, reply, defines)
-    if not best.whole:
-        reply = re.sub(r"(?<=\S)```\s*\Z", "", final_part(reply).partition("\0")[0])
-        outer = [textwrap.dedent(block[1]) for block in re.findall(OUTER_BLOCK, reply)]
-        texts, helpers = [reply, *outer], ""
-        for block in re.findall(BLOCK, reply)[:30]:
-            block = textwrap.dedent(block[1])
-            texts.append(helpers + block)
-            if longest_that_parses(block) == block and not defines.search(block):
-                helpers += block + "\n"
-        readings = [read_code(prompt, text, defines) for text in reversed(texts)]
-        whole = [r for r in readings if r.whole and r.defines]  # the last try stands first
-        best = whole[0] if whole else max(readings, key=lambda r: (r.whole, r.kept))
+    reply = re.sub(r"\r+\n?", "\n", reply.lstrip("\ufeff"))
+    best = read_code(prompt, behind_thoughts(reply), defines)
+    for text in (final_part(reply), reply):  # the second for code whose strings look like a turn
+        if best.whole:
+            break
+        readings = [best] + [read_code(prompt, code, defines) for code in codes_of(text, defines)]
+        whole = [r for r in readings if r.whole and r.defines]
+        best = whole[-1] if whole else max(readings, key=lambda r: (r.whole, r.kept))
     return without_run_on(best.source, best.head, entry)
+
+
+def codes_of(text: str, defines: re.Pattern) -> list[str]:
+    """The text itself and its fenced blocks, each behind the blocks of helpers before it."""
+    text = re.sub(r"(?<=\S)```\s*\Z", "", text.partition("\0")[0])
+    codes = [text, *(textwrap.dedent(block[1]) for block in re.findall(OUTER_BLOCK, text))]
+    helpers = ""
+    for block in re.findall(BLOCK, text)[:30]:
+        block = textwrap.dedent(block[1])
+        codes.append(helpers + block)
+        if longest_that_parses(block) == block and not defines.search(block):
+            helpers += block + "\n"
+    return codes
 
 
 # A fenced block, up to a fence as long; and up to the last such fence, for a fence in a docstring.

@@ -59,7 +59,8 @@ def grpo_step(model, optimizer, prompts, rewards, reference, s: Settings, genera
     sampled = time.perf_counter()
     for rollout, parts in zip(rollouts, rewards(rollouts)):
         rollout.reward_parts = parts
-    totals = torch.tensor([float(sum(r.reward_parts.values())) for r in rollouts])
+    totals = [float(sum(r.reward_parts.values())) for r in rollouts]
+    totals = torch.tensor(totals, dtype=torch.float32)
     totals = totals.view(len(prompts), s.group)  # (P, G)
     for rollout, advantage in zip(rollouts, group_advantages(totals).flatten().tolist()):
         rollout.advantage = advantage
@@ -201,12 +202,16 @@ class MicroBatch:
 def collate(rollouts, device) -> MicroBatch:
     tokens = [torch.tensor(r.prompt + r.answer) for r in rollouts]
     labels = [torch.tensor([-100] * len(r.prompt) + r.answer) for r in rollouts]
-    sampled = [torch.tensor([0.0] * (len(r.prompt) - 1) + r.logprobs) for r in rollouts]
+    sampled = []
+    for r in rollouts:
+        logprobs = [0.0] * (len(r.prompt) - 1) + r.logprobs
+        sampled.append(torch.tensor(logprobs, dtype=torch.float32))
+    advantages = torch.tensor([r.advantage for r in rollouts], dtype=torch.float32)
     labels = pad_sequence(labels, True, -100)
     return MicroBatch(
         tokens=pad_sequence(tokens, True).to(device),
         labels=labels.to(device),
         mask=(labels[:, 1:] != -100).to(device),
-        advantages=torch.tensor([r.advantage for r in rollouts]).to(device),
+        advantages=advantages.to(device),
         sampled=pad_sequence(sampled, True).to(device),
     )

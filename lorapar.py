@@ -127,7 +127,7 @@ def start_factors(weight, init: str, r: int, scale: float, std: float, generator
     if init == "lora":  # Hu et al. 2021: A Kaiming-uniform, B zero
         bound = 1 / math.sqrt(in_features)
         A = (2 * torch.rand(r, in_features, **on_cpu) - 1) * bound
-        return A, torch.zeros(out_features, r, dtype=torch.float32)
+        return A, torch.zeros(out_features, r, dtype=torch.float32, device="cpu")
     if init == "pissa":  # Meng et al. 2024: scale * B A is the best rank-r approximation of W
         U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
         root = (S[:r] / scale).sqrt()
@@ -149,7 +149,7 @@ def target_linears(model, targets, r: int) -> list[nn.Linear]:
         targets = []
         for name, module in modules.items():
             is_head = module is head or name.rpartition(".")[2] in ("lm_head", "head")
-            if type(module) is nn.Linear and not is_head:
+            if isinstance(module, nn.Linear) and not is_head:  # a subclass is refused below
                 targets.append(name)
     if not targets:
         raise ValueError("no targets: there is nothing to adapt")
@@ -181,7 +181,7 @@ def why_unfit(module, r: int) -> str | None:
         return "holds no weight (meta device: offloaded?)"
     if not module.weight.is_floating_point():
         return f"has weights of {module.weight.dtype}"
-    if not 1 <= r <= min(module.weight.shape):
+    if r > min(module.weight.shape):
         return f"has shape {tuple(module.weight.shape)}: r = {r} does not fit"
     return None
 
@@ -208,6 +208,8 @@ def add_lora(
     """
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError("the model has LoRA layers already")
+    if type(r) is not int or r < 1:
+        raise ValueError(f"r = {r!r} must be a positive integer")
     scale = (8 * r if lora_alpha is None else lora_alpha) / r
     if not 0 < scale < math.inf:
         raise ValueError(f"lora_alpha = {lora_alpha} must be positive: the adapter is scaled by it")
@@ -338,12 +340,14 @@ def per_example_gradients(model, tokens, labels) -> torch.Tensor:
         warnings.filterwarnings("ignore", message=".*_flash_attention_for_cpu")
         try:
             losses = vmap(loss)(copies, tokens, labels)  # (E,)
+            gradients = torch.autograd.grad(
+                losses.sum(), list(copies.values()), materialize_grads=True
+            )
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            if "vmap" not in str(error):
-                raise
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"importance: vmap cannot run this model: {reason}") from None
-    gradients = torch.autograd.grad(losses.sum(), list(copies.values()), materialize_grads=True)
     return torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
 
 
@@ -450,7 +454,7 @@ class MaskedAdamW(torch.optim.AdamW):
         return super().__getstate__() | {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict):
-        if state_dict["param_groups"][0].get("mask") != self.param_groups[0]["mask"]:
+        if [g.get("mask") for g in state_dict["param_groups"]] != [self.param_groups[0]["mask"]]:
             raise ValueError("this optimizer state belongs to another mask")
         super().load_state_dict(state_dict)
 
@@ -507,14 +511,17 @@ def write_file(path, content: bytes):
 
 
 def unwrapped(model):
-    """The model inside torch.compile and DataParallel: adapter files use its own names."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
+    """The model inside DataParallel and its kind, which put "module." in front of its names."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, (*wrappers, torch.optim.swa_utils.AveragedModel)):
+        model = model.module
+    return model
+
+
+def own_name(name: str) -> str:
+    """A module's name without what torch.compile, FSDP and checkpoint_wrapper put into it."""
+    wrappers = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+    return ".".join(part for part in name.split(".") if part not in wrappers)
 
 
 def save_adapter(model, folder, base_model=""):
@@ -525,7 +532,7 @@ def save_adapter(model, folder, base_model=""):
     on as it was here; for that keep `model.state_dict()`.
     """
     model, tensors = unwrapped(model), {}
-    layers = {n.replace("_orig_mod.", ""): layer for n, layer in lora_layers(model).items()}
+    layers = {own_name(n): layer for n, layer in lora_layers(model).items()}
     for name, layer in layers.items():
         A, B = layer.factors()
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach().cpu().contiguous()
@@ -625,7 +632,7 @@ def load_adapter(model, folder):
     pairs, scale, dropout = read_adapter(folder)
     if any(isinstance(m, LoRALinear) for m in model.modules()):
         raise ValueError("the model has LoRA layers already; load the adapter into a fresh base")
-    modules = {n.replace("_orig_mod.", ""): m for n, m in unwrapped(model).named_modules()}
+    modules = {own_name(n): m for n, m in unwrapped(model).named_modules()}
     for name, (A, B) in pairs.items():
         why = why_unfit(modules[name], r=1) if name in modules else "is missing here"
         if why:

@@ -136,13 +136,17 @@ def read_rope(raw: dict, source) -> dict:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if any(type(value) is dict for value in rope.values()):
         kind = "one for each kind of layer"
-    if kind not in tuple(ROPE_FIELDS) or rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"{source}: a partial_rotary_factor is not supported")
+    if kind not in tuple(ROPE_FIELDS):
         only = ", ".join(ROPE_FIELDS)
-        raise ValueError(f"{source}: rope_type {kind!r} is not supported (only {only}, and whole)")
+        raise ValueError(f"{source}: rope_type {kind!r} is not supported (only {only})")
     for name in ROPE_FIELDS[kind]:
         if not is_positive(rope.get(name)):
             raise ValueError(f"{source}: rope_scaling has no {name} that is a positive number")
     numbers = {name: rope[name] for name in ROPE_FIELDS[kind]}
+    if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise ValueError(f"{source}: high_freq_factor is not above low_freq_factor")
     return {"rope_theta": theta, "rope_scaling": {"rope_type": kind} | numbers if numbers else None}
 
 
@@ -556,7 +560,8 @@ def find_model(name) -> Path:
         raise ValueError(f"{name}: no such model folder, and not a Hub id like Qwen/Qwen2.5-7B")
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja"]
+    wanted = ["*.json", "tokenizer.model", "*.jinja"]
+    wanted += ["model.safetensors", "model-?????-of-?????.safetensors"]
     try:
         return Path(snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as error:  # network, access and name errors of several libraries

@@ -523,6 +523,8 @@ def test_a_folder_or_a_hub_id_becomes_a_folder(tmp_path, monkeypatch):
     wanted = download.call_args.kwargs["allow_patterns"]
     for name, loaded in {
         "model-00001-of-00002.safetensors": True,
+        "model.safetensors": True,
+        "model.fp16.safetensors": False,
         "tokenizer.model": True,
         "chat_template.jinja": True,
         "consolidated.safetensors": False,
@@ -665,15 +667,25 @@ def test_adapters_of_other_writers_load_and_what_we_cannot_run_is_refused(tmp_pa
     refuses("not finite", lorapar.load_adapter, small(), tmp_path)
 
 
-@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def compile_inside(model):
+    """Its first layer and one linear are compiled by themselves."""
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    model.model.layers[1].mlp.up_proj = torch.compile(model.model.layers[1].mlp.up_proj)
+    return model
+
+
+WRAPS = [torch.compile, nn.DataParallel, compile_inside, torch.optim.swa_utils.AveragedModel]
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
 def test_an_adapter_file_has_the_wrapped_models_names(wrap, tmp_path):
     """torch.compile and DataParallel put names of their own in front."""
     model, tokens = lora_model(), torch.arange(20)[None]
     lorapar.save_adapter(wrap(model), tmp_path)
     close(lorapar.load_adapter(small(), tmp_path)(tokens), model(tokens))
-    fresh = small()
-    lorapar.load_adapter(wrap(fresh), tmp_path)
-    close(fresh(tokens), model(tokens))
+    wrapped = wrap(small())
+    lorapar.load_adapter(wrapped, tmp_path)
+    close(lorapar.unwrapped(wrapped)(tokens), lorapar.unwrapped(model)(tokens))
     some = lorapar.add_lora(small(), ["layers.1.self_attn.q_proj"], r=2)
     lorapar.save_adapter(some, tmp_path)  # not every q_proj has an adapter, so full names
     expected = ["model.layers.1.self_attn.q_proj"]
@@ -769,6 +781,9 @@ def test_add_lora_refuses_bad_calls():
         (small, "no module is named kproj", {"targets": ["q_proj", "kproj"]}),
         (small, "unknown init", {"init": "x"}),
         (small, "r = 99", {"r": 99}),
+        (small, "r = 0 must be", {"r": 0}),
+        (small, "r = 2.0 must be", {"r": 2.0}),
+        (Foreign, "1 of 3 targets", {"targets": "all-linear", "r": 2}),
         (small, "lora_alpha = 0", {"lora_alpha": 0}),
         (Foreign, "the model's linears are 0, head, q_proj", {"targets": ["x"]}),
         (Foreign, "is a Conv1d", {"targets": ["conv"]}),
@@ -804,6 +819,8 @@ def test_what_would_be_wrong_in_silence_is_refused(tmp_path):
         refuses("must give logits", lorapar.importance, model, [answer_batch(2)])
     branching = lorapar.add_lora(Foreign(lambda x: x if x.sum() > 0 else -x), ["q_proj"], r=2)
     refuses("vmap cannot run this model", lorapar.importance, branching, [answer_batch(2)])
+    recurrent = lorapar.add_lora(Foreign(nn.LSTM(64, 64, batch_first=True)), ["q_proj"], r=2)
+    refuses("vmap cannot run this model", lorapar.importance, recurrent, [answer_batch(2)])
     noisy = lorapar.add_lora(Foreign(lambda x: F.dropout(x, 0.5, True)), ["q_proj"], r=2)
     refuses("vmap cannot run this model", lorapar.importance, noisy, [answer_batch(2)])
 
@@ -1202,6 +1219,9 @@ def test_special_tokens_that_the_vocabulary_does_not_hold_are_refused_by_name(tm
     added.unlink()
     config.write_text('{"eos_token": "<eos>", "additional_special_tokens": [1]}')
     refuses("is no text", data.Tokenizer, tmp_path)
+    for kind in ("additional_special_tokens", "added_tokens_decoder", "eos_token"):
+        config.write_text(json.dumps({kind: 5}))
+        refuses("tokenizer.json: ", data.Tokenizer, tmp_path)
     config.write_text('{"eos_token": "<eos>"}')
     (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
     refuses("eos_token_id is", data.Tokenizer, tmp_path)
@@ -1250,6 +1270,7 @@ def test_chat_templates_see_what_transformers_shows_them(tmp_path):
         "{% generation %}x{% endgeneration %}": "x",
         "{{ tools is not none }} {{ documents is none }}": "False True",
         "{{ pad_token }}": "c1",
+        "{% set x = 'a' %}{% generation %}{% set x = 'b' %}{% endgeneration %}{{ x }}": "a",
         "{{ messages[0] | tojson(ensure_ascii=False) }}": '{"role": "user", "content": "é <b>"}',
         "{{ [1] | tojson(indent=1) }}": "[\n 1\n]",
         "{% for i in range(9) %}{% if i == 2 %}{% break %}{% endif %}{{ i }}{% endfor %}": "01",
@@ -1351,9 +1372,11 @@ FINAL_NUMBERS = {  # a reply, and the number it gives
     "<|channel|>analysis<|message|>12<|channel|>final<|message|>18<|return|>": 18,
     "18\nHuman: and 20?": 18, "18\nuser： 20": 18, "18\n问题：20": 18, "18\n\nProblem 2: 20": 18,
     "Sum up the 2 steps.\n\n**Problem:** 16 eggs.\n\n**Answer:** 18": 18, "#### Step 3\n18": 18,
+    "#### 18 (eighteen)": 18, "\\boxed{(18)}": 18,
     "<|start_header_id|>assistant<|end_header_id|>\n\n18<|eot_id|>": 18, "#### 9 * $2 = $18": 18,
     "<answer>18 eggs or 19 eggs</answer>": None, "<answer>1 hour 30 minutes</answer>": None,
-    "x = –18": -18, "minus 18": -18, "10 000 dollars": 10000, "\\boxed{10,\\!000}": 10000,
+    "x = –18": -18, "minus 18": -18, "10 000 dollars": None, "In 2024 300 came": 300,
+    "\\boxed{10,\\!000}": 10000,
     "\\boxed{1 \\frac{1}{2}}": 1.5, "18 \\\\[5pt]": 18, "<<9*2=18>>18": 18, "10^-3": None,
     "\\boxed{18 + x}": None, "\\boxed{7(x+3)}": None, "COVID-19": None, "Let me.\n<think>18": None,
     "18\n\n### Instruction:\nAdd 20": 18, "18\n## Question 20": 18, "18\n> **Q2.**: 20": 18,
@@ -1498,12 +1521,15 @@ def test_teacher_answers_are_joined_by_id_and_counted_and_a_random_split_keeps_s
     for named, records in {
         "second answer": [spoken("q1", "System1")] * 2,
         "this is a request": [data.batch_request("q1", "A", "?")],
+        "named twice": None,
         "shares no example": [spoken("elsewhere", "System1")],
         "custom_id": [{"x": 1}],
         "not S1 or S2": [{"id": "q1", "label": "maybe"}],
     }.items():
-        data.write_jsonl(other, records)
-        refuses(named, data.count_votes, [file, other])
+        data.write_jsonl(other, records or [])
+        refuses(
+            named, data.count_votes, [file, other if records else file.parent / "." / file.name]
+        )
     data.write_jsonl(other, [spoken("q1", "who knows")])
     done = python("data.py", "vote", other, "--out", tmp_path / "none")
     assert done.returncode == 2 and "no labels" in done.stderr and not (tmp_path / "none").exists()
@@ -1838,6 +1864,8 @@ longer fence => ````markdown\nHere\n```python\nWHOLE```\n````\n
 next turn => WHOLE\n### Instruction:\nNow write sub.\n
 comment like a turn =>     # User input\nBODY
 docstring like a turn => Sure:\n```python\ndef add(a, b):\n    '''\n    Problem: add\n    Example:\n    '''\nBODY```\n
+strings like a turn => ```python\ndef add(a, b):\n    s = '[INST] </s>'\nBODY```\n
+string like a thought => def add(a, b):\n    s = '</think>'\nBODY
 last of two tries => ```python\nWRONG# longer than the other one\n```\nWait:\n```python\nWHOLE```
 """)  # noqa: E501
 
@@ -1977,6 +2005,10 @@ def test_a_fault_of_the_problem_is_no_wrong_answer():
     for tests in (numpy, "assert add(1, 2) == 3\n"):
         assert data.is_correct(task(tests), WHOLE) is True
         assert data.is_correct(task(tests), WRONG) is False
+    cannot_cross = "def check(c):\n    assert c(1, 2) == 3\n    c(object(), 2)\n"
+    refuses("cannot cross", data.is_correct, task(cannot_cross), WHOLE)
+    for prompt, entry in (("def add(a, b:", "add"), ("def other(a):\n", "add")):
+        refuses("the prompt defines no add", data.is_correct, task(numpy, prompt, entry), WHOLE)
     for tests in ("import nowhere\ndef check(c): pass\n", "def check(c): pass\n", "x = ("):
         refuses("add: the problem's own tests are broken", data.is_correct, task(tests), WHOLE)
 
