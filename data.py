@@ -1,8 +1,8 @@
 """Everything about text: tokenizer, data sets, teachers' votes, tokenised batches, checked answers.
 
 One example's way: `load_dataset` reads it, `vote` (or a labels file) calls it S1 or S2, `tokenize`
-masks its prompt out of the loss, `is_correct` and `reward_parts` judge what a model answered. Two
-commands serve the sample splitter:
+turns it into tokens, `collate` masks its prompt out of the loss, `is_correct` and `reward_parts`
+judge what a model answered. Two commands serve the sample splitter:
 
     python data.py prompts --data gsm8k:DIR --target "LLaMA2 7B" --teachers A,B --out requests
     python data.py vote answers/*.jsonl --out labels.jsonl

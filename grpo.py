@@ -23,14 +23,14 @@ from model import generate, token_logprobs
 
 @dataclass
 class Settings:
-    """How a step samples and updates; the names are those of the GRPO paper."""
+    """How a step samples and updates; in brackets the GRPO paper's symbols."""
 
-    group: int = 8  # G, answers per prompt
+    group: int = 8  # answers per prompt (G)
     max_new_tokens: int = 256
     eos_ids: tuple = ()
     temperature: float = 0.9  # of sampling and of every log-prob
-    clip: float = 0.2  # PPO's ratio clip
-    kl: float = 0.04  # weight of the KL penalty; 0 computes no reference
+    clip: float = 0.2  # PPO's ratio clip (epsilon)
+    kl: float = 0.04  # weight of the KL penalty (beta); 0 computes no reference
     iterations: int = 1  # optimizer steps per batch of rollouts (mu)
     batch_rows: int = 64  # answers decoded together
     micro_batch: int = 8  # answers per forward and backward
@@ -60,8 +60,7 @@ def grpo_step(model, optimizer, prompts, rewards, reference, s: Settings, genera
     for rollout, parts in zip(rollouts, rewards(rollouts)):
         rollout.reward_parts = parts
     totals = [float(sum(r.reward_parts.values())) for r in rollouts]
-    totals = torch.tensor(totals, dtype=torch.float32)
-    totals = totals.view(len(prompts), s.group)  # (P, G)
+    totals = torch.tensor(totals, dtype=torch.float32).view(len(prompts), s.group)  # (P, G)
     for rollout, advantage in zip(rollouts, group_advantages(totals).flatten().tolist()):
         rollout.advantage = advantage
     stats = grpo_update(model, optimizer, rollouts, reference, s)
@@ -118,7 +117,8 @@ def group_advantages(rewards):
 
 
 def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, kl=0.04):
-    """The GRPO objective, negated, and its statistics (DeepSeekMath eq. 3 and 4).
+    """The GRPO objective, negated, and its statistics (DeepSeekMath eq. 3 and 4):
+    min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) - kl * KL, with ratio = exp(logp - old_logp).
 
     logp (new policy, with gradient), old_logp, ref_logp, mask (B, T), advantages (B,). Mean over
     each answer's tokens, then over the B answers; a row without tokens counts as 0. The KL

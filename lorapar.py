@@ -413,10 +413,10 @@ def stage_mask(own, shared, scores, fraction: float) -> torch.Tensor:
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"fraction = {fraction} is outside [0, 1]")
-    shared = shared.nonzero()[:, 0]  # indices
-    order = scores[shared].argsort(descending=True, stable=True)
+    indices = shared.nonzero()[:, 0]
+    order = scores[indices].argsort(descending=True, stable=True)
     mask = own.clone()
-    mask[shared[order[: int(fraction * len(shared))]]] = True
+    mask[indices[order[: int(fraction * len(indices))]]] = True
     return mask
 
 

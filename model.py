@@ -217,9 +217,7 @@ class KVCache:
         """(rows, 1, 1, slots): 0 up to each row's newest token, -inf behind it."""
         slots = torch.arange(self.keys[0].shape[2], device=self.positions.device)
         seen = slots <= self.positions[:, None, None, None]
-        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
-            ~seen, -torch.inf
-        )
+        return torch.where(seen, 0.0, -torch.inf).to(dtype)
 
 
 def rotate(x, cos, sin):
@@ -303,7 +301,8 @@ class Decoder(nn.Module):
         whole prompts; once that decodes, they are (B, 1), the next token of each of its rows.
         """
         x = self.embed_tokens(tokens)  # (B, T, hidden)
-        positions, mask = torch.arange(tokens.shape[1], device=tokens.device)[None], None  # (1, T)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
+        mask = None  # whole rows: causal attention needs none
         if cache is not None and cache.positions is not None:
             positions, mask = cache.positions[:, None], cache.mask(x.dtype)  # (B, 1)
         self.inv_freq = self.inv_freq.to(tokens.device)  # copied once, not in each step
@@ -412,7 +411,7 @@ def token_logprobs(model, tokens, labels, temperature=1.0):
         logp = -F.cross_entropy(F.linear(h, weight).float() / temperature, t, reduction="none")
     else:
         logp = HeadLogprobs.apply(h, weight, t, temperature)
-    zeros = torch.zeros(targets.shape, dtype=torch.float32, device=logp.device)
+    zeros = hidden.new_zeros(targets.shape, dtype=torch.float32)
     return zeros.index_put((answer,), logp)
 
 

@@ -2401,10 +2401,10 @@ def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
     real_save, saves = train.save_state, []
 
     def save_then_die(folder, *rest):
-        real_save(folder, *rest)
         saves.append(folder.name)
-        if len(saves) in (2, 7):  # in the middle of SFT, then of RL
+        if len(saves) in (2, 8):  # in the middle of SFT, then of RL; the steps since run again
             raise MemoryError("died")
+        real_save(folder, *rest)
 
     monkeypatch.setattr(train, "save_state", save_then_die)
     command = [*QUICK, *flags, "--out", str(borrow(toy_run, killed))]
@@ -2422,6 +2422,8 @@ def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
             [(r["step"], r["loss"], r["lr"]) for r in metrics(o, stage)] for o in (whole, killed)
         ]
         assert steps[0] == steps[1] and len(steps[0]) > 2
+    samples = [(out / "rl" / "samples.jsonl").read_text() for out in (whole, killed)]
+    assert samples[0] == samples[1] and samples[0].count("\n") == 9
 
 
 def test_a_stopped_run_says_one_line_and_how_to_go_on(tmp_path):

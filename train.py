@@ -3,9 +3,10 @@
     python train.py                                        # the toy world, no GPU, no network
     python train.py --model FOLDER --data gsm8k:DIR --labels labels.jsonl
 
-`run` is the whole method; what it calls follows in order, then settings, inputs, the run folder,
-and the commands eval, merge, figure and sweep. A run lives in one folder (config, labels, scores,
-partition, adapters, metrics, report); the same command goes on where it stopped.
+`run` is the whole method; scores, masks, both loops and the evaluation follow in its order, then
+settings, inputs (`prepare`), the run folder, and the commands eval, merge, figure and sweep. A run
+lives in one folder (config, labels, scores, partition, adapters, metrics, report); the same command
+goes on where it stopped.
 Left out: several GPUs, and training on anything but the two systems' data.
 """
 
@@ -58,13 +59,12 @@ class Diverged(ValueError):
 
 
 def run(c) -> dict:
-    """The whole method on one run folder. Returns the report, also report.json."""
+    """The whole method on one run folder. c: the flags, one attribute each (`read_config`). Returns
+    the report, also report.json."""
     report = open_run(c)
     model, tokenizer, inputs = prepare(c, report)  # the votes are in the examples
     evaluate(c, report, "base", model, tokenizer, inputs.test)
-    start = torch.Generator().manual_seed(c.seed)
-    targets = [PROJECTIONS[letter] for letter in c.targets]
-    lorapar.add_lora(model, targets, c.r, c.lora_alpha, c.dropout, c.init, generator=start)
+    add_adapters(c, model)
     if c.init == "gaussian":  # the other starts leave the model as it is
         evaluate(c, report, "init", model, tokenizer, inputs.test)
     s1, s2 = score(c, report, model, inputs)  # importance on S1, importance on S2: eq. 1-3
@@ -74,7 +74,7 @@ def run(c) -> dict:
         if stage == "sft":  # step 2: moves S1-only and the top alpha of shared
             sft(c, report, model, inputs.sft, masks["sft"])
         else:  # step 3: moves S2-only and the top beta of shared
-            rl(c, report, model, tokenizer, inputs.rl, masks["rl"])
+            rl(c, report, model, tokenizer, inputs, masks["rl"])
         evaluate(c, report, stage, model, tokenizer, inputs.test)
     print("\n" + write_report(c, report, s1, s2))
     return report
@@ -85,18 +85,24 @@ def run(c) -> dict:
 
 def evaluate(c, report, row, model, tokenizer, examples):
     """A row of the report: greedy accuracy, and what the model thinks of the reference answers."""
-    file = Path(c.out) / "answers" / f"{row}.jsonl"
     if c.order == "none":
         return
+    file = Path(c.out) / "answers" / f"{row}.jsonl"
     if row in report["evaluation"] and file.exists():
         print(f"evaluate {row}: reused from {c.out}")
     else:
-        records = answer(c, model, tokenizer, examples, row)
+        records = answer_all(c, model, tokenizer, examples, row)
         report["evaluation"][row] = averages(records)
         data.write_jsonl(file, records)
     shown = [f"{system} {a['accuracy']:.1%}" for system, a in report["evaluation"][row].items()]
     print(f"evaluate {row}: {'  '.join(shown)}")
     done(c, report, f"evaluate {row}")
+
+
+def add_adapters(c, model):
+    generator = torch.Generator().manual_seed(c.seed)
+    targets = [PROJECTIONS[letter] for letter in c.targets]
+    lorapar.add_lora(model, targets, c.r, c.lora_alpha, c.dropout, c.init, generator=generator)
 
 
 def score(c, report, model, inputs):
@@ -110,20 +116,20 @@ def score(c, report, model, inputs):
             lorapar.set_anchor(model, saved["start"])
         print(f"score: reused from {path}")
         return saved["s1"], saved["s2"]
-    scores = {"start": lorapar.get_flat(model)}
+    saved = {"start": lorapar.get_flat(model)}
     for system in ("S1", "S2"):
         name = system.lower()
-        if c.theta == 1 and {c.alpha, c.beta} <= {0.0, 1.0}:  # nothing to rank: B = 0 is fine too
-            scores[name] = torch.ones_like(scores["start"])
+        if c.theta == 1 and c.alpha in (0, 1) and c.beta in (0, 1):
+            saved[name] = torch.ones_like(saved["start"])  # all or none: nothing to rank
             continue
         encoded = inputs.encoded[system]
         chosen = random.Random(c.seed).sample(encoded, min(c.score_examples, len(encoded)))
         batches = bar(data.batches(chosen, c.micro_batch, c.device), f"score {system}")
-        scores[name] = lorapar.importance(model, batches)
+        saved[name] = lorapar.importance(model, batches)
         print(f"score: {system} on {len(chosen)} examples")
-    write_tensors(path, scores)
+    write_tensors(path, saved)
     done(c, report, "score")
-    return scores["s1"].cpu(), scores["s2"].cpu()
+    return saved["s1"].cpu(), saved["s2"].cpu()
 
 
 def split_elements(c, report, model, s1, s2):
@@ -166,22 +172,23 @@ def sft(c, report, model, encoded, mask):
     optimizer = lorapar.MaskedAdamW(
         model, c.sft_lr, weight_decay=c.sft_weight_decay, max_grad_norm=c.sft_grad_norm
     )
-    steps = step_indices(len(encoded), c.sft_batch, c.sft_epochs, c.sft_steps, c.seed)
+    plan = step_indices(len(encoded), c.sft_batch, c.sft_epochs, c.sft_steps, c.seed)
+    first = load_state(c, "sft", model, optimizer, len(plan))  # 0 but where a run goes on
     model.train()  # dropout acts in this stage alone
-    for step in range(load_state(c, "sft", model, optimizer, len(steps)), len(steps)):
+    for step in range(first, len(plan)):
         started = time.perf_counter()
         seed_step(c, step)
-        lr = set_lr(optimizer, c.sft_lr, step, len(steps), c.sft_warmup)
-        batch = [encoded[i] for i in steps[step]]
+        lr = set_lr(optimizer, c.sft_lr, step, len(plan), c.sft_warmup)
+        batch = [encoded[i] for i in plan[step]]
         with stop_if_diverged(c, "sft", step):
             loss = backward(model, batch, c.micro_batch, c.device)
             optimizer.step()  # clips, then moves the active elements
             optimizer.zero_grad()
         rate = round(sum(len(e.ids) for e in batch) / (time.perf_counter() - started))
         values = {"loss": loss, "grad_norm": optimizer.grad_norm.item(), "lr": lr, "tok/s": rate}
-        end_step(c, "sft", model, optimizer, step, len(steps), values)
+        end_step(c, "sft", model, optimizer, step, len(plan), values)
     model.eval()
-    lorapar.save_adapter(model, Path(c.out) / "sft", c.model or "toy")  # anew: it may be missing
+    lorapar.save_adapter(model, Path(c.out) / "sft", c.model or "toy")  # a killed run may lack it
     done(c, report, "sft")
 
 
@@ -197,13 +204,15 @@ def backward(model, encoded, micro_batch: int, device) -> float:
     return float(total)
 
 
-def rl(c, report, model, tokenizer, prompts, mask):
-    """GRPO on the masked elements. prompts: (example, the ids of its prompt)."""
+def rl(c, report, model, tokenizer, inputs, mask):
+    """GRPO on the masked elements. inputs.rl: (example, the ids of its prompt)."""
     lorapar.set_mask(model, mask)
     optimizer = lorapar.MaskedAdamW(
         model, c.rl_lr, (0.9, 0.99), weight_decay=c.rl_weight_decay, max_grad_norm=c.rl_grad_norm
     )
-    reference = lorapar.get_flat(model)  # the KL holds on to the policy as RL begins
+    reference = lorapar.get_flat(
+        model
+    )  # the KL holds on to the policy as RL began: before any load
     settings = grpo.Settings(
         group=c.rl_group,
         max_new_tokens=c.max_response,
@@ -215,20 +224,19 @@ def rl(c, report, model, tokenizer, prompts, mask):
         batch_rows=c.batch_rows,
         micro_batch=c.micro_batch,
     )
-    reward = reward_function(c)
-    steps = step_indices(len(prompts), c.rl_batch, c.rl_epochs, c.rl_steps, c.seed)
-    equal_steps = 0
-    for step in range(load_state(c, "rl", model, optimizer, len(steps)), len(steps)):
+    plan = step_indices(len(inputs.rl), c.rl_batch, c.rl_epochs, c.rl_steps, c.seed)
+    first, equal_steps = load_state(c, "rl", model, optimizer, len(plan)), 0
+    for step in range(first, len(plan)):
         generator = seed_step(c, step)
-        lr = set_lr(optimizer, c.rl_lr, step, len(steps), c.rl_warmup)
-        examples, asked = zip(*[prompts[i] for i in steps[step]])
-        rewards = partial(reward_rollouts, c, reward, tokenizer, examples)
+        lr = set_lr(optimizer, c.rl_lr, step, len(plan), c.rl_warmup)
+        examples, asked = zip(*[inputs.rl[i] for i in plan[step]])
+        rewards = partial(reward_rollouts, c, inputs.reward, tokenizer, examples)
         with stop_if_diverged(c, "rl", step):
             stats, rollouts = grpo.grpo_step(
                 model, optimizer, asked, rewards, reference, settings, generator
             )
         keep_samples(c, tokenizer, step, examples, rollouts)
-        end_step(c, "rl", model, optimizer, step, len(steps), stats | {"lr": lr})
+        end_step(c, "rl", model, optimizer, step, len(plan), stats | {"lr": lr})
         equal_steps = equal_steps + 1 if stats["equal_groups"] == len(asked) else 0
         if equal_steps == 10:
             print("rl: warning: ten steps without a difference in reward: nothing is being learned")
@@ -246,7 +254,8 @@ def reward_rollouts(c, reward, tokenizer, examples, rollouts) -> list[dict]:
 
 
 def keep_samples(c, tokenizer, step: int, examples, rollouts):
-    """The first answer to each of three prompts goes to rl/samples.jsonl, one into the log."""
+    """The first answer to each of three prompts goes to rl/samples.jsonl, one now and then into the
+    log."""
     with open(Path(c.out) / "rl" / "samples.jsonl", "a", encoding="utf-8") as out:
         for i, example in enumerate(examples[:3]):
             rollout = rollouts[i * c.rl_group]
@@ -281,9 +290,10 @@ def seed_step(c, step: int):
 def set_lr(optimizer, peak: float, step: int, steps: int, warmup: float) -> float:
     """Linear warm-up over the first share of the steps, then cosine to 0."""
     warm = math.ceil(warmup * steps)
-    factor = 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
     if step < warm:
         factor = (step + 1) / (warm + 1)
+    else:
+        factor = 0.5 * (1 + math.cos(math.pi * (step - warm) / (steps - warm)))
     optimizer.param_groups[0]["lr"] = peak * factor
     return peak * factor
 
@@ -331,7 +341,7 @@ BEGAN = {}  # loop: its first step here, and when that was
 
 
 def time_left(loop: str, step: int, steps: int) -> str:
-    first, began = BEGAN.setdefault(loop, (step, time.perf_counter()))
+    first, began = BEGAN[loop]
     seconds = (time.perf_counter() - began) / (step + 1 - first) * (steps - step - 1)
     return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
@@ -380,7 +390,7 @@ def keep_lines(path: Path, wanted):
 # -------------------------------------------------------------------------------------- evaluation
 
 
-def answer(c, model, tokenizer, examples, what: str) -> list[dict]:
+def answer_all(c, model, tokenizer, examples, what: str) -> list[dict]:
     """A record for each example that a person can read: the greedy answer, whether it is right, and
     of the reference answer (EOS included) the probability and the loss a token."""
     encoded, _ = data.tokenize(examples, tokenizer, 10**9, c.prompt, "rl")
@@ -444,16 +454,16 @@ def likelihood(c, model, encoded, what: str) -> list[tuple[float, float]]:
 
 def averages(records: list[dict]) -> dict:
     """{S1, S2, all: means over its examples}; "all" is every example, labelled or not."""
-    table = {}
+    means = {}
     for system in ("S1", "S2", "all"):
         members = [r for r in records if system in ("all", r["label"])]
         if members:
             p = sum(r["correct"] for r in members) / len(members)
-            table[system] = {"accuracy": p, "error": math.sqrt(p * (1 - p) / len(members))}
+            means[system] = {"accuracy": p, "error": math.sqrt(p * (1 - p) / len(members))}
             for name in ("probability", "loss"):
-                table[system][name] = sum(r[name] for r in members) / len(members)
-            table[system]["examples"] = len(members)
-    return table
+                means[system][name] = sum(r[name] for r in members) / len(members)
+            means[system]["examples"] = len(members)
+    return means
 
 
 # ---------------------------------------------------------------------------------------- settings
@@ -654,10 +664,12 @@ class Inputs:
     sft: list  # of data.Encoded
     rl: list  # of (example, its prompt's ids)
     test: list  # of examples
+    reward: object  # (example, reply, unconfined) -> its parts
 
 
 def prepare(c, report):
-    """Reads and checks every input before any work is done on it -> model, tokenizer, Inputs."""
+    """Reads and checks every input before work begins (the toy's are made first) -> model,
+    tokenizer, Inputs."""
     world = None
     if c.model:
         model_path = find_model(c.model)
@@ -665,10 +677,10 @@ def prepare(c, report):
         model_path, world = toy_inputs(c)
         done(c, report, "toy base")
     sets = read_sets(c, world)
-    has_rl = "rl" in ORDERS[c.order]
+    has_rl, reward = "rl" in ORDERS[c.order], reward_function(c)
     if has_rl:  # one call of the reward, before hours of work
         example = next(e for e in sets["S2"] if c.reward or e.kind != "text")
-        parts = reward_function(c)(example, example.answer, c.allow_unconfined_code)
+        parts = reward(example, example.answer, c.allow_unconfined_code)
         print(f"reward    of the reference answer of {example.id}: {parts}")
     records = read_labels(c, world, sets, report)
     labels = Path(c.out) / "labels.jsonl"
@@ -676,7 +688,7 @@ def prepare(c, report):
     if labels.exists() and label_of != {r["id"]: r["label"] for _, r in data.read_records(labels)}:
         raise ValueError(f"--labels {c.labels}: other labels than this run began with ({labels})")
     tokenizer = data.Tokenizer(model_path)
-    inputs, systems = Inputs({}, [], [], []), {}
+    inputs, systems = Inputs({}, [], [], [], reward), {}
     for system in ("S1", "S2"):
         labelled = [replace(e, label=label_of[e.id]) for e in sets[system] if e.id in label_of]
         random.Random(c.seed).shuffle(labelled)
@@ -880,7 +892,7 @@ def make_toy_base(c, folder: Path, world: data.ToyWorld):
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
         chosen = encoded[step * batch : (step + 1) * batch]
-        loss = backward(model, chosen, batch // 2, c.device)  # two halves: short, then long
+        loss = backward(model, chosen, batch // 2, c.device)  # two halves: long, then short
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 50 == 0:
@@ -1065,7 +1077,7 @@ def run_eval(arguments):
     tokenizer, model = data.Tokenizer(path), load(c, path)
     if adapter:
         lorapar.load_adapter(model, adapter)
-    records = answer(c, model, tokenizer, examples[: c.eval_examples], c.data)
+    records = answer_all(c, model, tokenizer, examples[: c.eval_examples], c.data)
     print(json.dumps(averages(records), indent=2))
     data.write_jsonl(out, records)
     print(f"every answer is in {out}")
@@ -1418,9 +1430,7 @@ def resample_once(base, seed: int) -> list[dict]:
         return read_json(folder / "resample.json")["records"]
     share_toy(base, c)
     model, _, inputs = prepare(c, report)
-    targets = [PROJECTIONS[letter] for letter in c.targets]
-    start = torch.Generator().manual_seed(c.seed)
-    lorapar.add_lora(model, targets, c.r, c.lora_alpha, c.dropout, c.init, generator=start)
+    add_adapters(c, model)
     S1, S2 = inputs.encoded["S1"], inputs.encoded["S2"]
     sizes = [n for n in (25, 50, 100, 200) if 2 * n <= min(len(S1), len(S2))]
     if not sizes:
