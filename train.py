@@ -608,7 +608,8 @@ def add_flags(parser, names=None):
             if names and name not in names:
                 continue
             shown = f"{TOY[name]} in the toy, else {default}" if name in TOY else default
-            text = f"{text} (default: {shown})".replace("%", "%%")
+            if shown is not None:
+                text = f"{text} (default: {shown})".replace("%", "%%")
             how = {"type": kind}
             if kind is bool:
                 how = {"action": "store_true"}
@@ -624,6 +625,7 @@ def defaults() -> dict:
 def read_config(arguments):
     """The command line of a run -> its settings, each flag an attribute."""
     parser = Parser(
+        usage="python train.py [flags]",
         description=__doc__.partition("\n")[0],
         epilog=f"Also: python train.py {'|'.join(COMMANDS)} --help",
     )
