@@ -1292,12 +1292,17 @@ def judge_main():
     candidate = start_process("candidate")
     calls = 0
 
+    def end(verdict=None):  # at once: an exception the tests might catch
+        if verdict:
+            print(verdict.partition("\n")[0], file=verdicts)
+        candidate.kill()
+        candidate.wait()
+        os._exit(0)
+
     def answer():
         line = candidate.stdout.readline(MESSAGE)
         if not line.endswith(b"\n"):  # the candidate has ended, or says too much
-            candidate.kill()
-            candidate.wait()
-            os._exit(0)  # not an exception, which the tests might catch
+            end()
         return ast.literal_eval(line.decode("ascii"))
 
     def ask(message):
@@ -1306,12 +1311,6 @@ def judge_main():
             candidate.stdin.write(line)
             candidate.stdin.flush()
         return answer()
-
-    def end(verdict):
-        print(verdict, file=verdicts)
-        candidate.kill()
-        candidate.wait()
-        os._exit(0)
 
     def call(*args, **kwargs):
         nonlocal calls
@@ -1340,7 +1339,7 @@ def judge_main():
     names = {"__name__": "tests"}
     try:
         exec(job["prompt"] + "\n    pass\n", names)  # helpers: HumanEval/32, 38, 50
-        names[job["entry"]]
+        names[job["entry"]]  # KeyError if it is not defined
     except BaseException as error:
         end(f"broken: the prompt defines no {job['entry']}: {type(error).__name__}: {error}")
     threading.Timer(SECONDS, candidate.kill).start()
@@ -1356,11 +1355,8 @@ def judge_main():
                 print("passed", file=verdicts)
             except BaseException as error:
                 if not calls:  # no answer's fault
-                    reason = f"{type(error).__name__}: {error}".partition("\n")[0]
-                    print(f"broken: {reason}", file=verdicts)
-    candidate.kill()
-    candidate.wait()
-    os._exit(0)
+                    end(f"broken: {type(error).__name__}: {error}")
+    end()
 
 
 # What a candidate may import: modules whose import does nothing but define.
