@@ -12,6 +12,8 @@ that runs code answers. Left out: calling teachers. The requests are in the batc
 services and vLLM take.
 """
 
+import __future__
+
 import argparse
 import ast
 import builtins
@@ -54,63 +56,52 @@ class Tokenizer:
     """A checkpoint's tokenizer: `tokenizer.json` (tokenizers) or `tokenizer.model` (sentencepiece).
 
     bos_id: the token the model wants in front, None if it wants none. eos_ids: every token that
-    ends an answer, the one that SFT trains first. pad_id: any id, nothing here reads padding.
+    ends an answer, the one that SFT trains first. ValueError, one line, on files that do not fit.
     """
 
     def __init__(self, path):
         self.folder = folder = Path(path)
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: no such model folder")
         self.settings = read_fields(folder / "special_tokens_map.json")
         self.settings |= read_fields(folder / "tokenizer_config.json")
         self.special_tokens = {}  # "bos_token", "eos_token" ..: the token's text
-        extra = self.settings.get("extra_special_tokens")
-        for kind, token in (self.settings | (extra if isinstance(extra, dict) else {})).items():
+        for kind, token in self.settings.items():
             if kind.endswith("_token") and not isinstance(token, bool):
                 self.special_tokens[kind] = text_of_token(token)
-        files = [folder / "tokenizer.json", folder / "tokenizer.model"]
-        file = next((file for file in files if file.exists()), None)
-        if file is None:
+        file, read = folder / "tokenizer.json", self.read_json
+        if not file.exists():
+            file, read = folder / "tokenizer.model", self.read_sentencepiece
+        if not file.exists():
             raise ValueError(f"{folder}: no tokenizer.json and no tokenizer.model")
         try:
-            read = self.read_json if file.suffix == ".json" else self.read_sentencepiece
             bos, eos, puts_bos, id_of = read(file)
-            named = self.named_tokens()
+            missing = [token for token in self.named_tokens() if id_of(token) is None]
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(f"{file}: {error}") from None
-        for token in named:
-            if id_of(token) is None:
-                raise ValueError(
-                    f"{file} does not hold {token!r}, which another file there names: load the "
-                    "tokenizer with transformers and save it once"
-                )
+        if missing:
+            raise ValueError(
+                f"{file} does not hold {missing[0]!r}, which another file there names: load the "
+                "tokenizer with transformers and save it once"
+            )
         named_eos = id_of(self.special_tokens.get("eos_token", ""))
         eos = eos if named_eos is None else named_eos
         self.bos_id = bos if self.settings.get("add_bos_token", puts_bos) else None
         model = read_fields(folder / "config.json") | read_fields(folder / "generation_config.json")
-        listed = model.get("eos_token_id", [])
-        listed = listed if isinstance(listed, list) else [listed]
-        size = model["vocab_size"] if type(model.get("vocab_size")) is int else 10**9
-        if not all(type(i) is int and 0 <= i < size for i in listed):
-            where = f"{folder}/config.json or generation_config.json"
-            raise ValueError(f"{where}: eos_token_id is {str(listed)[:40]}, not ids below {size}")
-        self.eos_ids = tuple(dict.fromkeys(i for i in [eos, *listed] if i is not None))
-        if not self.eos_ids:
-            raise ValueError(f"{folder}: no file names an EOS token, so answers could not end")
-        pad = id_of(self.special_tokens.get("pad_token", ""))
-        self.pad_id = self.eos_ids[0] if pad is None else pad
+        ends = model.get("eos_token_id", [])
+        ends = [eos, *(ends if isinstance(ends, list) else [ends])]
+        self.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
+        size = model.get("vocab_size", 10**9)
+        if not self.eos_ids or not all(type(i) is int and 0 <= i < size for i in self.eos_ids):
+            where = f"{folder}: config.json, generation_config.json and tokenizer"
+            raise ValueError(f"{where} name {self.eos_ids} as eos_token_id: no ids of the model")
         self.front = self.ids("\n")  # what stands before a text that goes on: see encode, decode
         self.adds_space = self.decode(self.ids("x")) != "x"  # LLaMA's: "x" -> "▁x"
 
     def named_tokens(self) -> list[str]:
         """Every token that the files beside the vocabulary name."""
-        named = list(self.special_tokens.values())
+        named = [*self.special_tokens.values(), *read_fields(self.folder / "added_tokens.json")]
         for kind in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
             tokens = self.settings.get(kind, ())
             named += map(text_of_token, tokens.values() if isinstance(tokens, dict) else tokens)
-        named += read_fields(self.folder / "added_tokens.json")
-        if not all(isinstance(token, str) for token in named):
-            raise ValueError("a special token in the files beside it is no text")
         return [token for token in named if token]
 
     def read_json(self, file):
@@ -160,8 +151,7 @@ class Tokenizer:
         except Exception as error:  # a template may raise anything
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise ValueError(f"{self.folder}: no chat template that works: {reason}") from None
-        # encode(bos=True) adds the BOS as an id
-        bos = self.special_tokens.get("bos_token", "")
+        bos = self.special_tokens.get("bos_token", "")  # encode(bos=True) adds it as an id
         return text if self.bos_id is None else text.removeprefix(bos)
 
     @cached_property
@@ -179,15 +169,11 @@ class Tokenizer:
         if (self.folder / "chat_template.jinja").exists():
             text = (self.folder / "chat_template.jinja").read_text(encoding="utf-8")
         if isinstance(text, list):  # several named templates
-            text = {t["name"]: t["template"] for t in text}
-        if isinstance(text, dict):
-            text = text.get("default")
+            text = {t["name"]: t["template"] for t in text}.get("default")
         if not isinstance(text, str):
             raise ValueError("chat_template is absent or no text; --prompt plain needs none")
         if not (self.folder / "tokenizer.json").exists():
-            raise ValueError(
-                "tokenizer.model would spell its special tokens: save a tokenizer.json"
-            )
+            raise ValueError("tokenizer.model would spell its tags: save a tokenizer.json")
         # {% generation %} marks the assistant's words for training: a block like any other here
         text = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", text)
         environment = ImmutableSandboxedEnvironment(
@@ -221,31 +207,25 @@ def read_records(path, columns=None):
     """Yields ("FILE:LINE", record) of a json array, a csv table or a jsonl file, by the file's
     name. columns: those of a table without a header. ValueError names the file and the line."""
     opener = gzip.open if str(path).endswith(".gz") else open
-    number = 1
+    number = 1 if str(path).endswith(".csv") and not columns else 0  # of the last line read
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:  # leaves out the BOM
             if str(path).endswith(".csv"):
-                for number, record in enumerate(csv.DictReader(file, columns), 1 if columns else 2):
-                    yield f"{path}:{number}", record
+                records = csv.DictReader(file, columns)
             elif str(path).endswith(".json"):
                 records = json.load(file)
-                if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
-                    raise ValueError(f"{path}: not a JSON array of objects")
-                for number, record in enumerate(records, 1):
-                    yield f"{path}:{number}", record
             else:
-                for number, line in enumerate(file, 1):
-                    if line.strip():
-                        record = json.loads(line.strip())
-                        if not isinstance(record, dict):
-                            raise ValueError(f"{path}:{number}: not a JSON object")
-                        yield f"{path}:{number}", record
-    except json.JSONDecodeError as error:  # of a line, or of the whole array
-        raise ValueError(f"{path}:{number + error.lineno - 1}: not JSON ({error.msg})") from None
+                records = (json.loads(line) if line.strip() else None for line in file)
+            for record in records:
+                if record is not None and not isinstance(record, dict):
+                    raise ValueError("not a JSON object")
+                number += 1
+                if record is not None:
+                    yield f"{path}:{number}", record
+    except (OSError, EOFError, ValueError, TypeError, csv.Error, zlib.error) as error:
+        raise ValueError(f"{path}:{number + 1}: not readable ({error})") from None
     except RecursionError:
-        raise ValueError(f"{path}:{number}: nested too deep") from None
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
-        raise ValueError(f"{path}: not readable ({error})") from None
+        raise ValueError(f"{path}:{number + 1}: nested too deep") from None
 
 
 def write_jsonl(path, records):
@@ -261,7 +241,7 @@ def write_jsonl(path, records):
 
 def text_of(record: dict, field: str, where: str) -> str:
     """The text in a field of a record; ValueError names the place where there is none."""
-    if not isinstance(record.get(field), str):
+    if not isinstance(record.get(field), str) or not record[field].strip():
         value = repr(record.get(field))[:40]
         raise ValueError(f"{where}: no text in the field {field!r} (it is {value})")
     return record[field]
@@ -318,14 +298,11 @@ def mmlu(path, split):
     """{dev,val,test}/SUBJECT_*.csv without header: the question, four choices and the letter; asked
     after the subject's five dev examples."""
     folder = path / {"train": "dev", "validation": "val", "test": "test"}[split]
-    files = sorted(folder.glob("*.csv"))
-    if not files:
-        raise ValueError(f"{folder}: no csv files")
-    for file in files:
+    for file in sorted(folder.glob("*.csv")):
         subject = file.stem.rpartition("_")[0]
-        shots = path / "dev" / f"{subject}_dev.csv"
         words = subject.replace("_", " ")
         context = f"The following are multiple choice questions (with answers) about {words}.\n\n"
+        shots = path / "dev" / f"{subject}_dev.csv"
         if split != "train" and shots.exists():
             for question, letter in mmlu_questions(shots):
                 context += f"{question} {letter}\n\n"
@@ -374,31 +351,29 @@ def own_file(path, split):
     """One's own jsonl: "question", "answer", "check" (number, letter, exact, or none: answers that
     cannot be checked) and, where they are known, "label" (S1 or S2) and "id" (else a hash of the
     question). A letter's question holds the choices and ends as it should be asked ("Answer:")."""
-    seen = {}
+    asked = {}  # id: its question
     for where, record in read_records(path):
-        question, answer = (text_of(record, field, where) for field in ("question", "answer"))
-        if not question.strip():
-            raise ValueError(f"{where}: the question is empty")
+        question, answer = text_of(record, "question", where), text_of(record, "answer", where)
         check, label = record.get("check") or "none", record.get("label")
+        name = record.get("id", hashlib.sha256(question.encode()).hexdigest()[:12])
         if check not in ("number", "letter", "exact", "none"):
             raise ValueError(f'{where}: "check" is {check!r}, not number, letter, exact or none')
         if label not in (None, "S1", "S2"):
             raise ValueError(f'{where}: "label" is {label!r}, not S1 or S2')
+        if type(name) not in (str, int) or asked.setdefault(str(name), question) != question:
+            raise ValueError(f'{where}: "id" is {name!r}: not a text, or another question has it')
         kind, gold = "text" if check == "none" else check, answer
         if check == "number":
-            text = answer if marked(answer) is None else marked(answer)
-            if marked_number(text) is None or len(all_numbers(plain(text))) > 1:
+            value = marked_number(answer if marked(answer) is None else marked(answer))
+            if value is None:
                 what = f"not one number to check in the answer {answer[:40]!r}"
                 raise ValueError(f"{where}: {what}; mark it: #### 18")
-            gold = str(marked_number(text))
+            gold = str(value)
         if check == "letter":
             gold = answer.strip()
             if gold not in tuple("ABCD"):
                 raise ValueError(f"{where}: the answer {answer[:40]!r} is not A, B, C or D")
             answer = f" {gold}"
-        name = record.get("id", hashlib.sha256(question.encode()).hexdigest()[:12])
-        if type(name) not in (str, int) or seen.setdefault(str(name), question) != question:
-            raise ValueError(f'{where}: "id" is {name!r}: not a text, or another question has it')
         yield Example(str(name), question, answer, kind, gold, label)
 
 
@@ -411,25 +386,23 @@ class Source(NamedTuple):
 
 
 ALL_SPLITS = ("train", "validation", "test")
-GSM8K_HOME = (
-    "github.com/openai/grade-school-math, folder grade_school_math/data: {train,test}.jsonl"
-)
+GSM8K_HOME = "github.com/openai/grade-school-math, grade_school_math/data: {train,test}.jsonl"
 MMLU_HOME = "github.com/hendrycks/test: a folder that holds dev, val and test with csv files"
-HUB = "huggingface.co/datasets/"
-FEEDBACK_HOME = HUB + "m-a-p/CodeFeedback-Filtered-Instruction"
 DATASETS = {
     "toy": Source(toy, ALL_SPLITS, "made by make_toy"),
     "gsm8k": Source(gsm8k, ("train", "test"), GSM8K_HOME),
     "mmlu": Source(mmlu, ALL_SPLITS, MMLU_HOME),
     "humaneval": Source(humaneval, ("test",), "github.com/openai/human-eval: HumanEval.jsonl.gz"),
-    "dolly": Source(instructions("dolly"), ("train",), HUB + "databricks/databricks-dolly-15k"),
-    "platypus": Source(instructions("platypus"), ("train",), HUB + "garage-bAInd/Open-Platypus"),
-    "codealpaca": Source(instructions("codealpaca"), ("train",), HUB + "sahil2801/CodeAlpaca-20k"),
-    "codefeedback": Source(instructions("codefeedback"), ("train",), FEEDBACK_HOME),
 }
+for name, home in {
+    "dolly": "databricks/databricks-dolly-15k",
+    "platypus": "garage-bAInd/Open-Platypus",
+    "codealpaca": "sahil2801/CodeAlpaca-20k",
+    "codefeedback": "m-a-p/CodeFeedback-Filtered-Instruction",
+}.items():
+    DATASETS[name] = Source(instructions(name), ("train",), f"huggingface.co/datasets/{home}")
 OWN_NAMES = (".jsonl", ".jsonl.gz")
 FILE_SHARES = {"train": (0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1), "all": (0, 1)}
-SPLIT_SEED = 0  # of the splits that we make ourselves
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:
@@ -462,7 +435,6 @@ def load_dataset(name: str, path, split: str) -> list[Example]:
     if path is None or not Path(path).exists():
         where = "say where it is" if path is None else f"nothing at {path}"
         raise ValueError(f"{name}: {where}, {name}:PATH; it comes from {source.home}")
-    path = Path(path)
     stored, shares = "train", {"train": (0.05, 1), "validation": (0, 0.05)}
     if in_one_file(name, path):
         shares = FILE_SHARES
@@ -470,7 +442,7 @@ def load_dataset(name: str, path, split: str) -> list[Example]:
         stored, shares = split, {split: (0, 1)}
     if stored not in source.splits or split not in shares:
         raise ValueError(f"{name} has no {split} split; name another data set for this")
-    examples = list(source.read(path, stored))
+    examples = list(source.read(Path(path), stored))
     chosen = take_share(examples, *shares[split])
     if not chosen:
         raise ValueError(f"{path}: {len(examples)} examples are too few for a {split} split")
@@ -480,7 +452,7 @@ def load_dataset(name: str, path, split: str) -> list[Example]:
 def take_share(examples, begin: float, end: float) -> list[Example]:
     """The examples of this share of the different questions, drawn with a fixed seed."""
     questions = list(dict.fromkeys(e.context + e.question for e in examples))
-    random.Random(SPLIT_SEED).shuffle(questions)
+    random.Random(0).shuffle(questions)
     chosen = set(questions[int(begin * len(questions)) : int(end * len(questions))])
     return [e for e in examples if e.context + e.question in chosen]
 
@@ -544,14 +516,11 @@ def verdict(text: str) -> str | None:
     whole text if it names one alone, else None (not guessed)."""
     text = final_part(text).strip()
     for part in (text.rpartition("\n")[2], text):
-        named = {word.lower() for word in VERDICT.findall(part)}
-        systems = {"S2" if word in ("2", "２", "two") else "S1" for word in named}
+        words = {word.lower() for word in VERDICT.findall(part)}
+        systems = {"S2" if word in ("2", "２", "two") else "S1" for word in words}
         if len(systems) == 1:
             return systems.pop()
     return None
-
-
-STATUSES = ("S1", "S2", "unclear", "refused", "cut", "error")
 
 
 def read_teacher(path) -> dict[str, str]:
@@ -563,17 +532,13 @@ def read_teacher(path) -> dict[str, str]:
     """
     statuses = {}
     for where, record in read_records(path):
-        name = record.get("id" if "label" in record else "custom_id")
-        if not isinstance(name, str):
-            raise ValueError(f'{where}: no text "custom_id" (or "id" and "label")')
-        if "url" in record and "method" in record:
-            raise ValueError(f"{where}: this is a request, not a teacher's answer to it")
-        status = status_of(record)
-        if "label" in record:
-            label = re.fullmatch(r"s(?:ystem)?[ _-]?([12])", str(record["label"]), re.IGNORECASE)
-            if not label:
-                raise ValueError(f'{where}: "label" is {record["label"]!r}, not S1 or S2')
-            status = f"S{label[1]}"
+        name, status = record.get("id"), record.get("label")
+        if "label" not in record:
+            name, status = record.get("custom_id"), status_of(record)
+        elif status not in ("S1", "S2"):
+            raise ValueError(f'{where}: "label" is {status!r}, not S1 or S2')
+        if not isinstance(name, str) or "url" in record:
+            raise ValueError(f'{where}: not a teacher\'s answer with "custom_id", or "id", "label"')
         if {status, statuses.get(name)} <= {"S1", "S2"}:
             raise ValueError(f"{where}: second answer for {name}")
         if statuses.get(name) not in ("S1", "S2"):
@@ -587,16 +552,14 @@ def status_of(record: dict) -> str:
     try:
         body = record["response"]["body"] if "response" in record else record
         choice = body["choices"][0]
-        message = choice["message"]
-        end, content = str(choice.get("finish_reason")).lower(), message.get("content")
+        message, end = choice["message"], str(choice.get("finish_reason")).lower()
+        content = message.get("content")
+        if isinstance(content, list):  # thoughts are parts of another type
+            content = "".join(
+                p["text"] for p in content if p.get("type") in ("text", "output_text")
+            )
         if message.get("refusal") or end in ("content_filter", "safety", "refusal"):
             return "refused"
-        if isinstance(content, list):  # thoughts are parts of another type
-            parts = [{"text": part} if isinstance(part, str) else part for part in content]
-            if any(part.get("type") == "refusal" for part in parts):
-                return "refused"
-            texts = [p["text"] for p in parts if p.get("type", "text") in ("text", "output_text")]
-            content = "".join(text for text in texts if isinstance(text, str))
     except (TypeError, KeyError, IndexError, AttributeError):
         return "error"
     if end in ("length", "max_tokens"):
@@ -614,18 +577,15 @@ def count_votes(paths):
     if len({Path(path).resolve() for path in paths}) < len(paths):
         raise ValueError("vote: a teacher's file is named twice")
     teachers = {str(path): read_teacher(path) for path in paths}
-    names = dict.fromkeys(name for statuses in teachers.values() for name in statuses)
     asked = Counter(name for statuses in teachers.values() for name in statuses)
     lines = []
     for teacher, statuses in teachers.items():
         if len(teachers) > 1 and all(asked[name] == 1 for name in statuses):
             raise ValueError(f"{teacher}: shares no example with the other teachers")
-        counts = Counter(statuses.values())
-        counts["missing"] = len(names) - len(statuses)
-        shown = [f"{kind} {counts[kind]}" for kind in (*STATUSES, "missing") if counts[kind]]
-        lines.append(f"{teacher}: {', '.join(shown)}")
+        counts = Counter(statuses.values()) | Counter(missing=len(asked) - len(statuses))
+        lines.append(f"{teacher}: {', '.join(f'{kind} {n}' for kind, n in sorted(counts.items()))}")
     records, pairs, agreeing, ties = [], 0, 0, 0
-    for name in names:
+    for name in asked:
         votes = {teacher: s[name] for teacher, s in teachers.items() if name in s}
         ballots = [v for v in votes.values() if v in ("S1", "S2")]
         n1, n2 = ballots.count("S1"), ballots.count("S2")
@@ -640,7 +600,7 @@ def count_votes(paths):
     agreement = f"; two teachers agree in {agreeing / pairs:.1%}" if pairs else ""
     lines.append(
         f"votes: S1 {labels['S1']}, S2 {labels['S2']}, of them {ties} ties called S2; "
-        f"{len(names) - len(records)} without a vote{agreement}"
+        f"{len(asked) - len(records)} without a vote{agreement}"
     )
     return records, lines
 
@@ -657,26 +617,27 @@ def label_examples(examples: list[Example], labels: str) -> list[Example]:
     authors' csv (columns question and _result, System1 or System2), or "steps:K": of GSM8K alone,
     S1 where a solution has at most K <<...>> calculations, else S2 (a stand-in for users without
     teacher answers, not the paper's method). ValueError where no label fits an example."""
+    label_of = {}
+    key = "question" if labels.endswith(".csv") else "id"
     if re.fullmatch(r"steps:\d{1,9}", labels):
-        limit = int(labels[6:])
-        examples = [e for e in examples if e.id.startswith("gsm8k/")]
-        if not examples:
+        for e in examples:
+            if e.id.startswith("gsm8k/"):
+                label_of[e.id] = "S1" if e.answer.count("<<") <= int(labels[6:]) else "S2"
+        if not label_of:
             raise ValueError(
                 f"--labels {labels} counts the calculations of GSM8K's solutions alone"
             )
-        return [replace(e, label="S1" if e.answer.count("<<") <= limit else "S2") for e in examples]
-    is_table = labels.endswith(".csv")
-    key, label_of = "question" if is_table else "id", {}
-    for where, record in read_records(labels):
-        label = verdict(str(record.get("_result"))) if is_table else record.get("label")
-        if label not in ("S1", "S2") or record.get(key) is None:
-            raise ValueError(f'{where}: needs "{key}" and a label of System 1 or System 2')
-        label_of[str(record[key]).strip()] = label
-    labelled = []
-    for e in examples:
-        label = label_of.get(getattr(e, key).strip())
-        if label:
-            labelled.append(replace(e, label=label))
+    else:
+        for where, record in read_records(labels):
+            label = record.get("label") or verdict(str(record.get("_result")))
+            if label not in ("S1", "S2") or record.get(key) is None:
+                raise ValueError(f'{where}: needs "{key}" and a label of System 1 or System 2')
+            label_of[str(record[key]).strip()] = label
+    labelled = [
+        replace(e, label=label_of[getattr(e, key).strip()])
+        for e in examples
+        if getattr(e, key).strip() in label_of
+    ]
     if not labelled:
         theirs, ours = next(iter(label_of), "nothing"), getattr(examples[0], key)
         raise ValueError(f"{labels}: no label fits: it has {theirs[:60]!r}, the data {ours[:60]!r}")
@@ -701,21 +662,20 @@ def prompt_and_answer(example: Example, tokenizer, style: str = "plain", stage: 
 
     "plain": the question and a new line (none after code and after "Answer:"). "chat": the question
     in the checkpoint's own template. "authors": as their script, in stage "sft" the bare question
-    and a solution that ends in #### n, elsewhere a system prompt that asks for the tags.
+    and a solution that ends in #### n, elsewhere the template with their system prompt.
     """
     question, answer = example.context + example.question, example.answer
-    if style == "chat":
-        if example.kind == "code":
-            question = f"Complete this Python function.\n```python\n{question}```"
-        return tokenizer.chat([{"role": "user", "content": question}]), answer.strip()
-    if example.kind in ("code", "letter"):
-        return question, answer
     if style == "authors" and stage == "sft":
-        if "<reasoning>\n" in answer:
-            reasoning = answer.partition("<reasoning>\n")[2].partition("\n</reasoning>")[0]
-            answer = f"{reasoning}\n#### {example.gold}"
+        if example.kind == "number" and "<reasoning>\n" in answer:
+            solution = answer.partition("<reasoning>\n")[2].partition("\n</reasoning>")[0]
+            answer = f"{solution}\n#### {example.gold}"
         return question, answer
-    return (f"{FORMAT}\n{question}\n" if style == "authors" else question + "\n"), answer
+    if style == "plain":
+        return question + "\n" * (example.kind not in ("code", "letter")), answer
+    if example.kind == "code":
+        question = f"Complete this Python function.\n```python\n{question}```"
+    system = [{"role": "system", "content": FORMAT}] if style == "authors" else []
+    return tokenizer.chat([*system, {"role": "user", "content": question}]), answer.strip()
 
 
 def example_ids(example: Example, tokenizer, style: str = "plain", stage: str = "rl"):
@@ -754,8 +714,8 @@ def tokenize(examples, tokenizer, max_length: int, style="plain", stage="sft"):
 
 
 def collate(encoded, device="cpu"):
-    """Encoded examples -> tokens, labels (B, T) int64, right padded; labels are -100 on the prompt
-    and on padding. The padding id is 0 and nobody reads it."""
+    """(ids, prompt length) pairs -> tokens, labels (B, T) int64, right padded; labels are -100 on
+    the prompt and on padding. The padding id is 0 and nobody reads it."""
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
@@ -780,21 +740,14 @@ THOUGHT_END = re.compile(
     re.IGNORECASE,
 )
 THOUGHT_BEGIN = re.compile(
-    rf"<{THOUGHT}>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|channel\|>analysis",
-    re.IGNORECASE,
+    rf"<{THOUGHT}>|\[THINK\]|◁think▷|<\|START_THINKING\|>|<\|channel\|>analysis", re.IGNORECASE
 )
-TASKS = "question|q|problem|问题|问|题目|質問|問題"
-NEXT_TURN = re.compile(
-    r"<[|｜][^|｜\s]{1,40}[|｜]>|</?s>|<(?:eos|unk|pad)>|<(?:end|start)_of_turn>|\[/?INST\]|\[/PYTHON\]"
-    r"|^(?:> ?)?\**(?:human|user|instructions?|用户|人类)(?: ?\d{1,3})?\**[:：]"
-    rf"|(?P<task>^(?:> ?)?\**(?:{TASKS})(?: ?#?\d{{1,3}}[.:：]|\**[:：]))"
-    rf"|^##+ *(?:human|user|instructions?|input|response|end|{TASKS})\b",
+TURN = re.compile(
+    r"<\|start_header_id\|>\w+<\|end_header_id\|>|<[|｜][^|｜\s]{1,40}[|｜]>|</?s>|<(?:eos|unk|pad)>"
+    r"|<(?:end|start)_of_turn>|\[/?INST\]"
+    r"|^(?:> ?)?(?:#+ *|\**)(?:human|user|instructions?|input|response|question|q|problem"
+    r"|用户|问题|问|問題|質問)(?: ?#?\d{1,3})?[. *]{0,4}(?:[:：]|\n|\Z)",
     re.MULTILINE | re.IGNORECASE,
-)
-HEADER = re.compile(r"\s*<\|start_header_id\|>\w+<\|end_header_id\|>")
-# Before a question that a reply restates stands no answer; before one that it runs on into, does.
-ANSWERED = re.compile(
-    r"answer|####|boxed|答|=|\bis\b[^\n]{0,20}\d|\A\s*\S{1,12}\s*\Z", re.IGNORECASE
 )
 
 
@@ -809,18 +762,11 @@ def behind_thoughts(reply: str) -> str:
 def final_part(reply: str) -> str:
     """The part of a reply that answers: behind its last thought, before the next turn into which a
     base model runs on. All that reads a reply begins here."""
-    reply = behind_thoughts(reply)
-    header = HEADER.match(reply)
-    begin = last = header.end() if header else 0
-    blank, answered = True, False
-    for turn in NEXT_TURN.finditer(reply, begin):
-        piece, last = reply[last : turn.start()], turn.end()
-        blank = blank and not piece.strip()
-        answered = answered or bool(ANSWERED.search(piece))
-        if blank:
-            begin = turn.end()  # it only opens this turn
-        elif answered or not turn["task"]:
+    reply, begin = behind_thoughts(reply), 0
+    for turn in TURN.finditer(reply):
+        if reply[begin : turn.start()].strip():
             return reply[begin : turn.start()]
+        begin = turn.end()  # it only opens the answer's own turn
     return reply[begin:]
 
 
@@ -830,21 +776,15 @@ def in_tags(text: str) -> str | None:
     return inside.partition("</answer>")[0] if opened else None
 
 
-HEADING = re.compile(r"\W*(?:(?:step|part)\b|\d+[.)] +[A-Z]|[A-Za-z ]*:?\W*\Z)", re.IGNORECASE)
-
-
 def marked(text: str) -> str | None:
-    """What a reply marks as its answer: inside the last <answer>, else in the line of the last
-    #### that is no heading, else in the last \\boxed{}; None if it marks nothing."""
+    """What a reply marks as its answer: inside the last <answer>, else in the last \\boxed{}, else
+    in the line of the last ####; None if it marks nothing."""
     inside = in_tags(text)
     if inside is not None:
         return inside
-    line = text.rpartition("####")[2].lstrip().partition("\n")[0]
-    if "####" in text and not HEADING.match(line):
-        return line
     _, boxed, inside = text.rpartition("\\boxed{")
     if not boxed:
-        return None
+        return text.rpartition("####")[2].lstrip().partition("\n")[0] if "####" in text else None
     depth = 1
     for i, letter in enumerate(inside):
         depth += (letter == "{") - (letter == "}")
@@ -853,63 +793,47 @@ def marked(text: str) -> str | None:
     return inside.partition("\n")[0]
 
 
-# A number, or \0: a formula that is none. Currency signs and codes may stand before it, and any
-# letter of a script without spaces; a Latin letter, digit or point would make it something else.
-CURRENCIES = (
-    "USD|EUR|GBP|JPY|CNY|RMB|INR|CAD|AUD|NZD|CHF|HKD|SGD|TWD|KRW|RUB|BRL|MXN|ZAR|SEK|NOK|DKK|PLN|TRY|"
-    "THB|PHP|IDR|MYR|VND|AED|SAR|NGN|KES|PKR|BDT|Rs|Rp|RM|kr"
-)
-SIGNED = r"(?P<sign>[-+−–‐‑﹣]|minus |negative |负|零下)? ?[$€£¥₹]? ?"
+# A number. Currency signs and codes may stand before it, and letters of a script without spaces;
+# a Latin letter, a digit or a point would make it something else.
 DECIMAL = r"(?:\d+(?:,\d+)*(?:\.\d+)?|\.\d+)"
 NUMBER = re.compile(
-    rf"\0 ?{DECIMAL}?|(?<![A-Za-z0-9_.^√])(?<![A-Za-z]-)(?:(?:{CURRENCIES})\.? ?)?{SIGNED}"
+    r"(?<![A-Za-z0-9_.^√\0])(?<![A-Za-z]-)(?:(?:[A-Z]{3}|US|Rs|Rp|RM|kr)\.? ?)?"
+    r"(?P<sign>[-+−–‐‑]|minus |negative )? ?[$€£¥₹]? ?"
     rf"(?:(?P<whole>\d{{1,3}}) (?=\d{{1,2}} ?/ ?\d))?(?P<top>{DECIMAL})"
     rf"(?: ?/ ?(?P<bottom>{DECIMAL}))?"
-    r"(?P<tail>(?:[eE][-+]?|[.,:/xX^]+-?|\*\*)\d[\d.,:/]*|\.?\(\d+\)| 0\d\d\b)?"  # 1e5, 12:30, 6x3
+    # what makes it no plain number: 1e5, 12:30, 6x3, 10^2, 0.(3), 2√3, 5k, 1.2万
+    r"(?P<spoiled>(?:[eE][-+]?|[.,:/xX]|\*\*)\d[\d.,:/]*|\.?\(\d|\^-?\d*|[_²³⁰-⁹]|[kKMBx]\b"
+    r"| 0\d\d\b|\.?\s?[½¼¾⅐-⅞√π∞万亿\0]|\s?(?:thousand|million|billion|dozen)\b)?"
 )
 GROUPED = re.compile(r"\d+|\d{1,3}(?:,\d{2,3})*,\d{3}")  # 1,000 and India's 1,00,000; not 3,5
-ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")  # behind it: no amount
-# what spoils the number before it, and what makes it the beginning of an expression
-SPOILED = re.compile(
-    r"\.?\s?\0|\s?[½¼¾⅐-⅞√π∞万亿]|[_^²³⁰-⁹⁻⁺]|\(\d|[kKMB]\b|\s?(?:thousand|million|billion|dozen)\b"
-)
-GOES_ON = re.compile(
-    r"\(|\s*(?:[=<>≤≥±!|]|[-+−*×÷/^:]\s*(?:[\d.$€£¥₹(√\0]|[a-z]\b)|,\s*[-\d]|[xyznit]\b)"
-    r"|[^\d\n]*(?:\b(?:or|and|no|not|wrong|plus|minus|times|to)\b|\n)\D*\d"
-    r"|\s?(?:hours?|minutes?|feet|foot|dollars?|years?|months?|weeks?|days?|pounds?)\W{1,3}\d",
-    re.IGNORECASE,
-)
+FORMULA = re.compile(r"[<>≤≥±!\0]|\d\(|[-+*/] ?[A-Za-z]|(?<![A-Za-z])[xyzn]\b")
 BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.M)
-WIDE = str.maketrans("，．－／％＄￥٬٫~", ",.-/%$¥,. ")
+WIDE = str.maketrans("，．－／％＄￥~", ",.-/%$¥ ")
 WRAPPER = re.compile(
     r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it|sf)|boldsymbol|underline|[fm]box|boxed) ?\{([^{}]*)\}"
 )
-MEANINGLESS = re.compile(
-    r"\\(?:(?:text)?color ?\{[^{}]*\}|(?:left|right|q?quad|displaystyle|begin|end|checkmark|"
-    r"(?:black)?square|tag ?\{[^{}]*\}|pounds|bf|rm|approx|sim|therefore|implies|to|"
-    r"q?[rR]ightarrow|because)(?![a-zA-Z]))"
-)
 FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{ ?(-?[\d.,]+) ?\}|(\d)) ?(?:\{ ?([\d.,]+) ?\}|(\d))")
-COMMAND = re.compile(r"\\[a-zA-Z]+ ?(?:\{[^{}]*\}|\[[^][{}\\]*\])*(?![{\[a-zA-Z])")
+SPACE = re.compile(  # LaTeX that changes how a number looks, not what it is
+    r"\\(?:[,;:! ()\[\]]|(?:left|right|q?quad|approx|displaystyle|color ?\{[^{}]*\})(?![a-z]))|"
+    r"\^ ?(?:\\circ|\{ ?\\circ ?\})|(?<!\d)\*\*|\*\*(?!\d)|__|`|\$\$|<<[^<>]*>>"
+)
+COMMAND = re.compile(r"\\[a-zA-Z]+ ?(?:\{[^{}]*\})*(?![{a-zA-Z])|\^\{[^{}]*\}")
 
 
 def plain(text: str) -> str:
     """Markdown and LaTeX that mean the same without them are taken off: **18**, \\boxed{1{,}000},
     \\text{18} eggs, \\frac12. Any other command becomes \\0, so that \\sqrt{3} is not read as 3."""
-    text = text.replace("\0", " ").replace("\\!", "").replace("{,}", ",").translate(WIDE)
-    text = re.sub(r"<<[^<>]*>>", "", text)  # GSM8K's calculator
+    text = text.replace("\0", " ").replace("{,}", ",").translate(WIDE)
     text = re.sub(r"\\\\(?:\[\w{0,9}\])?", "\n", text)
-    text = re.sub(r"(?<=\d)(?:\\[,;:]|[\u00a0\u2009\u202f'’])(?=\d{3}(?!\d))", ",", text)  # 1\,000
-    text = re.sub(r"\\[,!;: ()\[\]]|(?<!\d)\*\*|\*\*(?!\d)|__|`|\$\$", " ", text)
+    text = re.sub(r"(?<=\d)(?:\\[,;:!]|,\\!|[\u00a0\u2009\u202f'’])(?=\d{3}(?!\d))", ",", text)
+    text = re.sub(r"\\(?:times|cdot|div)(?![a-zA-Z])", "*", SPACE.sub(" ", text))
     text = re.sub(r"\\([$%#&])", r"\1", text)
-    text = re.sub(r"\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree", "", text)
     text = FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
-    text = re.sub(r"\\(?:times|cdot|div)(?![a-zA-Z])", "*", MEANINGLESS.sub(" ", text))
     for _ in range(6):  # the innermost commands first
         text, count = COMMAND.subn("\0", WRAPPER.sub(r"\1", text))
         if not count:
             break
-    text = re.sub(r"\\[a-zA-Z]+|\^\{[^{}]*\}", "\0", text)
+    text = re.sub(r"\\[a-zA-Z]+", "\0", text)
     return re.sub(r"[ \t]+", " ", re.sub(r"[{}#]", " ", text)).strip(" \t\r\n*_")
 
 
@@ -922,11 +846,9 @@ def decimal(text: str):
 
 
 def value_of(number: re.Match):
-    """A match of NUMBER as an exact Fraction; None if it is none: \\0, 1/0, 3,5, absurdly long."""
-    if number["top"] is None or number["tail"]:
-        return None
+    """A match of NUMBER as an exact Fraction; None if it is spoiled, 1/0, 3,5, or absurdly long."""
     top, bottom = decimal(number["top"]), decimal(number["bottom"] or "1")
-    if top is None or not bottom:
+    if number["spoiled"] or top is None or not bottom:
         return None
     value = int(number["whole"] or 0) + top / bottom  # 2 1/2
     return -value if number["sign"] not in (None, "+") else value
@@ -935,44 +857,32 @@ def value_of(number: re.Match):
 def parse_number(text: str):
     """The value of a text that is one number and nothing more, else None: 18, 18., $18, 1,000,
     -3.50, 3/4, 2 1/2, 50%. Exact (Fraction): 18.00 equals 18."""
-    text = plain(text).removesuffix(".").strip().removesuffix("%").strip()
+    text = plain(text).removesuffix(".").removesuffix("%").strip()
     number = NUMBER.match(text)
     return value_of(number) if number and number.end() == len(text) else None
 
 
-def all_numbers(text: str) -> list:
-    """The values of all numbers of a text, None for what only looks like one; letters may follow as
-    its unit (18km), ordinals are left out."""
-    values = []
-    for number in NUMBER.finditer(text):
-        if not ORDINAL.match(text, number.end()):
-            spoiled = SPOILED.match(text, number.end())
-            values.append(None if spoiled else value_of(number))
-    return values
+def all_numbers(text: str) -> list[re.Match]:
+    return [
+        n for n in NUMBER.finditer(text) if not re.match(r"(?:st|nd|rd|th)\b", text[n.end() :][:3])
+    ]
 
 
 def marked_number(text: str):
-    """The number in a marked answer: the one at the right side of its last =, or that it begins
-    with, unless an expression goes on, else its only number; None if that leaves none."""
-    text = plain(text)
-    for part in (text.rpartition("=")[2].lstrip(), text):
-        first = NUMBER.match(part)
-        spoilers = (ORDINAL, SPOILED, GOES_ON)
-        if first and not any(spoiler.match(part, first.end()) for spoiler in spoilers):
-            return value_of(first)
-    values = all_numbers(text)
-    formula = re.search(r"[<>≤≥±|!^]|\d\(|[A-Za-z]/\d|(?<![A-Za-z])[xyznit]\b", text)
-    return values[0] if len(values) == 1 and not formula else None
+    """The number in a marked answer, or None: the only one, or the only one behind its last "="."""
+    text = plain(text).rpartition("=")[2]
+    numbers = all_numbers(text)
+    return value_of(numbers[0]) if len(numbers) == 1 and not FORMULA.search(text) else None
 
 
 def final_number(reply: str):
     """The number a reply gives as its answer (a Fraction), or None. Where the reply marks its
     answer only that counts (`marked_number`), else its last number."""
-    text = BULLET.sub("", final_part(reply))
+    text = final_part(reply)
     if marked(text) is not None:
         return marked_number(marked(text))
-    values = all_numbers(plain(text))
-    return values[-1] if values else None
+    numbers = all_numbers(plain(BULLET.sub("", text)))
+    return value_of(numbers[-1]) if numbers else None
 
 
 LETTER = (
@@ -1360,7 +1270,7 @@ def judge_main():
 
 
 # What a candidate may import: modules whose import does nothing but define.
-HARMLESS = """__future__ abc array ast base64 binascii bisect calendar cmath collections
+HARMLESS = """abc array ast base64 binascii bisect calendar cmath collections
 collections.abc contextlib copy csv dataclasses datetime decimal difflib enum fractions functools
 gc graphlib hashlib heapq html io itertools json keyword math numbers numpy operator pprint queue
 random re secrets statistics string struct sys textwrap time timeit traceback types typing
@@ -1388,8 +1298,8 @@ def candidate_main():
 
     reply("ready")
     prompt, completion, entry, unconfined = ast.literal_eval(requests.readline().decode("ascii"))
-    source = program(prompt, completion, entry)
-    for name in LATE + named_modules(source):
+    code = program(prompt, completion, entry)
+    for name in LATE + named_modules(code.source):
         with suppress(ImportError):  # it fails again where the code imports it
             importlib.import_module(name)
     if not confine() and not unconfined:
@@ -1397,12 +1307,7 @@ def candidate_main():
     reply("confined")
     module = types.ModuleType("candidate")
     sys.modules["candidate"] = module  # dataclasses look their module up
-    statements = ast.parse(source).body
-    future = [s for s in statements if getattr(s, "module", None) == "__future__"]
-    for statement in statements:  # one that fails leaves the others standing
-        with suppress(BaseException):
-            part = ast.Module([*future, statement], [])
-            exec(compile(part, "candidate", "exec", dont_inherit=True), module.__dict__)
+    run_statements(code, entry, module.__dict__)
     function = module.__dict__.get(entry)
     reply("loaded")
     for line in requests:
@@ -1413,6 +1318,27 @@ def candidate_main():
         except BaseException as error:
             result = ("raised", type(error).__name__)
         reply(result)
+
+
+LATE_HINTS = __future__.annotations.compiler_flag  # as if the code had imported it
+
+
+def run_statements(code, entry: str, names: dict):
+    """One by one: what fails leaves the others standing. A base model runs on: behind the
+    definition that counts (the first that ends behind the prompt) only helpers, imports and
+    constants run; prints, tests and second tries do not."""
+    helpers = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign
+    found = False
+    for statement in ast.parse(code.source).body:
+        bound = {getattr(statement, "name", None)}
+        for node in [n for target in getattr(statement, "targets", ()) for n in ast.walk(target)]:
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                bound.add(node.id)
+        if found and (not isinstance(statement, helpers) or bound & {entry, *dir(builtins)}):
+            continue
+        with suppress(BaseException):
+            exec(compile(ast.Module([statement], []), "candidate", "exec", LATE_HINTS, True), names)
+        found = found or (entry in bound and statement.end_lineno > code.head)
 
 
 def named_modules(source: str) -> list[str]:
@@ -1427,70 +1353,67 @@ def named_modules(source: str) -> list[str]:
     return named + NUMPY if "numpy" in named else named
 
 
-def program(prompt: str, reply: str, entry: str) -> str:
-    """The candidate's source, from whatever form a model answers in: a body that continues the
-    prompt, a whole function, or Markdown with fenced blocks around either. The reply as it stands
-    is tried first, then its blocks; if none parses to its end, what keeps most up to an error."""
+# A fenced block, up to a fence as long, or to the end; and one that reaches to the last such fence.
+BLOCK = r"(?ms)^[^\S\n]*(`{3,}|~{3,})[^\n]*\n(.*?)(?:^[^\S\n]*\1[`~]*[^\S\n]*$|\Z)"
+LONG_BLOCK = BLOCK.replace(".*?", ".*").replace(r"|\Z", "")
+FIRST_CODE = re.compile(r"^(?:import |from |async def |def |class |@|\w+ *=)", re.M)
+
+
+class Reading(NamedTuple):
+    """A text of a reply, read as code behind the prompt."""
+
+    defines: bool  # is all of it code that defines the function?
+    whole: bool  # is all of it code?
+    kept: int  # characters up to a syntax error
+    source: str
+    head: int  # lines of the source before the text
+
+
+def program(prompt: str, reply: str, entry: str) -> Reading:
+    """The candidate's source, in whatever form a model answers: a body that continues the prompt, a
+    whole function, or fenced blocks around either. The reply as it stands is tried first; of its
+    blocks the last counts that is all code and defines the function, else what keeps most."""
+    reply = re.sub(r"\r+\n?", "\n", reply.lstrip("\ufeff"))
     name = re.escape(entry)
     defines = re.compile(rf"^[ \t]*(?:async )?def {name}\b|^{name} *(?::[^=\n]+)?=(?!=)", re.M)
-    reply = re.sub(r"\r+\n?", "\n", reply.lstrip("\ufeff"))
-    best = read_code(prompt, behind_thoughts(reply), defines)
+    readings = [read_code(prompt, code, defines) for code in ("", behind_thoughts(reply))]
     for text in (final_part(reply), reply):  # the second for code whose strings look like a turn
-        if best.whole:
-            break
-        readings = [best] + [read_code(prompt, code, defines) for code in codes_of(text, defines)]
-        whole = [r for r in readings if r.whole and r.defines]
-        best = whole[-1] if whole else max(readings, key=lambda r: (r.whole, r.kept))
-    return without_run_on(best.source, best.head, entry)
+        if not readings[-1].whole and not any(r.defines for r in readings):
+            readings += [read_code(prompt, code, defines) for code in codes_of(text, defines)]
+    return max(reversed(readings), key=lambda r: (r.defines, r.whole, 0 if r.defines else r.kept))
 
 
 def codes_of(text: str, defines: re.Pattern) -> list[str]:
     """The text itself and its fenced blocks, each behind the blocks of helpers before it."""
     text = re.sub(r"(?<=\S)```\s*\Z", "", text.partition("\0")[0])
-    codes = [text, *(textwrap.dedent(block[1]) for block in re.findall(OUTER_BLOCK, text))]
+    codes = [text, *(textwrap.dedent(block[1]) for block in re.findall(LONG_BLOCK, text))]
     helpers = ""
-    for block in re.findall(BLOCK, text)[:30]:
-        block = textwrap.dedent(block[1])
-        codes.append(helpers + block)
-        if longest_that_parses(block) == block and not defines.search(block):
-            helpers += block + "\n"
+    for block in re.findall(BLOCK, text)[:20]:
+        code = textwrap.dedent(block[1])
+        codes.append(helpers + code)
+        if not defines.search(code) and longest_that_parses(code) == code:
+            helpers += code + "\n"
     return codes
 
 
-# A fenced block, up to a fence as long; and up to the last such fence, for a fence in a docstring.
-BLOCK = r"(?ms)^[^\S\n]*(`{3,}|~{3,})[^\n]*\n(.*?)(?:^[^\S\n]*\1[`~]*[^\S\n]*$|\Z)"
-OUTER_BLOCK = BLOCK.replace(".*?", ".*").replace("|\\Z", "")
-
-
-class Reading(NamedTuple):
-    source: str
-    head: int  # lines of the source before the text that was read
-    kept: int  # characters of the text, up to a syntax error
-    whole: bool  # is that all of it?
-    defines: bool  # and does it define the entry?
-
-
 def read_code(prompt: str, text: str, defines: re.Pattern) -> Reading:
-    """The best way to read a text as code behind the prompt, up to its first syntax error."""
-    first = re.compile(r"^from __future__ .*\n", re.M)  # must be the first statement of a file
-    head, text = "".join(first.findall(text)) + prompt, first.sub("", text)
-    text = re.sub(r"\A(?:[ \t]*\n)+", "", text)
-    ways = []
-    if defines.search(text):  # the prompt's own definition is a stub; prose may stand before ours
-        begins = re.finditer(r"^(?:import |from |def |async def |class |@|\w+ *=)", text, re.M)
-        starts = [text[m.start() :] for m in list(begins)[:20]]
-        for code in (textwrap.dedent(text), text.lstrip(), *starts):
-            ways.append((head + "\n    pass\n\n", code))
-    for body in (text, textwrap.indent(textwrap.dedent(text), "    "), "    " + text.lstrip()):
-        ways.append((head, body))
-    best = Reading(prompt + "\n    pass\n", prompt.count("\n") + 2, 0, False, False)
-    length = len("".join(text.split()))
+    """The reading of a text that keeps most of it, up to its first syntax error."""
+    text = re.sub(r"(?m)^from __future__ .*\n|\A(?:[ \t]*\n)+", "", text)
+    stub = prompt + "\n    pass\n\n"  # the prompt's own definition
+    body = textwrap.indent(textwrap.dedent(text), "    ")
+    ways = [(prompt, text), (prompt, body), (prompt, "    " + text.lstrip())]
+    definition = defines.search(text)
+    if definition:  # prose may stand before it
+        first = FIRST_CODE.search(text) or definition
+        starts = textwrap.dedent(text), text.lstrip(), text[first.start() :]
+        ways = [(stub, code) for code in (*starts, text[definition.start() :])] + ways[:1]
+    best = Reading(False, False, 0, stub, stub.count("\n"))
     for front, code in ways:
         source = longest_that_parses(front + code)
-        code = source[len(front) :]
-        kept, found = len("".join(code.split())), bool(defines.search(code))
-        if kept > best.kept and (found or front == head):
-            best = Reading(source, front.count("\n"), kept, kept == length, found)
+        kept = len("".join(source[len(front) :].split()))
+        whole = kept == len("".join(text.split()))
+        if kept > best.kept:
+            best = Reading(whole and bool(definition), whole, kept, source, front.count("\n"))
     return best
 
 
@@ -1505,31 +1428,6 @@ def longest_that_parses(source: str) -> str:
             line = getattr(error, "lineno", None) or len(lines)  # too deep: no line is named
             del lines[max(0, min(line, len(lines)) - 1) :]
     return "\n".join(lines)
-
-
-HELPERS = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
-HELPERS |= ast.Assign | ast.AnnAssign | ast.AugAssign  # constants; also "f.cache = {}"
-
-
-def without_run_on(source: str, head: int, entry: str) -> str:
-    """A base model runs on: behind the definition that counts (the first that ends behind the head)
-    only helpers, imports and constants stay; prints, tests and second tries go."""
-    kept, found = [], False
-    for node in ast.parse(source).body:
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        stored = [n for t in targets if t for n in ast.walk(t) if isinstance(n, ast.Name)]
-        names = {getattr(node, "name", None)}
-        names |= {n.id for n in stored if isinstance(n.ctx, ast.Store)}
-        is_helper = isinstance(node, HELPERS) and not names & {entry, *dir(builtins)}
-        if not found or is_helper:
-            kept.append(node)
-        found = found or (entry in names and node.end_lineno > head)
-    lines, parts, written = source.split("\n"), [], 0
-    for node in kept:  # the text itself: ast.unparse fails on deep expressions and some f-strings
-        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
-        parts += lines[max(first - 1, written) : node.end_lineno]
-        written = node.end_lineno
-    return "\n".join(parts)
 
 
 def literal(x) -> str:

@@ -61,42 +61,41 @@ class Diverged(ValueError):
 def run(c) -> dict:
     """The whole method on one run folder. c: the flags, one attribute each (`read_config`). Returns
     the report, also report.json."""
-    report = open_run(c)
-    model, tokenizer, inputs = prepare(c, report)  # the votes are in the examples
-    evaluate(c, report, "base", model, tokenizer, inputs.test)
+    open_folder(c)
+    model, tokenizer, inputs = prepare(c)  # the votes are in the examples
+    rows = {}
+    if c.order != "none":
+        rows["base"] = evaluate(c, "base", model, tokenizer, inputs.test)
     add_adapters(c, model)
-    if c.init == "gaussian":  # the other starts leave the model as it is
-        evaluate(c, report, "init", model, tokenizer, inputs.test)
-    s1, s2 = score(c, report, model, inputs)  # importance on S1, importance on S2: eq. 1-3
-    masks = split_elements(c, report, model, s1, s2)  # Algorithm 1, step 1
+    if c.init == "gaussian" and rows:  # the other starts leave the model as it is
+        rows["init"] = evaluate(c, "init", model, tokenizer, inputs.test)
+    s1, s2 = score(c, model, inputs.encoded)  # importance on S1, importance on S2: eq. 1-3
+    masks, facts = split_elements(c, model, s1, s2)  # Algorithm 1, step 1
     model.model.checkpointing = c.checkpointing  # from here on: it does not mix with vmap
     for stage in ORDERS[c.order]:
         if stage == "sft":  # step 2: moves S1-only and the top alpha of shared
-            sft(c, report, model, inputs.sft, masks["sft"])
+            sft(c, model, inputs.sft, masks["sft"])
         else:  # step 3: moves S2-only and the top beta of shared
-            rl(c, report, model, tokenizer, inputs, masks["rl"])
-        evaluate(c, report, stage, model, tokenizer, inputs.test)
-    print("\n" + write_report(c, report, s1, s2))
-    return report
+            rl(c, model, tokenizer, inputs, masks["rl"])
+        rows[stage] = evaluate(c, stage, model, tokenizer, inputs.test)
+    return write_report(c, rows, facts, inputs, s1, s2)
 
 
 # ------------------------------------------------------------------- what run calls, in its order
 
 
-def evaluate(c, report, row, model, tokenizer, examples):
+def evaluate(c, row, model, tokenizer, examples) -> dict:
     """A row of the report: greedy accuracy, and what the model thinks of the reference answers."""
-    if c.order == "none":
-        return
     file = Path(c.out) / "answers" / f"{row}.jsonl"
-    if row in report["evaluation"] and file.exists():
-        print(f"evaluate {row}: reused from {c.out}")
+    if file.exists():
+        records = [record for _, record in data.read_records(file)]
     else:
         records = answer_all(c, model, tokenizer, examples, row)
-        report["evaluation"][row] = averages(records)
         data.write_jsonl(file, records)
-    shown = [f"{system} {a['accuracy']:.1%}" for system, a in report["evaluation"][row].items()]
-    print(f"evaluate {row}: {'  '.join(shown)}")
-    done(c, report, f"evaluate {row}")
+    means = averages(records)
+    accuracies = [f"{system} {mean['accuracy']:.1%}" for system, mean in means.items()]
+    print(f"evaluate {row}: {'  '.join(accuracies)}")
+    return means
 
 
 def add_adapters(c, model):
@@ -105,7 +104,7 @@ def add_adapters(c, model):
     lorapar.add_lora(model, targets, c.r, c.lora_alpha, c.dropout, c.init, generator=generator)
 
 
-def score(c, report, model, inputs):
+def score(c, model, encoded):
     """Importance of every LoRA element for both systems, before any training -> s1, s2 (N,) on the
     CPU. Kept with the start of the factors, which a resumed run puts back."""
     path = Path(c.out) / "importance.safetensors"
@@ -118,22 +117,20 @@ def score(c, report, model, inputs):
         return saved["s1"], saved["s2"]
     saved = {"start": lorapar.get_flat(model)}
     for system in ("S1", "S2"):
-        name = system.lower()
         if c.theta == 1 and c.alpha in (0, 1) and c.beta in (0, 1):
-            saved[name] = torch.ones_like(saved["start"])  # all or none: nothing to rank
+            saved[system.lower()] = torch.ones_like(saved["start"])  # all or none: nothing to rank
             continue
-        encoded = inputs.encoded[system]
-        chosen = random.Random(c.seed).sample(encoded, min(c.score_examples, len(encoded)))
-        batches = bar(data.batches(chosen, c.micro_batch, c.device), f"score {system}")
-        saved[name] = lorapar.importance(model, batches)
-        print(f"score: {system} on {len(chosen)} examples")
+        examples = encoded[system]
+        examples = random.Random(c.seed).sample(examples, min(c.score_examples, len(examples)))
+        batches = bar(data.batches(examples, c.micro_batch, c.device), f"score {system}")
+        saved[system.lower()] = lorapar.importance(model, batches)
+        print(f"score: {system} on {len(examples)} examples")
     write_tensors(path, saved)
-    done(c, report, "score")
     return saved["s1"].cpu(), saved["s2"].cpu()
 
 
-def split_elements(c, report, model, s1, s2):
-    """The partition and both stages' masks -> {"sft": mask, "rl": mask}; facts go to the report."""
+def split_elements(c, model, s1, s2):
+    """The partition -> both stages' masks {"sft", "rl"}, and the facts of partition.json."""
     if c.select in ("random", "random-in-tensor"):
         s1, s2 = permuted(model, s1, s2, c.select, torch.Generator().manual_seed(c.seed))
     part = lorapar.partition(s1, s2, c.theta)
@@ -143,7 +140,7 @@ def split_elements(c, report, model, s1, s2):
     }
     if c.select == "swapped":  # the control: each stage moves the other system's elements
         masks = {"sft": masks["rl"], "rl": masks["sft"]}
-    facts = report["partition"] = partition_facts(model, part, masks)
+    facts = partition_facts(model, part, masks)
     write_json(Path(c.out) / "partition.json", facts)
     write_tensors(Path(c.out) / "partition.safetensors", part._asdict())  # flat order
     percent = facts["active_percent"]
@@ -151,8 +148,7 @@ def split_elements(c, report, model, s1, s2):
         f"partition: {len(s1)} elements, active {percent['sft']:.1f}% in sft, "
         f"{percent['rl']:.1f}% in rl, Jaccard {facts['jaccard']:.3f}"
     )
-    done(c, report, "partition")
-    return masks
+    return masks, facts
 
 
 def permuted(model, s1, s2, select: str, generator):
@@ -166,17 +162,17 @@ def permuted(model, s1, s2, select: str, generator):
     return s1[order], s2[order]
 
 
-def sft(c, report, model, encoded, mask):
+def sft(c, model, encoded, mask):
     """Supervised fine-tuning of the masked elements; encoded: questions with their answers."""
     lorapar.set_mask(model, mask)
     optimizer = lorapar.MaskedAdamW(
         model, c.sft_lr, weight_decay=c.sft_weight_decay, max_grad_norm=c.sft_grad_norm
     )
     plan = step_indices(len(encoded), c.sft_batch, c.sft_epochs, c.sft_steps, c.seed)
-    first = load_state(c, "sft", model, optimizer, len(plan))  # 0 but where a run goes on
+    first = load_state(c, "sft", model, optimizer)  # 0 but where a run goes on
+    began = time.perf_counter()
     model.train()  # dropout acts in this stage alone
     for step in range(first, len(plan)):
-        started = time.perf_counter()
         seed_step(c, step)
         lr = set_lr(optimizer, c.sft_lr, step, len(plan), c.sft_warmup)
         batch = [encoded[i] for i in plan[step]]
@@ -184,12 +180,11 @@ def sft(c, report, model, encoded, mask):
             loss = backward(model, batch, c.micro_batch, c.device)
             optimizer.step()  # clips, then moves the active elements
             optimizer.zero_grad()
-        rate = round(sum(len(e.ids) for e in batch) / (time.perf_counter() - started))
-        values = {"loss": loss, "grad_norm": optimizer.grad_norm.item(), "lr": lr, "tok/s": rate}
-        end_step(c, "sft", model, optimizer, step, len(plan), values)
+        seconds = (time.perf_counter() - began) / (step + 1 - first)
+        values = {"loss": loss, "grad_norm": optimizer.grad_norm.item(), "lr": lr}
+        end_step(c, "sft", model, optimizer, step, len(plan), values, seconds)
     model.eval()
     lorapar.save_adapter(model, Path(c.out) / "sft", c.model or "toy")  # a killed run may lack it
-    done(c, report, "sft")
 
 
 def backward(model, encoded, micro_batch: int, device) -> float:
@@ -204,15 +199,13 @@ def backward(model, encoded, micro_batch: int, device) -> float:
     return float(total)
 
 
-def rl(c, report, model, tokenizer, inputs, mask):
+def rl(c, model, tokenizer, inputs, mask):
     """GRPO on the masked elements. inputs.rl: (example, the ids of its prompt)."""
     lorapar.set_mask(model, mask)
     optimizer = lorapar.MaskedAdamW(
         model, c.rl_lr, (0.9, 0.99), weight_decay=c.rl_weight_decay, max_grad_norm=c.rl_grad_norm
     )
-    reference = lorapar.get_flat(
-        model
-    )  # the KL holds on to the policy as RL began: before any load
+    reference = lorapar.get_flat(model)  # of the KL: the policy as RL began, before any load
     settings = grpo.Settings(
         group=c.rl_group,
         max_new_tokens=c.max_response,
@@ -225,23 +218,24 @@ def rl(c, report, model, tokenizer, inputs, mask):
         micro_batch=c.micro_batch,
     )
     plan = step_indices(len(inputs.rl), c.rl_batch, c.rl_epochs, c.rl_steps, c.seed)
-    first, equal_steps = load_state(c, "rl", model, optimizer, len(plan)), 0
+    first = load_state(c, "rl", model, optimizer)
+    began, equal_steps = time.perf_counter(), 0
     for step in range(first, len(plan)):
         generator = seed_step(c, step)
         lr = set_lr(optimizer, c.rl_lr, step, len(plan), c.rl_warmup)
-        examples, asked = zip(*[inputs.rl[i] for i in plan[step]])
+        examples, prompts = zip(*[inputs.rl[i] for i in plan[step]])
         rewards = partial(reward_rollouts, c, inputs.reward, tokenizer, examples)
         with stop_if_diverged(c, "rl", step):
             stats, rollouts = grpo.grpo_step(
-                model, optimizer, asked, rewards, reference, settings, generator
+                model, optimizer, prompts, rewards, reference, settings, generator
             )
         keep_samples(c, tokenizer, step, examples, rollouts)
-        end_step(c, "rl", model, optimizer, step, len(plan), stats | {"lr": lr})
-        equal_steps = equal_steps + 1 if stats["equal_groups"] == len(asked) else 0
+        seconds = (time.perf_counter() - began) / (step + 1 - first)
+        end_step(c, "rl", model, optimizer, step, len(plan), stats | {"lr": lr}, seconds)
+        equal_steps = equal_steps + 1 if stats["equal_groups"] == len(prompts) else 0
         if equal_steps == 10:
             print("rl: warning: ten steps without a difference in reward: nothing is being learned")
     lorapar.save_adapter(model, Path(c.out) / "rl", c.model or "toy")
-    done(c, report, "rl")
 
 
 def reward_rollouts(c, reward, tokenizer, examples, rollouts) -> list[dict]:
@@ -303,14 +297,25 @@ def stop_if_diverged(c, stage: str, step: int):
     try:
         yield
     except FloatingPointError as error:
-        raise Diverged(
-            f"{stage} step {step + 1}: {error}: lower --{stage}-lr {getattr(c, f'{stage}_lr')} and "
-            f"name another --out ({c.out} keeps what was good)"
-        ) from None
+        cure = f"lower --{stage}-lr and name another --out ({c.out} keeps what was good)"
+        raise Diverged(f"{stage} step {step + 1}: {error}: {cure}") from None
 
 
-def end_step(c, stage, model, optimizer, step: int, steps: int, values: dict):
-    """Prints the step's line, adds it to metrics.jsonl, saves now and then (and at the end)."""
+SHOWN = {  # of a step's values
+    "sft": ("loss", "grad_norm"),
+    "rl": ("reward", "length", "truncated", "kl", "gap", "equal_groups", "rollout_s", "update_s"),
+}
+LEGEND = {
+    "sft": "loss: a token of the answers; grad_norm: of the active elements, before clipping",
+    "rl": "reward (its parts), length: means over answers; truncated: share without an end; kl: to "
+    "the\n    policy as RL began; gap: of sampling's log-probs to training's (rounding alone); "
+    "equal_groups:\n    prompts whose answers all earn the same, so nothing is learned from them",
+}
+
+
+def end_step(c, stage, model, optimizer, step: int, steps: int, values: dict, seconds: float):
+    """Prints the step's line, adds it to metrics.jsonl, saves now and then (and at the end).
+    seconds: what a step takes."""
     saves = (step + 1) % c.save_every == 0 or step + 1 == steps
     if saves:  # elements can be finite and their product not
         with stop_if_diverged(c, stage, step), eval_mode(model), torch.no_grad():
@@ -322,28 +327,10 @@ def end_step(c, stage, model, optimizer, step: int, steps: int, values: dict):
     words = [f"{name} {values[name]:.4g}" for name in SHOWN[stage]]
     if "parts" in values:
         words[0] += f" ({' '.join(f'{k} {v:.2f}' for k, v in values['parts'].items())})"
-    print(f"{stage} {step + 1}/{steps}  {'  '.join(words)}  left {time_left(stage, step, steps)}")
+    minutes, left = divmod(int(seconds * (steps - step - 1)), 60)
+    print(f"{stage} {step + 1}/{steps}  {'  '.join(words)}  left {minutes}:{left:02d}")
     if saves:
         save_state(Path(c.out) / stage, model, optimizer, step + 1)
-
-
-SHOWN = {  # of a step's values
-    "sft": ("loss", "grad_norm", "tok/s"),
-    "rl": ("reward", "length", "truncated", "kl", "gap", "equal_groups", "rollout_s", "update_s"),
-}
-LEGEND = {
-    "sft": "loss: a token of the answers; grad_norm: of the active elements, before clipping",
-    "rl": "reward (its parts), length: means over answers; truncated: share without an end; kl: to "
-    "the\n    policy as RL began; gap: of sampling's log-probs to training's (rounding alone); "
-    "equal_groups:\n    prompts whose answers all earn the same, so nothing is learned from them",
-}
-BEGAN = {}  # loop: its first step here, and when that was
-
-
-def time_left(loop: str, step: int, steps: int) -> str:
-    first, began = BEGAN[loop]
-    seconds = (time.perf_counter() - began) / (step + 1 - first) * (steps - step - 1)
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
 
 
 def save_state(folder, model, optimizer, step: int):
@@ -353,7 +340,7 @@ def save_state(folder, model, optimizer, step: int):
     write_tensors(folder / "state.safetensors", tensors)
 
 
-def load_state(c, stage: str, model, optimizer, steps: int) -> int:
+def load_state(c, stage: str, model, optimizer) -> int:
     """Puts a saved state back -> the step to go on with, 0 if there is none. Drops the metrics and
     samples of the steps that will run again."""
     folder, first = Path(c.out) / stage, 0
@@ -368,18 +355,17 @@ def load_state(c, stage: str, model, optimizer, steps: int) -> int:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: adam}})
         first = int(tensors["step"])
     keep_lines(Path(c.out) / "metrics.jsonl", lambda r: r["stage"] != stage or r["step"] < first)
-    if stage == "rl":
-        keep_lines(folder / "samples.jsonl", lambda r: r["step"] < first)
-    BEGAN[stage] = first, time.perf_counter()
-    words = f"reused from {folder}" if first == steps else LEGEND[stage]
-    print(f"{stage}: {f'after step {first}; ' if 0 < first < steps else ''}{words}")
+    keep_lines(folder / "samples.jsonl", lambda r: r["step"] < first)
+    print(f"{stage}: {f'goes on after step {first}; ' * bool(first)}{LEGEND[stage]}")
     return first
 
 
 def keep_lines(path: Path, wanted):
     """Leaves the records of a jsonl file that are wanted; a torn line goes too."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
         with suppress(json.JSONDecodeError):
             record = json.loads(line)
             if wanted(record):
@@ -394,27 +380,26 @@ def answer_all(c, model, tokenizer, examples, what: str) -> list[dict]:
     """A record for each example that a person can read: the greedy answer, whether it is right, and
     of the reference answer (EOS included) the probability and the loss a token."""
     encoded, _ = data.tokenize(examples, tokenizer, 10**9, c.prompt, "rl")
-    records = []
-    for e in examples:
-        records.append({"id": e.id, "label": e.label, "question": e.question, "gold": e.gold})
+    records = [{"id": e.id, "label": e.label, "question": e.question} for e in examples]
     order = sorted(range(len(examples)), key=lambda i: encoded[i].prompt_length)  # little padding
-    is_letter = [e.kind == "letter" for e in examples]
     batches = []
-    for kind, reply_to in ((False, reply_texts), (True, reply_letters)):
-        of_kind = [i for i in order if is_letter[i] == kind]
-        for start in range(0, len(of_kind), c.batch_rows):
-            batches.append((reply_to, of_kind[start : start + c.batch_rows]))
+    for reply_to in (reply_texts, reply_letters):
+        is_letter = reply_to is reply_letters
+        rows = [i for i in order if (examples[i].kind == "letter") == is_letter]
+        for start in range(0, len(rows), c.batch_rows):
+            batches.append((reply_to, rows[start : start + c.batch_rows]))
     with eval_mode(model):
-        for reply_to, chosen in bar(batches, f"evaluate {what}"):
-            prompts = [encoded[i].ids[: encoded[i].prompt_length] for i in chosen]
-            replies = reply_to(c, model, tokenizer, [examples[i] for i in chosen], prompts)
+        for reply_to, rows in bar(batches, f"evaluate {what}"):
+            prompts = [encoded[i].ids[: encoded[i].prompt_length] for i in rows]
+            replies = reply_to(c, model, tokenizer, [examples[i] for i in rows], prompts)
             work = [
-                (examples[i], reply, c.allow_unconfined_code) for i, reply in zip(chosen, replies)
+                (examples[i], reply, c.allow_unconfined_code) for i, reply in zip(rows, replies)
             ]
             verdicts = data.in_parallel(data.is_correct, work)
-            likelihoods = likelihood(c, model, [encoded[i] for i in chosen], what)
-            for i, reply, correct, (p, loss) in zip(chosen, replies, verdicts, likelihoods):
-                records[i] |= {"reply": reply, "correct": correct, "probability": p, "loss": loss}
+            likelihoods = likelihood(c, model, [encoded[i] for i in rows], what)
+            for i, reply, correct, (p, loss) in zip(rows, replies, verdicts, likelihoods):
+                records[i] |= {"gold": examples[i].gold, "reply": reply, "correct": correct}
+                records[i] |= {"probability": p, "loss": loss}
     return records
 
 
@@ -458,10 +443,10 @@ def averages(records: list[dict]) -> dict:
     for system in ("S1", "S2", "all"):
         members = [r for r in records if system in ("all", r["label"])]
         if members:
-            p = sum(r["correct"] for r in members) / len(members)
+            p = statistics.mean(r["correct"] for r in members)
             means[system] = {"accuracy": p, "error": math.sqrt(p * (1 - p) / len(members))}
             for name in ("probability", "loss"):
-                means[system][name] = sum(r[name] for r in members) / len(members)
+                means[system][name] = statistics.mean(r[name] for r in members)
             means[system]["examples"] = len(members)
     return means
 
@@ -470,36 +455,24 @@ def averages(records: list[dict]) -> dict:
 
 PROJECTIONS = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 PROJECTIONS |= {"g": "gate_proj", "u": "up_proj", "d": "down_proj"}
-ORDERS = {
-    "sft-rl": ("sft", "rl"),
-    "rl-sft": ("rl", "sft"),
-    "sft": ("sft",),
-    "rl": ("rl",),
-    "none": (),
-}
+ORDERS = {"sft-rl": ("sft", "rl"), "rl-sft": ("rl", "sft"), "sft": ("sft",), "rl": ("rl",)}
+ORDERS["none"] = ()
 
 
-def count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return value
+def within(kind, low, high):
+    """The type of a flag: a number from low to high."""
 
-
-def within(low: float, high: float, words: str):
-    def number(text: str) -> float:
-        value = float(text)
+    def number(text: str):
+        value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is outside {words}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return value
 
     return number
 
 
-SHARE = within(0, 1, "[0, 1]")
-ABOVE_0 = within(1e-37, 1e37, "(0, 1e37]")  # float32 ends there
-FROM_0 = within(0, 1e37, "[0, 1e37]")
-
+COUNT, SHARE, ABOVE_0 = within(int, 1, 10**9), within(float, 0, 1), within(float, 1e-37, 1e37)
+FROM_0 = within(float, 0, 1e37)  # float32 ends there
 STARTS = ("anchored", "gaussian", "lora", "pissa", "olora")
 SELECT = ("importance", "random", "random-in-tensor", "swapped")
 
@@ -510,34 +483,26 @@ FLAGS = {
         "data": (str, "toy", "NAME, NAME:PATH or a .jsonl of your own; names: see README"),
         "rl_data": (str, None, "another set for RL, where --data cannot be checked"),
         "eval_data": (str, None, "another set for the evaluation"),
-        "labels": (
-            str,
-            None,
-            "labels.jsonl, the authors' csv, steps:K; toy: teachers:K[:shuffled]",
-        ),
+        "labels": (str, None, "labels.jsonl, authors' csv, steps:K; toy: teachers:K[:shuffled]"),
         "reward": (str, None, "FILE.py:FUNCTION(question, answer, completion) -> float or dict"),
         "prompt": (("plain", "chat", "authors"), "plain", "whose template asks the question"),
         "out": (str, None, "the run folder; default runs/toy or runs/MODEL-DATA"),
         "seed": (int, 0, "seeds everything"),
         "dtype": (("auto", "float32", "bfloat16"), "auto", "of the base; auto: bfloat16 on a GPU"),
-        "train_examples": (count, None, "use at most this many training examples"),
-        "eval_examples": (count, None, "evaluate on at most this many examples"),
+        "train_examples": (COUNT, None, "use at most this many training examples"),
+        "eval_examples": (COUNT, None, "evaluate on at most this many examples"),
         "eval_split": (("test", "validation"), "test", "choose settings on validation only"),
     },
     "LoRA": {
         "targets": (str, "qkvgud", "projections that get an adapter: letters of q k v o g u d"),
-        "r": (count, 8, "rank"),
+        "r": (COUNT, 8, "rank"),
         "lora_alpha": (ABOVE_0, 64.0, "the scale is lora_alpha / r"),
         "dropout": (SHARE, 0.05, "in SFT only"),
-        "init": (
-            STARTS,
-            "anchored",
-            "the start; all but gaussian keep the model as it is at step 0",
-        ),
+        "init": (STARTS, "anchored", "the start; all but gaussian keep the model at step 0"),
     },
     "the method": {
-        "score_examples": (count, 100, "examples a system that importance is measured on"),
-        "theta": (within(1e-37, 1, "(0, 1]"), 0.9, "cumulative importance of a system's region"),
+        "score_examples": (COUNT, 100, "examples a system that importance is measured on"),
+        "theta": (within(float, 1e-37, 1), 0.9, "cumulative importance of a system's region"),
         "alpha": (SHARE, 1.0, "share of the shared region that SFT trains"),
         "beta": (SHARE, 1.0, "share of the shared region that RL trains"),
         "select": (SELECT, "importance", "random permutes the scores, swapped the stages' masks"),
@@ -546,36 +511,36 @@ FLAGS = {
     },
     "SFT": {
         "sft_lr": (FROM_0, 2e-4, "learning rate"),
-        "sft_epochs": (count, 1, "epochs over the S1 examples"),
-        "sft_steps": (count, None, "at most this many optimizer steps"),
-        "sft_batch": (count, 32, "examples an optimizer step (the paper accumulates 32)"),
+        "sft_epochs": (COUNT, 1, "epochs over the S1 examples"),
+        "sft_steps": (COUNT, None, "at most this many optimizer steps"),
+        "sft_batch": (COUNT, 32, "examples an optimizer step (the paper accumulates 32)"),
         "sft_warmup": (SHARE, 0.03, "share of the steps that warm up, then cosine"),
         "sft_weight_decay": (FROM_0, 0.0, "AdamW's decoupled weight decay"),
         "sft_grad_norm": (FROM_0, 1.0, "clip the norm of the active gradient at this"),
-        "max_length": (count, 512, "tokens of question and answer in SFT and scoring"),
+        "max_length": (COUNT, 512, "tokens of question and answer in SFT and scoring"),
     },
     "RL (GRPO)": {
         "rl_lr": (FROM_0, 5e-6, "learning rate"),
-        "rl_epochs": (count, 1, "epochs over the S2 prompts"),
-        "rl_steps": (count, None, "at most this many batches of prompts"),
-        "rl_batch": (count, 4, "prompts a batch"),
-        "rl_group": (count, 8, "answers a prompt (the group)"),
-        "rl_iterations": (count, 1, "optimizer steps a batch; the clip acts from the second on"),
+        "rl_epochs": (COUNT, 1, "epochs over the S2 prompts"),
+        "rl_steps": (COUNT, None, "at most this many batches of prompts"),
+        "rl_batch": (COUNT, 4, "prompts a batch"),
+        "rl_group": (within(int, 2, 10**9), 8, "answers a prompt (the group)"),
+        "rl_iterations": (COUNT, 1, "optimizer steps a batch; the clip acts from the second on"),
         "rl_warmup": (SHARE, 0.1, "share of the batches that warm up, then cosine"),
         "rl_weight_decay": (FROM_0, 0.1, "AdamW's decoupled weight decay"),
         "rl_grad_norm": (FROM_0, 0.1, "clip the norm of the active gradient at this"),
-        "max_prompt": (count, 128, "longer prompts are left out of RL, and counted"),
-        "max_response": (count, 256, "tokens an answer may have, in RL and evaluation"),
+        "max_prompt": (COUNT, 128, "longer prompts are left out of RL, and counted"),
+        "max_response": (COUNT, 256, "tokens an answer may have, in RL and evaluation"),
         "temperature": (ABOVE_0, 0.9, "softmax temperature of rollouts and their log-probs"),
         "kl": (FROM_0, 0.04, "weight of the KL to the policy as RL begins; 0: none"),
         "clip": (FROM_0, 0.2, "PPO's ratio clip"),
     },
     "size and speed (free to change when a run goes on)": {
         "device": (str, "cuda" if torch.cuda.is_available() else "cpu", "torch device"),
-        "batch_rows": (count, 64, "answers decoded together, in rollouts and evaluation"),
-        "micro_batch": (count, 8, "examples or answers a forward and backward"),
+        "batch_rows": (COUNT, 64, "answers decoded together, in rollouts and evaluation"),
+        "micro_batch": (COUNT, 8, "examples or answers a forward and backward"),
         "checkpointing": (bool, False, "recompute layers in the backward: less memory, slower"),
-        "save_every": (count, 50, "steps between saves of the resume state"),
+        "save_every": (COUNT, 50, "steps between saves of the resume state"),
         "allow_unconfined_code": (bool, False, "run code answers where no sandbox can be had"),
     },
 }
@@ -610,11 +575,9 @@ def add_flags(parser, names=None):
             shown = f"{TOY[name]} in the toy, else {default}" if name in TOY else default
             if shown is not None:
                 text = f"{text} (default: {shown})".replace("%", "%%")
-            how = {"type": kind}
+            how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
             if kind is bool:
                 how = {"action": "store_true"}
-            elif isinstance(kind, tuple):
-                how = {"choices": kind}
             group.add_argument(option(name), default=argparse.SUPPRESS, help=text, **how)
 
 
@@ -624,19 +587,12 @@ def defaults() -> dict:
 
 def read_config(arguments):
     """The command line of a run -> its settings, each flag an attribute."""
-    parser = Parser(
-        usage="python train.py [flags]",
-        description=__doc__.partition("\n")[0],
-        epilog=f"Also: python train.py {'|'.join(COMMANDS)} --help",
-    )
+    commands = f"Also: python train.py {'|'.join(COMMANDS)} --help"
+    about = __doc__.partition("\n")[0]
+    parser = Parser(usage="python train.py [flags]", description=about, epilog=commands)
     add_flags(parser)
     said = vars(parser.parse_args(arguments))
-    toy = {} if said.get("model") else TOY
-    return checked(argparse.Namespace(**defaults() | toy | said))
-
-
-def checked(c):
-    """The settings, if they go together; else ValueError."""
+    c = argparse.Namespace(**defaults() | ({} if said.get("model") else TOY) | said)
     if (c.data == "toy") != (c.model is None):
         raise ValueError("--model and --data go together: give both, or neither for the toy world")
     if c.out is None:
@@ -646,8 +602,6 @@ def checked(c):
         raise ValueError(f"--targets {c.targets}: letters of q k v o g u d")
     if c.data == "toy" and not re.fullmatch(TOY_LABELS, c.labels or "teachers:5"):
         raise ValueError(f'--labels {c.labels}: in the toy "teachers:1" to "teachers:5"')
-    if c.rl_group < 2:
-        raise ValueError("--rl-group 1: an answer needs others of its group to compare with")
     try:
         torch.empty(0, device=c.device)
     except (RuntimeError, AssertionError):
@@ -667,133 +621,120 @@ class Inputs:
     rl: list  # of (example, its prompt's ids)
     test: list  # of examples
     reward: object  # (example, reply, unconfined) -> its parts
+    facts: dict  # what of it -> how many, in words
 
 
-def prepare(c, report):
+def prepare(c):
     """Reads and checks every input before work begins (the toy's are made first) -> model,
     tokenizer, Inputs."""
-    world = None
-    if c.model:
-        model_path = find_model(c.model)
-    else:
-        model_path, world = toy_inputs(c)
-        done(c, report, "toy base")
-    sets = read_sets(c, world)
-    has_rl, reward = "rl" in ORDERS[c.order], reward_function(c)
-    if has_rl:  # one call of the reward, before hours of work
-        example = next(e for e in sets["S2"] if c.reward or e.kind != "text")
-        parts = reward(example, example.answer, c.allow_unconfined_code)
-        print(f"reward    of the reference answer of {example.id}: {parts}")
-    records = read_labels(c, world, sets, report)
-    labels = Path(c.out) / "labels.jsonl"
-    label_of = {r["id"]: r["label"] for r in records}
-    if labels.exists() and label_of != {r["id"]: r["label"] for _, r in data.read_records(labels)}:
-        raise ValueError(f"--labels {c.labels}: other labels than this run began with ({labels})")
-    tokenizer = data.Tokenizer(model_path)
-    inputs, systems = Inputs({}, [], [], [], reward), {}
+    folder = find_model(c.model) if c.model else toy_base(c)
+    sets, facts = read_sets(c), {}
+    labels = read_labels(c, sets, facts)
+    label_of = {r["id"]: r["label"] for r in labels}
+    tokenizer = data.Tokenizer(folder)
+    inputs, systems = Inputs({}, [], [], [], reward_function(c), facts), {}
     for system in ("S1", "S2"):
         labelled = [replace(e, label=label_of[e.id]) for e in sets[system] if e.id in label_of]
         random.Random(c.seed).shuffle(labelled)
         examples = [e for e in labelled[: c.train_examples] if e.label == system]
-        if not examples:
-            raise ValueError(
-                f"none of {len(labelled)} labelled examples is {system}: check --labels"
-            )
-        systems[system] = examples
         encoded, counts = data.tokenize(examples, tokenizer, c.max_length, c.prompt, "sft")
+        counts["without a label"] = len(sets[system]) - len(labelled)
+        words = [f"{len(encoded)} training examples", *(f"{n} {k}" for k, n in counts.items() if n)]
+        facts[system] = ", ".join(words)
         if not encoded:
-            raise ValueError(f"no {system} prompt is shorter than --max-length {c.max_length}")
-        inputs.encoded[system] = encoded
-        counts |= {"without a label": len(sets[system]) - len(labelled)}
-        facts = [f"{n} {what}" for what, n in counts.items() if n]
-        report["data"][system] = ", ".join([f"{len(encoded)} training examples", *facts])
-    inputs.sft = inputs.encoded["S1"]
-    rl_examples = systems["S2"]
+            raise ValueError(f"{system}: {facts[system]}: check --labels and --max-length")
+        systems[system], inputs.encoded[system] = examples, encoded
+    inputs.sft, rl_examples = inputs.encoded["S1"], systems["S2"]
     if c.stage_data == "all":  # an ablation: both stages train on both systems
         inputs.sft = inputs.encoded["S1"] + inputs.encoded["S2"]
         rl_examples = systems["S2"] + systems["S1"]
-    if has_rl:
-        inputs.rl = rl_prompts(c, tokenizer, rl_examples, report)
+    if "rl" in ORDERS[c.order]:
+        inputs.rl = rl_prompts(c, tokenizer, rl_examples, facts)
+        example = inputs.rl[0][0]  # one call of the reward, before hours of work
+        parts = inputs.reward(example, example.answer, c.allow_unconfined_code)
+        facts["reward"] = f"of the reference answer of {example.id}: {parts}"
     test = [replace(e, label=label_of.get(e.id, e.label)) for e in sets["test"] if e.kind != "text"]
     random.Random(c.seed).shuffle(test)
     inputs.test = test[: c.eval_examples]
-    report["test"] = f"{len(inputs.test)} {c.eval_split} examples of {c.eval_data or c.data}"
-    model = load(c, model_path)
-    targets = [PROJECTIONS[letter] for letter in c.targets]
-    linears = lorapar.target_linears(model, targets, c.r)  # to refuse them early
-    data.write_jsonl(labels, records)
+    facts["test"] = f"{len(inputs.test)} {c.eval_split} examples of {c.eval_data or c.data}"
+    model = load(c, folder)
+    linears = lorapar.target_linears(model, [PROJECTIONS[x] for x in c.targets], c.r)  # or refuse
+    keep_labels(c, labels)
     write_json(Path(c.out) / "config.json", settings(c))
-    describe(c, model, linears, inputs, report)
+    describe(c, model, linears, inputs)
     return model, tokenizer, inputs
 
 
-def describe(c, model, linears, inputs, report):
+def describe(c, model, linears, inputs):
     """What runs, in one block."""
     parameters = sum(p.numel() for p in model.parameters())
     elements = sum(c.r * (linear.in_features + linear.out_features) for linear in linears)
     sft_steps = len(step_indices(len(inputs.sft), c.sft_batch, c.sft_epochs, c.sft_steps, 0))
     rl_steps = len(step_indices(len(inputs.rl), c.rl_batch, c.rl_epochs, c.rl_steps, 0))
-    steps = [f"{stage} {n}" for stage, n in (("sft", sft_steps), ("rl", rl_steps)) if n]
-    print(
-        f"model     {c.model or 'toy base'}: {parameters:,} parameters, {model.head_weight.dtype}"
-    )
-    print(f"device    {c.device}, {torch.get_num_threads()} threads")
-    print(f"LoRA      {elements:,} elements in {len(linears)} linears, r {c.r}, start {c.init}")
-    for name, text in report["data"].items():
+    block = {
+        "model": f"{c.model or 'toy base'}: {parameters:,} parameters, {model.head_weight.dtype}",
+        "device": f"{c.device}, {torch.get_num_threads()} threads",
+        "LoRA": f"{elements:,} elements in {len(linears)} linears, r {c.r}, start {c.init}",
+        **inputs.facts,
+        "steps": f"sft {sft_steps}, rl {rl_steps}; order {c.order}",
+        "folder": c.out,
+    }
+    for name, text in block.items():
         print(f"{name:9s} {text}")
-    print(f"test      {report['test']}")
-    print(f"steps     {', '.join(steps)}; order {c.order}")
-    print(f"folder    {c.out}")
 
 
-def read_sets(c, world) -> dict:
-    """{"S1", "S2", "test"}: the examples of both stages and of the evaluation. A file that trains
-    or evaluates alone is taken whole. Raises ValueError where answers could not be checked, or
-    where the evaluation holds training examples."""
-    first = ("toy", world) if world else data.split_spec(c.data)
-    second = data.split_spec(c.rl_data) if c.rl_data else first
-    test = data.split_spec(c.eval_data) if c.eval_data else first
-    trained_whole = data.in_one_file(*first) and first != test
-    sets = {"S1": data.load_dataset(*first, "all" if trained_whole else "train")}
-    trained_whole = data.in_one_file(*second) and second != test
-    sets["S2"] = data.load_dataset(*second, "all" if trained_whole else "train")
-    tested_whole = data.in_one_file(*test) and test not in (first, second)
-    if tested_whole and c.eval_split == "validation":
-        raise ValueError(f"{test[0]} is evaluated whole: it has no validation split")
-    sets["test"] = data.load_dataset(*test, "all" if tested_whole else c.eval_split)
-    if data.in_one_file(*test):
-        print(split_words(test, tested_whole))
+def source(c, spec: str):
+    """--data and its kind -> (name, path)."""
+    return ("toy", str(Path(c.out) / "world")) if spec == "toy" else data.split_spec(spec)
+
+
+def read_sets(c) -> dict:
+    """{"S1", "S2", "test"}: the examples of both stages and of the evaluation. One file without
+    splits is taken whole unless it both trains and tests. ValueError where answers could not be
+    checked, or where the evaluation holds training examples."""
+    specs = {"S1": c.data, "S2": c.rl_data or c.data, "test": c.eval_data or c.data}
+    sets = {}
+    for name, spec in specs.items():
+        path, split = source(c, spec), c.eval_split if name == "test" else "train"
+        trains_and_tests = spec == specs["test"] and spec in (specs["S1"], specs["S2"])
+        if data.in_one_file(*path):
+            if split == "validation" and not trains_and_tests:
+                raise ValueError(f"{spec} is evaluated whole: it has no validation split")
+            split = split if trains_and_tests else "all"
+            if spec not in list(specs.values())[: len(sets)]:
+                print(split_words(path, trains_and_tests))
+        sets[name] = data.load_dataset(*path, split)
     if all(e.kind == "text" for e in sets["S2"]) and "rl" in ORDERS[c.order] and not c.reward:
-        raise ValueError(f"{second[0]}: no answer can be checked: name a --rl-data or a --reward")
+        raise ValueError(f"{specs['S2']}: no answer can be checked: give --rl-data or a --reward")
     if all(e.kind == "text" for e in sets["test"]) and c.order != "none":
-        raise ValueError(f"{test[0]}: no answer can be checked: name a --eval-data")
+        raise ValueError(f"{specs['test']}: no answer can be checked: name a --eval-data")
     if {e.id for e in sets["test"]} & {e.id for name in ("S1", "S2") for e in sets[name]}:
-        raise ValueError(f"{test[0]}: the evaluation holds training examples (by their ids)")
+        raise ValueError(f"{specs['test']}: the evaluation holds training examples (by their ids)")
     return sets
 
 
-def split_words(source, alone: bool) -> str:
-    """How a file was cut, in one line."""
-    everything, parts = data.load_dataset(*source, "all"), ["taken whole"]
-    if not alone:
-        sizes = {s: len(data.take_share(everything, *data.FILE_SHARES[s])) for s in data.ALL_SPLITS}
-        parts = [f"{size} {split}" for split, size in sizes.items()]
+def split_words(path, is_cut: bool) -> str:
+    """How one file was cut, in one line."""
+    everything, parts = data.load_dataset(*path, "all"), ["taken whole"]
+    if is_cut:
+        shares = {split: data.FILE_SHARES[split] for split in data.ALL_SPLITS}
+        parts = [f"{len(data.take_share(everything, *shares[s]))} {s}" for s in shares]
     unchecked = sum(e.kind == "text" for e in everything)
     if unchecked:
         parts.append(f"{unchecked} cannot be checked")
-    return f"{source[1]}: {len(everything)} examples: {', '.join(parts)}"
+    return f"{path[1]}: {len(everything)} examples: {', '.join(parts)}"
 
 
-def read_labels(c, world, sets, report) -> list[dict]:
+def read_labels(c, sets, facts) -> list[dict]:
     """The label records of all examples: the teachers' votes in the toy, what --labels says, or the
     labels of one's own file."""
-    examples = list({e.id: e for part in sets.values() for e in part}.values())
-    if world:
-        said = re.fullmatch(TOY_LABELS, c.labels or "teachers:5")
-        files = sorted((world / "answers").glob("*.jsonl"))[: int(said[1])]
+    if not c.model:
+        teachers, shuffled = re.fullmatch(TOY_LABELS, c.labels or "teachers:5").groups()
+        files = sorted((Path(c.out) / "world" / "answers").glob("*.jsonl"))[: int(teachers)]
         records, lines = data.count_votes(files)
-        report["votes"] = lines[-1]
-        return data.shuffle_labels(records, c.seed) if said[2] else records
+        facts["votes"] = lines[-1].removeprefix("votes: ")
+        return data.shuffle_labels(records, c.seed) if shuffled else records
+    examples = list({e.id: e for part in sets.values() for e in part}.values())
     labelled = data.label_examples(examples, c.labels) if c.labels else examples
     records = [{"id": e.id, "label": e.label} for e in labelled if e.label]
     if not records:
@@ -804,22 +745,26 @@ def read_labels(c, world, sets, report) -> list[dict]:
     return records
 
 
-def rl_prompts(c, tokenizer, examples, report) -> list:
+def keep_labels(c, records):
+    file = Path(c.out) / "labels.jsonl"
+    label_of = {r["id"]: r["label"] for r in records}
+    if file.exists() and label_of != {r["id"]: r["label"] for _, r in data.read_records(file)}:
+        raise ValueError(f"--labels {c.labels}: other labels than this run began with ({file})")
+    data.write_jsonl(file, records)
+
+
+def rl_prompts(c, tokenizer, examples, facts) -> list:
     """[(example, its prompt's ids)] of what a reward can check and --max-prompt lets in."""
-    prompts, unchecked, long = [], 0, 0
-    for e in examples:
-        prompt = data.example_ids(e, tokenizer, c.prompt)[0]
-        if e.kind == "text" and not c.reward:
-            unchecked += 1
-        elif len(prompt) > c.max_prompt:
-            long += 1
-        else:
-            prompts.append((e, prompt))
-    left_out = f"{long} longer than --max-prompt {c.max_prompt}, {unchecked} cannot be checked"
-    if not prompts:
-        raise ValueError(f"rl: none of {len(examples)} prompts is left: {left_out}")
-    report["data"]["rl"] = f"{len(prompts)} of {len(examples)} prompts ({left_out})"
-    return prompts
+    checked = [e for e in examples if e.kind != "text" or c.reward]
+    prompts = [(e, data.example_ids(e, tokenizer, c.prompt)[0]) for e in checked]
+    short = [(e, prompt) for e, prompt in prompts if len(prompt) <= c.max_prompt]
+    facts["rl"] = (
+        f"{len(short)} of {len(examples)} prompts ({len(prompts) - len(short)} longer than "
+        f"--max-prompt {c.max_prompt}, {len(examples) - len(checked)} cannot be checked)"
+    )
+    if not short:
+        raise ValueError(f"rl: {facts['rl']}")
+    return short
 
 
 def reward_function(c):
@@ -828,14 +773,11 @@ def reward_function(c):
     if not c.reward:
         return data.reward_parts
     file, _, name = c.reward.rpartition(":")
-    if not Path(file).is_file():
-        raise ValueError(f"--reward {c.reward}: no file {file!r}; the form is FILE.py:FUNCTION")
     try:
-        function = runpy.run_path(file).get(name)
-    except Exception as error:  # the user's own code
-        raise ValueError(f"--reward {c.reward}: {type(error).__name__}: {error}") from None
-    if not callable(function):
-        raise ValueError(f"--reward {c.reward}: no function {name} in {file}")
+        function = runpy.run_path(file)[name]
+    except Exception as error:  # no such file or function, or the user's own code
+        why = f"{type(error).__name__}: {error}; the form is FILE.py:FUNCTION"
+        raise ValueError(f"--reward {c.reward}: {why}") from None
 
     def reward(example, completion, _unconfined):
         try:
@@ -858,22 +800,16 @@ def load(c, folder) -> Transformer:
     return load_model(folder, c.device, dtypes.get(c.dtype) or auto_dtype(folder, c.device))
 
 
-def toy_inputs(c):
-    """The toy world's files -> (model folder, data folder), made once a run folder."""
-    base, world_folder = Path(c.out) / "base", Path(c.out) / "world"
-    if (base / "model.safetensors").exists():
-        print(f"toy base: reused from {base}")
-    else:
-        write_json(Path(c.out) / "config.json", settings(c))
-        world = data.make_toy(world_folder, c.seed)
-        print(f"toy base: training {TOY_BASE['steps']} steps on the unreliable corpus")
-        make_toy_base(c, base, world)
-    return base, world_folder
-
-
-def make_toy_base(c, folder: Path, world: data.ToyWorld):
-    """Trains the toy's tiny base on the unreliable corpus; writes a Hugging Face style folder."""
-    steps, batch = TOY_BASE["steps"], TOY_BASE["batch"]
+def toy_base(c) -> Path:
+    """The toy's data and its tiny base, trained on the unreliable corpus: made once a run folder, a
+    Hugging Face style folder."""
+    folder, steps, batch = Path(c.out) / "base", TOY_BASE["steps"], TOY_BASE["batch"]
+    if (folder / "model.safetensors").exists():  # written last
+        return folder
+    write_json(Path(c.out) / "config.json", settings(c))
+    world = data.make_toy(Path(c.out) / "world", c.seed)
+    data.save_toy_tokenizer(folder)
+    write_json(folder / "config.json", {"eos_token_id": 0})  # the tokenizer reads it here
     torch.manual_seed(c.seed)
     shape = ModelConfig(
         len(data.TOY_TOKENS), 128, 256, 2, 4, 4, 32,
@@ -883,25 +819,21 @@ def make_toy_base(c, folder: Path, world: data.ToyWorld):
     for p in model.parameters():
         if p.ndim == 2:  # 1 / sqrt(fan in): a std of 0.02 gets stuck in so small a model
             torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
-    data.save_toy_tokenizer(folder)
-    write_json(folder / "config.json", {"eos_token_id": 0})  # the tokenizer reads it here
-    tokenizer = data.Tokenizer(folder)
-    encoded, _ = data.tokenize(world.corpus(steps * batch), tokenizer, c.max_length)
+    corpus = world.corpus(steps * batch)
+    encoded, _ = data.tokenize(corpus, data.Tokenizer(folder), c.max_length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    BEGAN["base"] = 0, time.perf_counter()
+    print(f"toy base: training {steps} steps on the unreliable corpus")
     for step in range(steps):
-        lr = 3e-3 * min(1, (step + 1) / 100) * (1 - step / steps)
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 100) * (1 - step / steps)
         optimizer.zero_grad()
-        chosen = encoded[step * batch : (step + 1) * batch]
-        loss = backward(model, chosen, batch // 2, c.device)  # two halves: long, then short
+        examples = encoded[step * batch : (step + 1) * batch]
+        loss = backward(model, examples, batch // 2, c.device)  # two halves: long, then short
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        if (step + 1) % 50 == 0:
-            print(
-                f"base {step + 1}/{steps}  loss {loss:.3f}  left {time_left('base', step, steps)}"
-            )
-    save_model(model, folder, eos_token_id=tokenizer.eos_ids[0])  # the weights last
+        if (step + 1) % 100 == 0:
+            print(f"base {step + 1}/{steps}  loss {loss:.3f}")
+    save_model(model, folder, eos_token_id=0)
+    return folder
 
 
 # ---------------------------------------------------------------------------------- the run folder
@@ -911,36 +843,20 @@ def settings(c) -> dict:
     return {name: value for name, value in vars(c).items() if name in defaults() and name != "out"}
 
 
-def open_run(c) -> dict:
-    """-> the report of the run folder so far. Raises ValueError if it holds another run: a stage's
-    own flags may change until it begins, those of size and speed always."""
+def open_folder(c):
+    """Raises ValueError if the run folder holds another run: a stage's own flags may change until
+    it begins, those of size and speed always."""
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
-    if (out / "config.json").exists():
-        old, new = read_json(out / "config.json"), settings(c)
-        for name in new:
-            stage = name.partition("_")[0]
-            begun = stage not in ("sft", "rl") or (out / stage / "state.safetensors").exists()
-            if name not in FREE and begun and new[name] != old.get(name):
-                raise ValueError(
-                    f"{out} holds a run with {option(name)} {old.get(name)}, not {new[name]}: "
-                    "choose another --out, or delete that folder"
-                )
-    report = {"evaluation": {}, "partition": {}, "data": {}, "seconds": {}}
-    if (out / "report.json").exists():
-        report |= read_json(out / "report.json")
-    report["since"] = time.perf_counter()  # the last `done`; never written
-    return report
-
-
-def done(c, report, what: str):
-    """Notes the seconds since the last call and saves the report. The first time counts: a reused
-    result took no time."""
-    now = time.perf_counter()
-    report["seconds"].setdefault(what, round(now - report["since"], 2))
-    report["since"] = now
-    written = {name: value for name, value in report.items() if name != "since"}
-    write_json(Path(c.out) / "report.json", written)
+    if not (out / "config.json").exists():
+        return
+    old, new = read_json(out / "config.json"), settings(c)
+    for name in new:
+        stage = name.partition("_")[0]
+        begun = stage not in ("sft", "rl") or (out / stage / "state.safetensors").exists()
+        if name not in FREE and begun and new[name] != old.get(name):
+            changed = f"{option(name)} {old.get(name)}, not {new[name]}"
+            raise ValueError(f"{out} holds a run with {changed}: another --out, or delete it")
 
 
 def write_json(path, value):
@@ -979,13 +895,12 @@ def partition_facts(model, part: lorapar.Partition, masks: dict) -> dict:
         counts["elements"] += factor.numel()
         for region_name, region in part._asdict().items():
             counts[region_name] += int(region[piece].sum())
-    active = {stage: int(mask.sum()) for stage, mask in masks.items()}
     return {
         "elements": N,
         "regions": {name: int(region.sum()) for name, region in part._asdict().items()},
         "jaccard": jaccard(part),
-        "active": active,
-        "active_percent": {stage: 100 * n / N for stage, n in active.items()},
+        "active": {stage: int(mask.sum()) for stage, mask in masks.items()},
+        "active_percent": {stage: 100 * int(mask.sum()) / N for stage, mask in masks.items()},
         "per_projection": projections,
     }
 
@@ -995,40 +910,35 @@ def table(head: list, rows) -> list[str]:
     return [f"| {' | '.join(map(str, row))} |" for row in (head, ["---"] * len(head), *rows)]
 
 
-def write_report(c, report, s1, s2) -> str:
-    """report.md: the tables a person reads. Returns its text."""
-    stages, p = report["evaluation"], report["partition"]
+def write_report(c, rows, facts, inputs, s1, s2) -> dict:
+    """report.json, and report.md: the tables a person reads, also printed."""
     lines = [f"# LoRA-PAR: {c.data}, seed {c.seed}", ""]
-    if stages:
-        systems = {system: row["examples"] for system, row in stages["base"].items()}
-        rows = []
-        for stage, row in stages.items():
-            cells = [f"{100 * a['accuracy']:.1f} ± {100 * a['error']:.1f}" for a in row.values()]
-            rows.append([stage, *cells, f"{row['all']['loss']:.3f}"])
-        lines += table(["accuracy, %", *(f"{s} ({n})" for s, n in systems.items()), "loss"], rows)
-        lines += ["", f"{report['test']}, greedy answers, ± one standard error. loss: mean over"]
-        lines += ["examples of the cross-entropy a token of the reference answer.", ""]
-    rows = []
+    if rows:
+        cells = []
+        for stage, row in rows.items():
+            spreads = [f"{100 * a['accuracy']:.1f} ± {100 * a['error']:.1f}" for a in row.values()]
+            cells.append([stage, *spreads, f"{row['all']['loss']:.3f}"])
+        head = [f"{system} ({mean['examples']})" for system, mean in rows["base"].items()]
+        lines += table(["accuracy, %", *head, "loss"], cells)
+        lines += ["", "Greedy answers, ± one standard error. loss: mean over examples of the"]
+        lines += ["cross-entropy a token of the reference answer.", ""]
+    thetas = []
     for theta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9):
         part = lorapar.partition(s1, s2, theta)
         shares = [100 * float((own | part.shared).double().mean()) for own in part[:2]]
-        rows.append([theta, *(f"{share:.2f}" for share in shares), f"{jaccard(part):.3f}"])
-    lines += table(["theta", "% S1 region", "% S2 region", "Jaccard"], rows)
-    sizes = ", ".join(f"{name} {size}" for name, size in p["regions"].items())
-    active = ", ".join(f"{share:.1f}% in {stage}" for stage, share in p["active_percent"].items())
-    lines += ["", f"- theta {c.theta}: {p['elements']} elements, {sizes}; active {active}"]
-    lines += [f"- {name}: {text}" for name, text in report["data"].items()]
-    if "votes" in report:
-        lines.append(f"- {report['votes']}")
-    if stages and c.init in lorapar.ANCHORED:
-        lines.append(
-            f"- adapters: rank {2 * c.r}, twice --r: they hold the difference from the base"
-        )
-    seconds = "  ".join(f"{what} {took:.2f}" for what, took in report["seconds"].items())
-    lines += ["", f"seconds: {seconds}"]
+        thetas.append([theta, *(f"{share:.2f}" for share in shares), f"{jaccard(part):.3f}"])
+    lines += table(["theta", "% S1 region", "% S2 region", "Jaccard"], thetas)
+    regions = ", ".join(f"{name} {size}" for name, size in facts["regions"].items())
+    lines += ["", f"- theta {c.theta}: {facts['elements']} elements, {regions}"]
+    lines += [f"- {name}: {text}" for name, text in inputs.facts.items()]
+    if rows and c.init in lorapar.ANCHORED:
+        lines.append(f"- adapters: rank {2 * c.r}, twice --r: the difference from the base")
     text = "\n".join([*lines, ""])
+    print("\n" + text)
+    report = {"evaluation": rows, "partition": facts, "data": inputs.facts}
+    write_json(Path(c.out) / "report.json", report)
     lorapar.write_file(Path(c.out) / "report.md", text.encode())
-    return text
+    return report
 
 
 # --------------------------------------------------------------------------------- other commands
@@ -1040,43 +950,32 @@ def run_eval(arguments):
     parser.add_argument("run", nargs="?", help="a run folder: its model, last adapter and settings")
     parser.add_argument("--adapter", help="a folder in PEFT's format")
     names = "model data labels prompt seed device dtype max_response eval_examples eval_split "
-    names += "batch_rows micro_batch allow_unconfined_code"
-    add_flags(parser, names.split())
+    add_flags(parser, (names + "batch_rows micro_batch allow_unconfined_code").split())
     said = vars(parser.parse_args(arguments))
     folder, adapter = said.pop("run"), said.pop("adapter")
-    c = argparse.Namespace(**defaults() | said)
-    if folder:
-        settled = read_json(Path(folder) / "config.json")
-        if settled.get("eval_data"):
-            settled["data"] = settled["eval_data"]
-        c = argparse.Namespace(**defaults() | settled | said)
-        written = [
-            s for s in ORDERS[c.order] if (Path(folder) / s / "adapter_config.json").exists()
-        ]
-        if not written and not adapter:
+    old = read_json(Path(folder) / "config.json") if folder else {}
+    old["data"] = old.get("eval_data") or old.get("data")
+    c = argparse.Namespace(**defaults() | old | said | {"out": folder or "."})
+    if not folder and (not c.model or not c.data):
+        raise ValueError("eval needs a run folder (the toy's too), or --model and --data")
+    if folder and not adapter:
+        stages = [s for s in ORDERS[c.order] if (Path(folder) / s / "adapter_config.json").exists()]
+        if not stages:
             raise ValueError(f"{folder}: no adapter there yet")
-        adapter = adapter or Path(folder) / written[-1]
-    elif not c.model or c.data == "toy":
-        raise ValueError("eval needs a run folder (the toy's too), or --model and another --data")
-    source = data.split_spec(c.data) if c.model else ("toy", Path(folder) / "world")
-    path = find_model(c.model) if c.model else Path(folder) / "base"
-    alone = data.in_one_file(*source) and (not folder or "data" in said)
-    examples = data.load_dataset(*source, "all" if alone else c.eval_split)
+        adapter = Path(folder) / stages[-1]
+    path = source(c, c.data)
+    whole = data.in_one_file(*path) and (not folder or "data" in said)
+    examples = data.load_dataset(*path, "all" if whole else c.eval_split)
     examples = [e for e in examples if e.kind != "text"]
-    if not examples:
-        raise ValueError(f"answers of {c.data} cannot be checked")
-    if c.labels and c.model:
-        try:
-            labelled = {e.id: e for e in data.label_examples(examples, c.labels)}
-            examples = [labelled.get(e.id, e) for e in examples]
-        except ValueError:  # a run's labels may be those of its training examples alone
-            if "labels" in said:
-                raise
+    if "labels" in said:
+        labelled = {e.id: e for e in data.label_examples(examples, c.labels)}
+        examples = [labelled.get(e.id, e) for e in examples]
     random.Random(c.seed).shuffle(examples)
-    name = f"eval-{Path(source[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    name = f"eval-{Path(path[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     out = Path(folder) / "answers" / name if folder else Path(name)
     data.write_jsonl(out, [])  # a folder that cannot be written fails now
-    tokenizer, model = data.Tokenizer(path), load(c, path)
+    checkpoint = find_model(c.model) if c.model else Path(folder) / "base"
+    tokenizer, model = data.Tokenizer(checkpoint), load(c, checkpoint)
     if adapter:
         lorapar.load_adapter(model, adapter)
     records = answer_all(c, model, tokenizer, examples[: c.eval_examples], c.data)
@@ -1092,12 +991,12 @@ def run_merge(arguments):
     parser.add_argument("--adapter", required=True, help="a folder in PEFT's format")
     parser.add_argument("--out", required=True, help="the folder to write: new, or empty")
     args = parser.parse_args(arguments)
-    source, out = find_model(args.model), Path(args.out)
+    folder, out = find_model(args.model), Path(args.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not empty; name a new folder")
-    model = load_model(source, dtype=None)  # each tensor as it is stored
+    model = load_model(folder, dtype=None)  # each tensor as it is stored
     save_model(lorapar.merge(lorapar.load_adapter(model, args.adapter)), out)
-    for file in source.iterdir():
+    for file in folder.iterdir():
         described = file.suffix in (".json", ".model", ".jinja", ".txt")
         if file.is_file() and described and not file.name.endswith(".index.json"):
             shutil.copy(file, out / file.name)
@@ -1140,10 +1039,11 @@ def draw_figures(out: Path):
         ("S2-only", "blue", s2_only),
         ("shared", "purple", shared),
     ):
-        here = some[region[some]]
-        share = f"{name} {region.double().mean():.1%}"
-        s1, s2 = scores["s1"][here], scores["s2"][here]
-        axes.scatter(s1, s2, s=2, c=colour, label=share, rasterized=True)
+        dots = some[region[some]]
+        label = f"{name} {region.double().mean():.1%}"
+        axes.scatter(
+            scores["s1"][dots], scores["s2"][dots], 2, colour, label=label, rasterized=True
+        )
     axes.set(xscale="log", yscale="log")
     axes.set(xlabel="importance for System 1", ylabel="importance for System 2")
     index = read_json(out / "partition.json")["jaccard"]
@@ -1165,55 +1065,6 @@ def draw_figures(out: Path):
 # ------------------------------------------------------------------------------------------ sweeps
 
 FULL = {"theta": 1.0, "stage_data": "all"}  # every element, every example
-PAR = "LoRA-PAR 0.9"
-
-
-def sweep_rows(name: str, base) -> dict:
-    """The rows of a table: {row: (the flags it changes, the row it is compared with)}."""
-    if name == "splits":
-        return {
-            "vote of 5": ({"labels": "teachers:5"}, "vote of 5"),
-            "vote of 3": ({"labels": "teachers:3"}, "vote of 5"),
-            "one teacher": ({"labels": "teachers:1"}, "vote of 5"),
-            "random split": ({"labels": "teachers:5:shuffled"}, "vote of 5"),
-        }
-    if name == "order":
-        return {
-            "SFT then RL": ({"order": "sft-rl"}, "SFT then RL"),
-            "RL then SFT": ({"order": "rl-sft"}, "SFT then RL"),
-        }
-    if name == "swapped":
-        return {
-            "own masks": ({"select": "importance"}, "own masks"),
-            "swapped masks": ({"select": "swapped"}, "own masks"),
-        }
-    rows = {}
-    if name == "shared":
-        for alpha, beta in itertools.product((0.0, 0.5, 1.0), repeat=2):
-            flags = {"alpha": alpha, "beta": beta}
-            rows[f"alpha {alpha} beta {beta}"] = (flags, "alpha 1.0 beta 1.0")
-    if name == "theta":
-        for targets in ("qkvgud", "qkv", "gud"):
-            for theta in (0.3, 0.5, 0.7, 0.9, 1.0):
-                row = f"{targets.upper()} {theta}"
-                flags = {"targets": targets, "theta": theta, "select": "importance"}
-                rows[f"{row} importance"] = (flags, f"{targets.upper()} 1.0 importance")
-                if targets == "qkvgud" and theta < 1:
-                    for select in ("random", "random-in-tensor"):
-                        rows[f"{row} {select}"] = (flags | {"select": select}, f"{row} importance")
-    if name == "methods":
-        for init, words in (("lora", "LoRA"), ("olora", "OLoRA"), ("pissa", "PiSSA")):
-            flags = FULL | {"init": init, "order": "sft"}
-            rows[words] = (flags, PAR)
-            rows[f"{words}, twice the epochs"] = (flags | {"sft_epochs": 2 * base.sft_epochs}, PAR)
-        rows["LoRA + RL"] = (FULL | {"init": "lora"}, PAR)
-        rows["PiSSA + RL"] = (FULL | {"init": "pissa"}, PAR)
-        for theta in (0.9, 0.95):
-            rows[f"LoRA-PAR {theta}"] = ({"theta": theta}, PAR)
-            rows[f"LoRA-PAR {theta} from PiSSA"] = ({"theta": theta, "init": "pissa"}, PAR)
-    return rows
-
-
 SWEEPS = {
     "splits": "table 1: who splits the data",
     "shared": "table 2: alpha and beta, the share of the shared elements that each stage trains",
@@ -1223,11 +1074,52 @@ SWEEPS = {
     "swapped": "each stage with the other system's elements",
     "resample": "how much of two regions' difference is sampling",
 }
-# The paper's numbers as far as the authors' repository shows them: Qwen2.5-7B on GSM8K.
-PAPER = {"LoRA": 68.61, "PiSSA": 57.24, "LoRA + RL": 69.83, "LoRA-PAR 0.9": 81.65}
-PAPER |= {"SFT then RL": 81.65, "RL then SFT": 68.46}
 RATES = (1 / 3, 1, 3)  # times the run's own
-TOY_SWEEP_RL_STEPS = 40  # the toy's two epochs end near 100% whatever the elements
+
+
+def sweep_rows(name: str, base) -> dict:
+    """The rows of a table: {row: (the flags it changes, the row it is compared with)}."""
+    rows = {}
+    if name == "splits":
+        for row, labels in (
+            ("vote of 5", "teachers:5"),
+            ("vote of 3", "teachers:3"),
+            ("one teacher", "teachers:1"),
+            ("random split", "teachers:5:shuffled"),
+        ):
+            rows[row] = {"labels": labels}, "vote of 5"
+    if name == "order":
+        rows["SFT then RL"] = {"order": "sft-rl"}, "SFT then RL"
+        rows["RL then SFT"] = {"order": "rl-sft"}, "SFT then RL"
+    if name == "swapped":
+        rows["own masks"] = {"select": "importance"}, "own masks"
+        rows["swapped masks"] = {"select": "swapped"}, "own masks"
+    if name == "shared":
+        for alpha, beta in itertools.product((0.0, 0.5, 1.0), repeat=2):
+            flags = {"alpha": alpha, "beta": beta}
+            rows[f"alpha {alpha} beta {beta}"] = flags, "alpha 1.0 beta 1.0"
+    if name == "theta":
+        for targets, theta in itertools.product(
+            ("qkvgud", "qkv", "gud"), (0.3, 0.5, 0.7, 0.9, 1.0)
+        ):
+            row = f"{targets.upper()} {theta} importance"
+            flags = {"targets": targets, "theta": theta, "select": "importance"}
+            rows[row] = flags, f"{targets.upper()} 1.0 importance"
+            if targets == "qkvgud" and theta < 1:
+                for select in ("random", "random-in-tensor"):
+                    rows[f"QKVGUD {theta} {select}"] = flags | {"select": select}, row
+    if name == "methods":
+        par = "LoRA-PAR 0.9"
+        for init, words in (("lora", "LoRA"), ("olora", "OLoRA"), ("pissa", "PiSSA")):
+            flags = FULL | {"init": init, "order": "sft"}
+            rows[words] = flags, par
+            rows[f"{words}, twice the epochs"] = flags | {"sft_epochs": 2 * base.sft_epochs}, par
+        rows["LoRA + RL"] = FULL | {"init": "lora"}, par
+        rows["PiSSA + RL"] = FULL | {"init": "pissa"}, par
+        for theta in (0.9, 0.95):
+            rows[f"LoRA-PAR {theta}"] = {"theta": theta}, par
+            rows[f"LoRA-PAR {theta} from PiSSA"] = {"theta": theta, "init": "pissa"}, par
+    return rows
 
 
 def run_sweep(arguments):
@@ -1239,42 +1131,41 @@ def run_sweep(arguments):
         "train.py sweep", description=run_sweep.__doc__, epilog=about, allow_abbrev=False
     )
     parser.add_argument("name", choices=tuple(SWEEPS))
-    parser.add_argument("--seeds", type=count, default=5, help="0 .. N-1; seed N chooses the rates")
+    parser.add_argument("--seeds", type=COUNT, default=5, help="0 .. N-1; seed N chooses the rates")
     parser.add_argument("--rows", help="only these rows of the table, comma separated")
     args, rest = parser.parse_known_args(arguments)
     base = read_config(["--out", "runs/sweep", *rest])
     if base.model is None and base.rl_steps is None:
-        base.rl_steps = TOY_SWEEP_RL_STEPS
-    if base.order == "none":
-        raise ValueError("sweep: --order none trains nothing that could be compared")
+        base.rl_steps = 40  # the toy's two epochs end near 100% whatever the elements
     if args.name == "resample":
         return resample(base, args.seeds)
     rows = sweep_rows(args.name, base)
-    for name in {name for flags, _ in rows.values() for name in flags}:
+    for name in {name for flags, _ in rows.values() for name in flags} | {"order"}:
         if any(word.partition("=")[0] == option(name) for word in rest):
             raise ValueError(f"sweep {args.name} sets {option(name)} itself")
-    if args.rows:
-        unknown = set(args.rows.split(",")) - set(rows)
-        if unknown:
-            raise ValueError(f"--rows: no row {min(unknown)!r}; there are {', '.join(rows)}")
-        rows = {row: rows[row] for row in args.rows.split(",")}
+    names = args.rows.split(",") if args.rows else list(rows)
+    if set(names) - set(rows):
+        raise ValueError(f"--rows {args.rows}: the rows are {', '.join(rows)}")
+    rows = {row: rows[row] for row in names}
     stages = [len(ORDERS[flags.get("order", base.order)]) for flags, _ in rows.values()]
-    cells, done_cells = sum(n * len(RATES) + args.seeds for n in stages), itertools.count()
-    BEGAN["sweep"] = 0, time.perf_counter()
+    cells, began, numbers = sum(n * len(RATES) + args.seeds for n in stages), time.time(), []
 
     def cell(changes):
-        report, number = run_cell(base, changes), next(done_cells)
-        print(f"cell {number + 1} of {cells}, left {time_left('sweep', number, cells)}")
-        return report
+        facts = run_cell(base, changes)
+        numbers.append(facts)
+        left = (time.time() - began) / len(numbers) * (cells - len(numbers))
+        print(f"cell {len(numbers)} of {cells}, left {int(left) // 60}:{int(left) % 60:02d}")
+        return facts
 
     records, rates = [], {}
     for row, (flags, _) in rows.items():
-        best, rates[row] = tuned_rates(base, flags, args.seeds, cell)
+        best = tuned_rates(base, flags, args.seeds, cell)
+        rates[row] = " / ".join(f"{rate:.2g}" for rate in best.values())
         for seed in range(args.seeds):
-            report = cell(flags | best | {"seed": seed})
-            records.append({"row": row, "seed": seed} | best | cell_facts(report))
+            facts = cell(flags | best | {"seed": seed})
+            records.append({"row": row, "seed": seed} | best | facts)
         print(f"{row}: {spread([r['all at the end'] for r in records[-args.seeds :]])}")
-    write_sweep(base, args.name, records, sweep_table(args, rows, records, rates, report))
+    write_sweep(base, args.name, records, sweep_table(args, base, rows, records, rates))
     if args.name == "theta":  # figure 5
         curves = {}
         for row in rows:
@@ -1284,105 +1175,93 @@ def run_sweep(arguments):
         draw_curves(base, "theta", curves, "theta", "accuracy at the end, %")
 
 
-def sweep_table(args, rows, records, rates, report) -> list[str]:
-    columns = ["% active in sft", "% active in rl", "S1 at the end", "S2 at the end"]
-    columns += ["all after sft", "all at the end"]
-    lines = []
-    for row, (_, reference) in rows.items():
-        mine = {r["seed"]: r for r in records if r["row"] == row}
-        theirs = {r["seed"]: r for r in records if r["row"] == reference}
-        difference = ""
-        if theirs and row != reference:
-            gaps = [mine[s]["all at the end"] - theirs[s]["all at the end"] for s in mine]
-            difference = f"{statistics.mean(gaps):+.1f}{error_of(gaps)}"
-        spreads = [spread([r.get(column) for r in mine.values()]) for column in columns]
-        lines.append([row, PAPER.get(row, ""), rates[row], *spreads, reference, difference])
-    head = ["", "paper", "rates", *columns, "compared with", "difference"]
-    counts = ", ".join(f"{k} {v['examples']}" for k, v in report["evaluation"]["base"].items())
-    return [
-        f"## {args.name}: {args.seeds} seeds, {report['test']} ({counts})",
-        "",
-        *table(head, lines),
-        "",
-        "Accuracy in %, mean ± standard deviation. Rates of the stages in their order, each the "
-        f"best of {len(RATES)} on the validation split of seed {args.seeds} (* at its edge). "
-        "Paper: Qwen2.5-7B on GSM8K. Difference at the end, paired by seed, ± its standard error.",
-        "",
-        f"{len(records)} cells, {sum(r['seconds'] for r in records):.0f} s; choosing rates not in.",
-    ]
-
-
 def run_cell(base, changes: dict) -> dict:
-    """The report of one ordinary run in a folder named after what it changes; a finished one is
-    only read."""
+    """One ordinary run in a folder named after what it changes, a finished one only read -> what a
+    sweep shows of it, in percent."""
     changed = {k: v for k, v in changes.items() if k == "seed" or v != getattr(base, k)}
     folder = Path(base.out) / "cells" / ",".join(f"{k}={v}" for k, v in sorted(changed.items()))
     c = argparse.Namespace(**vars(base) | changes | {"out": str(folder)})
-    if (folder / "report.md").exists() and read_json(folder / "config.json") == settings(c):
-        return read_json(folder / "report.json")
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
-        share_toy(base, c)
-        return run(c)
-
-
-def share_toy(base, c):
-    """Links the toy's base and data, made once a seed, into a run folder."""
-    if not c.model:
-        once = argparse.Namespace(**vars(base) | {"seed": c.seed})
-        once.out = str(Path(base.out) / f"toy-{c.seed}")
-        for part in toy_inputs(once):
-            if not (Path(c.out) / part.name).exists():
-                (Path(c.out) / part.name).symlink_to(part.resolve())
-
-
-def tuned_rates(base, flags: dict, seed: int, cell):
-    """-> the row's learning rates and their text. One stage after the other takes the best of
-    three, by the accuracy of whole runs at the end (then by the loss), on the validation split of a
-    seed that is not compared."""
-    rates, words = {}, []
-    for stage in ORDERS[flags.get("order", base.order)]:
-        tried = {}
-        for factor in RATES:
-            rate = float(f"{getattr(base, f'{stage}_lr') * factor:.3g}")
-            trial = flags | rates | {f"{stage}_lr": rate, "seed": seed, "eval_split": "validation"}
-            try:
-                report = cell(trial)
-                row = list(report["evaluation"].values())[-1]["all"]
-                tried[rate] = row["accuracy"], -row["loss"]
-            except Diverged:
-                tried[rate] = -1.0, -math.inf
-        best = max(tried, key=tried.get)
-        rates[f"{stage}_lr"] = best
-        words.append(f"{best:.2g}" + "*" * (best in (min(tried), max(tried))))
-    return rates, " / ".join(words)
-
-
-def cell_facts(report: dict) -> dict:
-    """What a sweep shows of one run, in percent."""
+    if (folder / "report.md").exists() and read_json(folder / "config.json") == settings(c):
+        report = read_json(folder / "report.json")
+    else:
+        with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+            share_toy(base, c)
+            report = run(c)
     facts = {f"% active in {k}": v for k, v in report["partition"]["active_percent"].items()}
     facts["jaccard"], stages = report["partition"]["jaccard"], list(report["evaluation"])
     for stage, when in [*((s, f"after {s}") for s in stages), (stages[-1], "at the end")]:
         for system, row in report["evaluation"][stage].items():
             facts[f"{system} {when}"] = 100 * row["accuracy"]
             facts[f"{system} p(answer) {when}"] = row["probability"]
-    return facts | {"seconds": round(sum(report["seconds"].values()), 1)}
+            facts[f"{system} loss {when}"] = row["loss"]
+    return facts
+
+
+def share_toy(base, c):
+    """Links the toy's base and data, made once a seed, into a run folder."""
+    if not c.model:
+        toy = Path(base.out) / f"toy-{c.seed}"
+        toy_base(argparse.Namespace(**vars(base) | {"seed": c.seed, "out": str(toy)}))
+        for part in ("base", "world"):
+            if not (Path(c.out) / part).exists():
+                (Path(c.out) / part).symlink_to((toy / part).resolve())
+
+
+def tuned_rates(base, flags: dict, seed: int, cell) -> dict:
+    """The row's learning rates. One stage after the other takes the best of three, by the accuracy
+    of whole runs at the end (then by the loss), on the validation split of a seed that is not
+    compared."""
+    rates = {}
+    for stage in ORDERS[flags.get("order", base.order)]:
+        tried = {}
+        for factor in RATES:
+            rate = float(f"{getattr(base, f'{stage}_lr') * factor:.3g}")
+            trial = flags | rates | {f"{stage}_lr": rate, "seed": seed, "eval_split": "validation"}
+            try:
+                facts = cell(trial)
+                tried[rate] = facts["all at the end"], -facts["all loss at the end"]
+            except Diverged:
+                tried[rate] = -1.0, -math.inf
+        rates[f"{stage}_lr"] = max(tried, key=tried.get)
+    return rates
+
+
+def sweep_table(args, base, rows, records, rates) -> list[str]:
+    columns = ["% active in sft", "% active in rl", "S1 at the end", "S2 at the end"]
+    columns += ["all after sft", "all at the end"]
+    lines = []
+    for row, (_, reference) in rows.items():
+        own = {r["seed"]: r for r in records if r["row"] == row}
+        other = {r["seed"]: r for r in records if r["row"] == reference}
+        gaps = []
+        if row != reference:
+            gaps = [own[s]["all at the end"] - other[s]["all at the end"] for s in other]
+        spreads = [spread([r[column] for r in own.values() if column in r]) for column in columns]
+        lines.append([row, rates[row], *spreads, reference, mean_and_error(gaps)])
+    head = ["", "rates", *columns, "compared with", "difference"]
+    return [
+        f"## {args.name}: {args.seeds} seeds, the {base.eval_split} split of {base.data}",
+        "",
+        *table(head, lines),
+        "",
+        "Accuracy in %, mean ± standard deviation. Rates of the stages in their order, each the "
+        f"best of {len(RATES)} on the validation split of seed {args.seeds}. "
+        "Difference at the end, paired by seed, ± its standard error.",
+    ]
 
 
 def spread(values: list, digits=1) -> str:
     """Mean ± standard deviation; the mean alone of one value."""
-    values = [v for v in values if v is not None]
-    if not values:
-        return ""
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+    return f"{statistics.mean(values):.{digits}f}{deviation}" if values else ""
 
 
-def error_of(values: list[float], digits=1) -> str:
-    """The mean's standard error as " ± x"; one value does not tell it."""
-    if len(values) < 2:
-        return ""
-    return f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+def mean_and_error(gaps: list, digits=1) -> str:
+    """Mean ± its standard error, which one value does not tell."""
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0
+    shown = f" ± {error:.{digits}f}" if len(gaps) > 1 else ""
+    return f"{statistics.mean(gaps):+.{digits}f}{shown}" if gaps else ""
 
 
 def write_sweep(base, name: str, records: list[dict], lines: list[str]):
@@ -1401,15 +1280,37 @@ def resample(base, seeds: int):
     two systems, of one system scored on other examples, and of two halves with shuffled labels."""
     records = []
     for seed in range(seeds):
-        records += resample_once(base, seed)
+        c = argparse.Namespace(**vars(base) | {"seed": seed, "order": "none"})
+        c.out = str(Path(base.out) / f"resample-{seed}")
+        open_folder(c)  # refuses a folder of other settings
+        share_toy(base, c)
+        model, _, inputs = prepare(c)
+        add_adapters(c, model)
+        S1, S2 = inputs.encoded["S1"], inputs.encoded["S2"]
+        for n in [n for n in (25, 50, 100, 200) if 2 * n <= min(len(S1), len(S2))]:
+            half = n // 2
+            draws = S1[:n], S1[n : 2 * n], S2[:n], S2[n : 2 * n]  # two disjoint ones of a system
+            draws += S1[:half] + S2[:half], S1[half:n] + S2[half:n]
+            scores = []
+            for encoded in bar(draws, f"resample {n}"):
+                batches = data.batches(encoded, c.micro_batch, c.device)
+                scores.append(lorapar.importance(model, batches).cpu())
+            for theta in (0.1, 0.3, 0.5, 0.7, 0.9):
+                index = {}
+                for i, j in ((0, 2), (0, 3), (1, 2), (1, 3), (0, 1), (2, 3), (4, 5)):
+                    index[i, j] = jaccard(lorapar.partition(scores[i], scores[j], theta))
+                between = statistics.mean(index[pair] for pair in ((0, 2), (0, 3), (1, 2), (1, 3)))
+                record = {"seed": seed, "examples": n, "theta": theta, "S1 / S2": between}
+                record |= {"S1 / S1": index[0, 1], "S2 / S2": index[2, 3], "shuffled": index[4, 5]}
+                records.append(record)
     kinds, rows, curves = ("S1 / S2", "S1 / S1", "S2 / S2", "shuffled"), [], {}
     for n, theta in dict.fromkeys((r["examples"], r["theta"]) for r in records):
-        mine = [r for r in records if (r["examples"], r["theta"]) == (n, theta)]
-        gaps = [(r["S1 / S1"] + r["S2 / S2"]) / 2 - r["S1 / S2"] for r in mine]
-        beyond = f"{statistics.mean(gaps):+.3f}{error_of(gaps, 3)}"
-        rows.append([n, theta, *(spread([r[kind] for r in mine], 3) for kind in kinds), beyond])
+        of_row = [r for r in records if (r["examples"], r["theta"]) == (n, theta)]
+        gaps = [(r["S1 / S1"] + r["S2 / S2"]) / 2 - r["S1 / S2"] for r in of_row]
+        spreads = [spread([r[kind] for r in of_row], 3) for kind in kinds]
+        rows.append([n, theta, *spreads, mean_and_error(gaps, 3)])
         for kind in kinds if theta == 0.9 else ():
-            curves.setdefault(kind, {})[n] = [r[kind] for r in mine]
+            curves.setdefault(kind, {})[n] = [r[kind] for r in of_row]
     lines = [
         f"## resample: Jaccard indices, {seeds} seeds",
         "",
@@ -1421,42 +1322,6 @@ def resample(base, seeds: int):
     ]
     write_sweep(base, "resample", records, lines)
     draw_curves(base, "resample", curves, "examples a draw", "Jaccard index at theta 0.9")
-
-
-def resample_once(base, seed: int) -> list[dict]:
-    """The records of one seed, kept in a folder of its own."""
-    folder = Path(base.out) / f"resample-{seed}"
-    c = argparse.Namespace(**vars(base) | {"seed": seed, "order": "none", "out": str(folder)})
-    report = open_run(c)  # refuses a folder of other settings
-    if (folder / "resample.json").exists():
-        return read_json(folder / "resample.json")["records"]
-    share_toy(base, c)
-    model, _, inputs = prepare(c, report)
-    add_adapters(c, model)
-    S1, S2 = inputs.encoded["S1"], inputs.encoded["S2"]
-    sizes = [n for n in (25, 50, 100, 200) if 2 * n <= min(len(S1), len(S2))]
-    if not sizes:
-        raise ValueError("resample: a system has too few examples for two draws of 25")
-
-    def importance(encoded):
-        return lorapar.importance(model, data.batches(encoded, c.micro_batch, c.device)).cpu()
-
-    records = []
-    for n in bar(sizes, "resample"):
-        half = n // 2
-        s1 = [importance(S1[:n]), importance(S1[n : 2 * n])]  # two disjoint draws of each system
-        s2 = [importance(S2[:n]), importance(S2[n : 2 * n])]
-        mixed = [importance(S1[:half] + S2[:half]), importance(S1[half:n] + S2[half:n])]
-        pairs = {"S1 / S2": list(itertools.product(s1, s2)), "S1 / S1": [s1], "S2 / S2": [s2]}
-        pairs["shuffled"] = [mixed]
-        for theta in (0.1, 0.3, 0.5, 0.7, 0.9):
-            record = {"seed": c.seed, "examples": n, "theta": theta}
-            for kind, draws in pairs.items():
-                indices = [jaccard(lorapar.partition(*pair, theta)) for pair in draws]
-                record[kind] = statistics.mean(indices)
-            records.append(record)
-    write_json(folder / "resample.json", {"records": records})
-    return records
 
 
 def draw_curves(base, name: str, curves: dict, x: str, y: str):
@@ -1494,10 +1359,7 @@ def main(arguments=None):
         reason = str(error).partition(". ")[0]
         sys.exit(f"train.py: {reason}: lower --micro-batch and --batch-rows, or --checkpointing")
     except KeyboardInterrupt:
-        print(
-            "\ntrain.py: stopped; repeat the command (a run goes on from its folder)",
-            file=sys.stderr,
-        )
+        print("\ntrain.py: stopped; repeat the command to go on", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, SafetensorError, data.SandboxError) as error:
         print(f"train.py: {error}", file=sys.stderr)
