@@ -1785,76 +1785,38 @@ RIGHT = table(r"""
 body => BODY
 body and broken run-on => BODY\ndef add(a, b):\n    return a *
 whole => WHOLE
-body and wrong second => BODY\nWRONG
-body and lone fence => BODY```\n\nIt adds.
 body and prose => BODY\nThis adds the two numbers.\n
 body without indent => return a + b
 body and run-on =>     # a sum\nBODY\ndef x():\n    pass\n\nprint(add(1))\n
-leading space =>  WHOLE
 body and helper =>     return plus(a, b)\n\ndef plus(a, b):\nBODY
-open fence => ```python\nWHOLE
-first line stripped => x = a\n    return x + b
 lost indents => for x in [a]:\n    b = b + x\nreturn b
 fence => Here you are:\nFENCE\nIt adds.
-end token =>     return a + b<|endoftext|>junk
 prose and whole => Here it is:\n\nWHOLE\nIt adds.
-other fences => ```Python3 title=x\nWHOLE```
 fenced body => ```\nBODY```
 tildes, carriage returns => ~~~py\r\r\ndef add(a, b):\r\n    return a + b\r\n~~~
-indented fence => 1. So:\n   ```python\n   def add(a, b):\n   BODY   ```
-tab => \treturn a + b\n
 shell first => ```bash\npip install x\n```\nFENCE
-blank line with a space =>  \nWHOLE
 future => from __future__ import annotations\nWHOLE
-byte order mark => \ufeffWHOLE
 helper fence => ```python\ndef h(x):\n    return x\n```\nFENCE
-one space =>  return a + b\n
 imports => import math, collections\nfrom typing import List\n\nWHOLE
 own main => WHOLE\nassert add(1, 1) == 2\nif __name__ == '__main__':\n    input()\n
-dataclass => from dataclasses import dataclass\n@dataclass\nclass P:\n    x: 'int'\nWHOLE
-string with code =>     s = '''\ndef x():\n    pass\n'''\nBODY
-two spaces =>   return a + b\n
-class => class C:\n    def f(s, a, b):\n    BODY\ndef add(a, b):\n    return C().f(a, b)\n
 constants first => TABLE = {}\nfor i in range(9):\n    TABLE[i] = i\nWHOLE
-decorated => import functools\n\n@functools.lru_cache\nWHOLE
 lambda => add = lambda a, b: a + b\n
 late imports => from datetime import datetime as d\ndef add(a, b):\n    d.strptime('1', '%d')\nBODY
-indented whole =>     def add(a, b):\n    BODY
-language name => python\nWHOLE
-spaced prose first =>  Sure! Here is the code:\n\nWHOLE
 second try behind => WHOLE\nWRONG
 prose and fenced body => Here is the body:\n\n```python\nBODY```
-operator => import operator\nadd = operator.add\n
-body and annotation => BODY\nComplexity: O(n)\n
-method => class S:\n    def add(s, a, b):\n    BODY\nadd = S().add\n
 absent imports => import pandas, unittest\nimport pytest\nWHOLE
-body and unittest => BODY\nimport unittest\n\nclass T(unittest.TestCase): pass\n
-body and input => BODY\nx = int(input())\nprint(add(x, 1))\n
-assert first => assert add(1, 2) == 3\n\nWHOLE
-exit behind => WHOLE\nimport sys\nsys.exit(0)\n
 loop behind => WHOLE\nwhile True:\n    pass\n
-local imports => def add(a, b):\n    import re, fractions\nBODY
 builtin shadowed behind =>     return sum([a, b])\n\nsum = add(1, 2)\nprint(sum)\n
 prose that looks like code => Let's see\na = 2, b = 3 gives 5\n\nWHOLE
-prose with import => Thinking:\nimport nothing here\n\nWHOLE
 thinking => <think>\nMaybe\ndef add(a, b):\n    ...\nno wait.\n</think>\n\nWHOLE
 cut off in a fence => ```python\nWHOLE\nprint(add(1,
-prose in a fence => ```python\nWHOLE\nThis adds two numbers.\n```
 session in a fence => ```python\nWHOLE\n>>> add(1, 2)\n3\n```
-fence closed on the last line => ```python\ndef add(a, b):\n    return a + b```
 stub in a fence first => ```python\ndef add(a, b):\n    pass\n```\nFilled in:\nFENCE
 draft in a fence first => <think>\n```python\nWRONG```\n</think>\nFENCE
-shell, then a body => ```bash\npip install x\n```\n```python\nBODY```
 deep run-on => BODY\nx = 1 + 1 + 1\na.b.c.d.e = -----------x\n# \ud800
 NUL behind => BODY\n\0
 cache of its own => def add(a, b):\n    add.cache[a] = b\n    return a + b\n\nadd.cache = {}\n
-several constants behind =>     return a + b + X\n\nX, Y = 0, 1\n
-hard space in an f-string => def add(a, b):\n    f"{'\u00a0'.join(['a'])}"\nBODY
-numpy scalar => import numpy as np\ndef add(a, b):\n    return np.sum(np.unique([a, b]))\n
-codec => import codecs\ndef add(a, b):\n    codecs.encode('a', 'rot13')\nBODY
-random => import random\ndef add(a, b):\n    random.random()\nBODY
 numpy => import numpy as np\ndef add(a, b):\n    return np.add(a, b) * np.linalg.det(np.eye(2))\n
-hash => import hashlib\ndef add(a, b):\n    hashlib.md5(b'x').digest()\nBODY
 """)
 RIGHT |= table(r"""
 docstring with a fence => def add(a, b):\n    '''Add.\n\n    ```\n    add(1, 2)\n    ```\n    '''\nBODY
