@@ -93,6 +93,7 @@ class Tokenizer:
         if not self.eos_ids or not all(type(i) is int and 0 <= i < size for i in self.eos_ids):
             where = f"{folder}: config.json, generation_config.json and tokenizer"
             raise ValueError(f"{where} name {self.eos_ids} as eos_token_id: no ids of the model")
+        self.virtual = []  # ids that a baseline of table 6 puts before every prompt
         self.front = self.ids("\n")  # what stands before a text that goes on: see encode, decode
         self.adds_space = self.decode(self.ids("x")) != "x"  # LLaMA's: "x" -> "▁x"
 
@@ -130,7 +131,7 @@ class Tokenizer:
         ids = self.ids(text)
         if goes_on and self.adds_space:
             ids = self.ids("\n" + text)[len(self.front) :]
-        front = [self.bos_id] if bos and self.bos_id is not None else []
+        front = self.virtual + [self.bos_id] * (self.bos_id is not None) if bos else []
         return front + ids + ([self.eos_ids[0]] if eos else [])
 
     def decode(self, ids) -> str:

@@ -29,7 +29,10 @@ class Settings:
     max_new_tokens: int = 256
     eos_ids: tuple = ()
     temperature: float = 0.9  # of sampling and of every log-prob
+    loss: str = "grpo"  # how tokens are averaged: "grpo", "token" or "dr_grpo" (see grpo_loss)
     clip: float = 0.2  # PPO's ratio clip (epsilon)
+    clip_high: float | None = None  # its upper side, where that is wider (DAPO)
+    mask_truncated: bool = False  # answers without an end do not train (DAPO)
     kl: float = 0.04  # weight of the KL penalty (beta); 0 computes no reference
     iterations: int = 1  # optimizer steps per batch of rollouts (mu)
     batch_rows: int = 64  # answers decoded together
@@ -45,6 +48,7 @@ class Rollout:
     logprobs: list[float]  # what sampling said of each of them
     reward_parts: dict = field(default_factory=dict)  # their sum is the reward
     advantage: float = 0.0
+    trains: bool = True
 
 
 def grpo_step(model, optimizer, prompts, rewards, reference, s: Settings, generator=None):
@@ -61,8 +65,10 @@ def grpo_step(model, optimizer, prompts, rewards, reference, s: Settings, genera
         rollout.reward_parts = parts
     totals = [float(sum(r.reward_parts.values())) for r in rollouts]
     totals = torch.tensor(totals, dtype=torch.float32).view(len(prompts), s.group)  # (P, G)
-    for rollout, advantage in zip(rollouts, group_advantages(totals).flatten().tolist()):
+    advantages = group_advantages(totals, by_std=s.loss != "dr_grpo")
+    for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
         rollout.advantage = advantage
+        rollout.trains = rollout.answer[-1] in s.eos_ids or not s.mask_truncated
     stats = grpo_update(model, optimizer, rollouts, reference, s)
     names = dict.fromkeys(name for r in rollouts for name in r.reward_parts)
     stats |= {
@@ -102,45 +108,58 @@ def sample_rollouts(model, prompts, s: Settings, generator=None) -> list[Rollout
     return rollouts
 
 
-def group_advantages(rewards):
+def group_advantages(rewards, by_std=True):
     """rewards (P, G) -> (r - mean) / (sample std + 1e-4) within each group, (P, G) float32.
 
     Exactly 0 where a group's rewards are all equal (rounding alone would give about 6e-4, a
-    gradient out of nothing). ValueError for G = 1: nothing to compare with.
+    gradient out of nothing). by_std=False does not divide, as the division favours groups that
+    differ little (Dr. GRPO). ValueError for G = 1: nothing to compare with.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (P, G) with G >= 2, got {tuple(rewards.shape)}")
     rewards = rewards.float()
     centred = rewards - rewards.mean(1, keepdim=True)
     equal = (rewards == rewards[:, :1]).all(1, keepdim=True)
-    return torch.where(equal, 0.0, centred / (rewards.std(1, keepdim=True) + 1e-4))
+    scale = rewards.std(1, keepdim=True) + 1e-4 if by_std else 1.0
+    return torch.where(equal, 0.0, centred / scale)
 
 
-def grpo_loss(logp, old_logp, ref_logp, advantages, mask, clip=0.2, kl=0.04):
+def grpo_loss(
+    logp, old_logp, ref_logp, advantages, mask, clip=0.2, kl=0.04,
+    *, clip_high=None, loss="grpo", max_new_tokens=None,
+):  # fmt: skip
     """The GRPO objective, negated, and its statistics (DeepSeekMath eq. 3 and 4):
     min(ratio A, clip(ratio, 1 - clip, 1 + clip) A) - kl * KL, with ratio = exp(logp - old_logp).
 
-    logp (new policy, with gradient), old_logp, ref_logp, mask (B, T), advantages (B,). Mean over
-    each answer's tokens, then over the B answers; a row without tokens counts as 0. The KL
-    estimator is k3, exp(ref - new) - (ref - new) - 1 >= 0. kl = 0 takes ref_logp None.
+    logp (new policy, with gradient), old_logp, ref_logp, mask (B, T), advantages (B,). The KL
+    estimator is k3, exp(ref - new) - (ref - new) - 1 >= 0; kl = 0 takes ref_logp None. clip_high:
+    the upper side is 1 + clip_high. loss: "grpo" is the mean over each answer's tokens, then over
+    the B answers, a row without tokens counting as 0; "token" the mean over all tokens (DAPO, Yu et
+    al. 2025); "dr_grpo" the sum over all tokens / (B max_new_tokens) (Dr. GRPO, Liu et al. 2025).
     """
     ratio = ((logp - old_logp) * mask).exp()
     A = advantages[:, None]  # (B, 1)
-    objective = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + clip) * A)
+    high = clip if clip_high is None else clip_high
+    objective = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + high) * A)
     k3 = torch.zeros_like(logp)
     if kl:
         log_ratio = (ref_logp - logp) * mask
         k3 = torch.expm1(log_ratio) - log_ratio  # exp(x) - 1 would round below 0
-    length = mask.sum(1).clamp(min=1)
 
     def per_answer(x):
-        return ((x * mask).sum(1) / length).mean()
+        return ((x * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
-    loss = -per_answer(objective - kl * k3)
+    gain = objective - kl * k3  # (B, T)
+    if loss == "grpo":
+        mean = per_answer(gain)
+    elif loss == "token":
+        mean = (gain * mask).sum() / mask.sum().clamp(min=1)
+    else:
+        mean = (gain * mask).sum() / (len(mask) * max_new_tokens)
     with torch.no_grad():
-        clipped = per_answer(((ratio - 1).abs() > clip).float())
+        clipped = per_answer(((ratio < 1 - clip) | (ratio > 1 + high)).float())
         stats = {"kl": per_answer(k3), "ratio": per_answer(ratio), "clipped": clipped}
-    return loss, stats
+    return -mean, stats
 
 
 def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
@@ -166,7 +185,7 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
                     b.ref = token_logprobs(model, b.tokens, b.labels, s.temperature)
         finally:
             set_flat(model, policy)
-    n_tokens = sum(len(r.answer) for r in rollouts)
+    n_tokens = sum(b.mask.sum() for b in batches).clamp(min=1)
     totals = {"loss": 0.0, "gap": 0.0}
     for _ in range(s.iterations):
         optimizer.zero_grad()
@@ -175,8 +194,13 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
             if b.old is None:
                 b.old = logp.detach()
                 totals["gap"] += (b.old - b.sampled).abs().sum() / n_tokens
-            loss, stats = grpo_loss(logp, b.old, b.ref, b.advantages, b.mask, s.clip, s.kl)
+            loss, stats = grpo_loss(
+                logp, b.old, b.ref, b.advantages, b.mask, s.clip, s.kl,
+                clip_high=s.clip_high, loss=s.loss, max_new_tokens=s.max_new_tokens,
+            )  # fmt: skip
             share = len(b.tokens) / len(rollouts)
+            if s.loss == "token":
+                share = b.mask.sum() / n_tokens
             (loss * share).backward()
             for name, value in (stats | {"loss": loss.detach()}).items():
                 totals[name] = totals.get(name, 0.0) + value * share / s.iterations
@@ -201,10 +225,11 @@ class MicroBatch:
 
 def collate(rollouts, device) -> MicroBatch:
     tokens = [torch.tensor(r.prompt + r.answer) for r in rollouts]
-    labels = [torch.tensor([-100] * len(r.prompt) + r.answer) for r in rollouts]
-    sampled = []
+    labels, sampled = [], []
     for r in rollouts:
-        logprobs = [0.0] * (len(r.prompt) - 1) + r.logprobs
+        answer = r.answer if r.trains else [-100] * len(r.answer)
+        labels.append(torch.tensor([-100] * len(r.prompt) + answer))
+        logprobs = [0.0] * (len(r.prompt) - 1) + (r.logprobs if r.trains else [0.0] * len(answer))
         sampled.append(torch.tensor(logprobs, dtype=torch.float32))
     advantages = torch.tensor([r.advantage for r in rollouts], dtype=torch.float32)
     labels = pad_sequence(labels, True, -100)

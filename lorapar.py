@@ -37,6 +37,7 @@ __all__ = [
     "get_flat", "set_flat", "set_anchor", "get_mask", "set_mask",
     "importance", "Partition", "partition", "stage_mask", "MaskedAdamW",
     "save_adapter", "load_adapter", "merge",
+    "add_baseline", "save_baseline", "load_baseline",
 ]  # fmt: skip
 
 QKVGUD = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")  # the paper's targets
@@ -101,6 +102,13 @@ def lora_factors(model) -> dict[str, nn.Parameter]:
         factors[f"{name}.lora_A"] = layer.lora_A
         factors[f"{name}.lora_B"] = layer.lora_B
     return factors
+
+
+def trained(model) -> dict[str, nn.Parameter]:
+    """name -> what a stage trains: LoRA's factors, or a baseline's parameters."""
+    if any(isinstance(m, BASELINES) for m in model.modules()):
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return lora_factors(model)
 
 
 @contextmanager
@@ -228,7 +236,7 @@ def add_lora(
 
 def get_flat(model) -> torch.Tensor:
     """(N,) float32: a copy of all LoRA factors, in the order of `lora_factors`, row-major."""
-    return torch.cat([p.detach().flatten() for p in lora_factors(model).values()])
+    return torch.cat([p.detach().flatten() for p in trained(model).values()])
 
 
 def lora_buffers(model, kind: str) -> list[torch.Tensor]:
@@ -250,7 +258,7 @@ def write_flat(tensors, vector, what: str):
 
 def set_flat(model, vector):
     """Writes (N,) back into the factors; ValueError if N does not fit."""
-    write_flat(list(lora_factors(model).values()), vector, "flat vector")
+    write_flat(list(trained(model).values()), vector, "flat vector")
 
 
 def set_anchor(model, vector):
@@ -259,7 +267,9 @@ def set_anchor(model, vector):
 
 
 def get_mask(model) -> torch.Tensor:
-    """(N,) bool: a copy of the layers' masks, in flat order."""
+    """(N,) bool: a copy of the layers' masks, in flat order; a baseline trains all it has."""
+    if any(isinstance(m, BASELINES) for m in model.modules()):
+        return torch.ones_like(get_flat(model), dtype=torch.bool)
     return torch.cat([m.flatten() for m in lora_buffers(model, "mask")])
 
 
@@ -460,7 +470,7 @@ class MaskedAdamW(torch.optim.AdamW):
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
-        for factor in lora_factors(self.model).values():
+        for factor in trained(self.model).values():
             factor.grad = None
 
     @torch.no_grad()
@@ -477,7 +487,7 @@ class MaskedAdamW(torch.optim.AdamW):
                 loss = closure()
         if not torch.equal(get_mask(self.model), self.mask):
             raise ValueError("set_mask was called after this optimizer was made; make a new one")
-        factors = lora_factors(self.model).values()
+        factors = trained(self.model).values()
         if all(p.grad is None for p in factors):
             raise ValueError("step() without gradients: call backward() first")
         gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in factors]
@@ -531,6 +541,8 @@ def save_adapter(model, folder, base_model=""):
     doubled: exactly our model on the untouched base, whatever the start was. It cannot be trained
     on as it was here; for that keep `model.state_dict()`.
     """
+    if hasattr(model, "baseline"):
+        return save_baseline(model, folder)
     model, tensors = unwrapped(model), {}
     layers = {own_name(n): layer for n, layer in lora_layers(model).items()}
     for name, layer in layers.items():
@@ -659,3 +671,121 @@ def merge(model):
         del layer.scale, layer.dropout, layer.cached
         layer.__class__ = nn.Linear
     return model
+
+
+# ------------------------------------------------------------------ the baselines of table 6
+#
+# n virtual tokens stand before each prompt: the ids V .. V + n - 1, from the vocabulary's end on.
+# Modules are changed in place instead of the decoder, so that its cache, log-probs and generation
+# stay as they are. What they train is float32, and all of it moves: `MaskedAdamW` sees one mask.
+
+
+def put(vectors, ids, x):
+    """x (B, T, ..) with vectors[ids] where ids (B, T) is not negative."""
+    return torch.where((ids >= 0)[..., None], vectors[ids.clamp(min=0)].to(x.dtype), x)
+
+
+class VirtualEmbedding(nn.Embedding):
+    """Answers the virtual ids with trained vectors. Prompt Tuning (Lester et al. 2021): free ones;
+    P-Tuning (Liu et al. 2021): through an MLP; for Prefix-Tuning it only notes where they are."""
+
+    def forward(self, tokens):
+        self.ids = tokens - self.num_embeddings  # (B, T): which virtual token, negative: none
+        words = F.embedding(tokens.clamp(max=self.num_embeddings - 1), self.weight)
+        if self.virtual is None:
+            return words
+        return put(self.virtual if self.mlp is None else self.mlp(self.virtual), self.ids, words)
+
+
+class PrefixLinear(nn.Linear):
+    """k_proj or v_proj whose output at the virtual tokens is trained: Prefix-Tuning (Li and Liang
+    2021). A key is rotated with its position as any other."""
+
+    def forward(self, x):
+        (embedding,) = self.source  # in a tuple, so that it is no submodule of this one
+        return put(self.prefix, embedding.ids, F.linear(x, self.weight, self.bias))
+
+
+class ScaledLinear(nn.Linear):
+    """IA3 (Liu et al. 2022): a trained factor for each output of k_proj and v_proj, each input of
+    down_proj."""
+
+    def forward(self, x):
+        scale = self.scale.to(x.dtype)
+        if self.on_input:
+            return F.linear(x * scale, self.weight, self.bias)
+        return F.linear(x, self.weight, self.bias) * scale
+
+
+BASELINES = (VirtualEmbedding, PrefixLinear, ScaledLinear)
+METHODS = ("prompt", "p-tuning", "prefix", "ia3")
+
+
+@torch.no_grad()
+def add_baseline(model, method: str, n=20, generator=None):
+    """Freezes the model and adds a baseline of the paper's table 6 in place; returns it.
+
+    Starts: prompt: the embeddings of n random tokens; p-tuning: N(0, 1) through an MLP with two
+    hidden layers, as wide as the model; prefix: the keys and values of n random tokens (without the
+    paper's MLP); ia3: ones. All but ia3 need prompts that begin with the n virtual ids.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; one of {', '.join(METHODS)}")
+    model.requires_grad_(False)
+    model.baseline = {"method": method, "virtual_tokens": n}
+    linears = {}  # end of the name -> its linears
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            linears.setdefault(name.rpartition(".")[2], []).append(module)
+    keys_and_values = linears.get("k_proj", []) + linears.get("v_proj", [])
+    if method == "ia3":
+        for linear in keys_and_values + linears.get("down_proj", []):
+            linear.__class__, linear.on_input = ScaledLinear, linear in linears["down_proj"]
+            width = linear.in_features if linear.on_input else linear.out_features
+            linear.scale = nn.Parameter(torch.ones(width, device=linear.weight.device))
+        return model
+    embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding))
+    device, (V, H) = embedding.weight.device, embedding.weight.shape
+    words = torch.randint(V, (1, n), generator=generator).to(device)  # n random tokens
+    if method == "prefix":
+        outputs = {}
+        hooks = [
+            linear.register_forward_hook(lambda module, _, y: outputs.update({module: y[0]}))
+            for linear in keys_and_values
+        ]
+        model(words)
+        for hook in hooks:
+            hook.remove()
+        for linear in keys_and_values:
+            linear.__class__, linear.source = PrefixLinear, (embedding,)
+            linear.prefix = nn.Parameter(outputs[linear].float().clone())  # (n, out)
+    embedding.__class__, embedding.virtual, embedding.mlp = VirtualEmbedding, None, None
+    if method == "prompt":
+        embedding.virtual = nn.Parameter(embedding.weight[words[0]].float())  # (n, H)
+    if method == "p-tuning":
+        embedding.virtual = nn.Parameter(torch.randn(n, H, generator=generator).to(device))
+        layers = [nn.Linear(H, H), nn.ReLU(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, H)]
+        embedding.mlp = nn.Sequential(*layers).to(device, torch.float32)
+        for p in embedding.mlp.parameters():  # PyTorch's own start, from our generator
+            p.copy_((2 * torch.rand(p.shape, generator=generator) - 1) / math.sqrt(H))
+            p.requires_grad_(True)
+    return model
+
+
+def save_baseline(model, folder):
+    """Writes what a baseline trains under our names; other programs do not read it."""
+    tensors = {name: p.detach().cpu().contiguous() for name, p in trained(model).items()}
+    about = json.dumps(model.baseline) + "\n"
+    write_file(Path(folder) / "baseline.json", about.encode())
+    write_file(Path(folder) / "baseline.safetensors", safetensors_bytes(tensors))
+
+
+def load_baseline(model, folder):
+    """Adds a saved baseline to a plain model."""
+    about = json.loads((Path(folder) / "baseline.json").read_text())
+    tensors = load_file(Path(folder) / "baseline.safetensors")
+    add_baseline(model, about["method"], about["virtual_tokens"])
+    for name, p in trained(model).items():
+        if name not in tensors or tensors[name].shape != p.shape:
+            raise ValueError(f"{folder}: no {name} of shape {tuple(p.shape)} for this model")
+        p.data.copy_(tensors[name])

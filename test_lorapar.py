@@ -2722,7 +2722,7 @@ def test_resampling_is_partitions_of_ordinary_scores(toy_run, tmp_path):
     indices = list(csv.DictReader((out / "resample.csv").open()))
     assert {r["examples"] for r in indices} == {"25", "50", "100"}
     c = train.read_config([*QUICK, "--out", str(out / "resample-0"), "--order", "none"])
-    model, _, inputs = train.prepare(c)
+    model, inputs = train.prepare(c)
     lorapar.add_lora(model, lora_alpha=c.lora_alpha, generator=seeded(0))
     encoded = inputs.encoded["S1"]
     draws = [lorapar.importance(model, [data.collate(encoded[i : i + 50])]) for i in (0, 50)]

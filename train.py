@@ -62,38 +62,40 @@ def run(c) -> dict:
     """The whole method on one run folder. c: the flags, one attribute each (`read_config`). Returns
     the report, also report.json."""
     open_folder(c)
-    model, tokenizer, inputs = prepare(c)  # the votes are in the examples
+    model, inputs = prepare(c)  # the votes are in the examples
     rows = {}
     if c.order != "none":
-        rows["base"] = evaluate(c, "base", model, tokenizer, inputs.test)
+        rows["base"] = evaluate(c, "base", model, inputs)
+    if c.method != "lora":
+        return run_baseline(c, model, inputs, rows)
     add_adapters(c, model)
     if c.init == "gaussian" and rows:  # the other starts leave the model as it is
-        rows["init"] = evaluate(c, "init", model, tokenizer, inputs.test)
+        rows["init"] = evaluate(c, "init", model, inputs)
     s1, s2 = score(c, model, inputs.encoded)  # importance on S1, importance on S2: eq. 1-3
     masks, facts = split_elements(c, model, s1, s2)  # Algorithm 1, step 1
     model.model.checkpointing = c.checkpointing  # from here on: it does not mix with vmap
     for stage in ORDERS[c.order]:
         if stage == "sft":  # step 2: moves S1-only and the top alpha of shared
-            sft(c, model, inputs.sft, masks["sft"])
+            sft(c, model, inputs, masks["sft"])
         else:  # step 3: moves S2-only and the top beta of shared
-            rl(c, model, tokenizer, inputs, masks["rl"])
-        rows[stage] = evaluate(c, stage, model, tokenizer, inputs.test)
+            rl(c, model, inputs, masks["rl"])
+        rows[stage] = evaluate(c, stage, model, inputs)
     return write_report(c, rows, facts, inputs, s1, s2)
 
 
 # ------------------------------------------------------------------- what run calls, in its order
 
 
-def evaluate(c, row, model, tokenizer, examples) -> dict:
+def evaluate(c, row, model, inputs) -> dict:
     """A row of the report: greedy accuracy, and what the model thinks of the reference answers."""
     file = Path(c.out) / "answers" / f"{row}.jsonl"
     if file.exists():
         records = [record for _, record in data.read_records(file)]
     else:
-        records = answer_all(c, model, tokenizer, examples, row)
+        records = answer_all(c, model, inputs, inputs.test, row)
         data.write_jsonl(file, records)
     means = averages(records)
-    accuracies = [f"{system} {mean['accuracy']:.1%}" for system, mean in means.items()]
+    accuracies = [f"{system} {100 * mean['accuracy']:.1f}%" for system, mean in means.items()]
     print(f"evaluate {row}: {'  '.join(accuracies)}")
     return means
 
@@ -162,27 +164,28 @@ def permuted(model, s1, s2, select: str, generator):
     return s1[order], s2[order]
 
 
-def sft(c, model, encoded, mask):
-    """Supervised fine-tuning of the masked elements; encoded: questions with their answers."""
-    lorapar.set_mask(model, mask)
+def sft(c, model, inputs, mask):
+    """Supervised fine-tuning of the masked elements. inputs.sft: questions with their answers."""
+    if mask is not None:  # None: a baseline of table 6 trains all it has
+        lorapar.set_mask(model, mask)
     optimizer = lorapar.MaskedAdamW(
         model, c.sft_lr, weight_decay=c.sft_weight_decay, max_grad_norm=c.sft_grad_norm
     )
-    plan = step_indices(len(encoded), c.sft_batch, c.sft_epochs, c.sft_steps, c.seed)
+    plan = step_indices(len(inputs.sft), c.sft_batch, c.sft_epochs, c.sft_steps, c.seed)
     first = load_state(c, "sft", model, optimizer)  # 0 but where a run goes on
-    began = time.perf_counter()
     model.train()  # dropout acts in this stage alone
     for step in range(first, len(plan)):
+        started = time.perf_counter()
         seed_step(c, step)
         lr = set_lr(optimizer, c.sft_lr, step, len(plan), c.sft_warmup)
-        batch = [encoded[i] for i in plan[step]]
+        batch = [inputs.sft[i] for i in plan[step]]
         with stop_if_diverged(c, "sft", step):
             loss = backward(model, batch, c.micro_batch, c.device)
             optimizer.step()  # clips, then moves the active elements
             optimizer.zero_grad()
-        seconds = (time.perf_counter() - began) / (step + 1 - first)
         values = {"loss": loss, "grad_norm": optimizer.grad_norm.item(), "lr": lr}
-        end_step(c, "sft", model, optimizer, step, len(plan), values, seconds)
+        values |= {"seconds": time.perf_counter() - started}
+        end_step(c, "sft", model, optimizer, inputs, step, len(plan), values)
     model.eval()
     lorapar.save_adapter(model, Path(c.out) / "sft", c.model or "toy")  # a killed run may lack it
 
@@ -199,19 +202,25 @@ def backward(model, encoded, micro_batch: int, device) -> float:
     return float(total)
 
 
-def rl(c, model, tokenizer, inputs, mask):
+def rl(c, model, inputs, mask):
     """GRPO on the masked elements. inputs.rl: (example, the ids of its prompt)."""
     lorapar.set_mask(model, mask)
     optimizer = lorapar.MaskedAdamW(
         model, c.rl_lr, (0.9, 0.99), weight_decay=c.rl_weight_decay, max_grad_norm=c.rl_grad_norm
     )
     reference = lorapar.get_flat(model)  # of the KL: the policy as RL began, before any load
+    if c.kl_reference == "base":
+        start = read_tensors(Path(c.out) / "importance.safetensors")["start"].to(c.device)
+        reference = start if c.init in lorapar.ANCHORED else torch.zeros_like(start)
     settings = grpo.Settings(
         group=c.rl_group,
         max_new_tokens=c.max_response,
-        eos_ids=tokenizer.eos_ids,
+        eos_ids=inputs.tokenizer.eos_ids,
         temperature=c.temperature,
+        loss=c.rl_loss,
         clip=c.clip,
+        clip_high=c.clip_high,
+        mask_truncated=c.mask_truncated,
         kl=c.kl,
         iterations=c.rl_iterations,
         batch_rows=c.batch_rows,
@@ -219,32 +228,33 @@ def rl(c, model, tokenizer, inputs, mask):
     )
     plan = step_indices(len(inputs.rl), c.rl_batch, c.rl_epochs, c.rl_steps, c.seed)
     first = load_state(c, "rl", model, optimizer)
-    began, equal_steps = time.perf_counter(), 0
+    equal_steps = 0
     for step in range(first, len(plan)):
+        started = time.perf_counter()
         generator = seed_step(c, step)
         lr = set_lr(optimizer, c.rl_lr, step, len(plan), c.rl_warmup)
         examples, prompts = zip(*[inputs.rl[i] for i in plan[step]])
-        rewards = partial(reward_rollouts, c, inputs.reward, tokenizer, examples)
+        rewards = partial(reward_rollouts, c, inputs, examples)
         with stop_if_diverged(c, "rl", step):
             stats, rollouts = grpo.grpo_step(
                 model, optimizer, prompts, rewards, reference, settings, generator
             )
-        keep_samples(c, tokenizer, step, examples, rollouts)
-        seconds = (time.perf_counter() - began) / (step + 1 - first)
-        end_step(c, "rl", model, optimizer, step, len(plan), stats | {"lr": lr}, seconds)
+        keep_samples(c, inputs.tokenizer, step, examples, rollouts)
+        values = stats | {"lr": lr, "seconds": time.perf_counter() - started}
+        end_step(c, "rl", model, optimizer, inputs, step, len(plan), values)
         equal_steps = equal_steps + 1 if stats["equal_groups"] == len(prompts) else 0
         if equal_steps == 10:
             print("rl: warning: ten steps without a difference in reward: nothing is being learned")
     lorapar.save_adapter(model, Path(c.out) / "rl", c.model or "toy")
 
 
-def reward_rollouts(c, reward, tokenizer, examples, rollouts) -> list[dict]:
+def reward_rollouts(c, inputs, examples, rollouts) -> list[dict]:
     """The reward parts of a step's rollouts, G to each example in a row, on all cores."""
     work = []
     for i, rollout in enumerate(rollouts):
         example = examples[i // c.rl_group]
-        work.append((example, tokenizer.decode(rollout.answer), c.allow_unconfined_code))
-    return data.in_parallel(reward, work)
+        work.append((example, inputs.tokenizer.decode(rollout.answer), c.allow_unconfined_code))
+    return data.in_parallel(inputs.reward, work)
 
 
 def keep_samples(c, tokenizer, step: int, examples, rollouts):
@@ -256,7 +266,7 @@ def keep_samples(c, tokenizer, step: int, examples, rollouts):
             sample = {"step": step, "id": example.id, "question": example.question}
             sample |= {"answer": tokenizer.decode(rollout.answer), "reward": rollout.reward_parts}
             out.write(json.dumps(sample, ensure_ascii=False) + "\n")
-            if i == 0 and step % 20 == 0:
+            if i == 0 and step % (c.eval_every or 20) == 0:
                 print(f"rl sample: {sample['answer'][:300]!r} to {example.question[-100:]!r}")
                 print(f"rl sample: its reward is {rollout.reward_parts}")
 
@@ -313,9 +323,11 @@ LEGEND = {
 }
 
 
-def end_step(c, stage, model, optimizer, step: int, steps: int, values: dict, seconds: float):
-    """Prints the step's line, adds it to metrics.jsonl, saves now and then (and at the end).
-    seconds: what a step takes."""
+def end_step(c, stage, model, optimizer, inputs, step: int, steps: int, values: dict):
+    """Prints the step's line, adds it to metrics.jsonl; now and then (and at the end) validates and
+    saves."""
+    if c.eval_every and ((step + 1) % c.eval_every == 0 or step + 1 == steps):
+        values = values | validate(c, stage, model, inputs, step)
     saves = (step + 1) % c.save_every == 0 or step + 1 == steps
     if saves:  # elements can be finite and their product not
         with stop_if_diverged(c, stage, step), eval_mode(model), torch.no_grad():
@@ -327,10 +339,25 @@ def end_step(c, stage, model, optimizer, step: int, steps: int, values: dict, se
     words = [f"{name} {values[name]:.4g}" for name in SHOWN[stage]]
     if "parts" in values:
         words[0] += f" ({' '.join(f'{k} {v:.2f}' for k, v in values['parts'].items())})"
-    minutes, left = divmod(int(seconds * (steps - step - 1)), 60)
+    minutes, left = divmod(int(values["seconds"] * (steps - step - 1)), 60)
     print(f"{stage} {step + 1}/{steps}  {'  '.join(words)}  left {minutes}:{left:02d}")
     if saves:
         save_state(Path(c.out) / stage, model, optimizer, step + 1)
+        lorapar.save_adapter(model, Path(c.out) / stage, c.model or "toy")
+
+
+def validate(c, stage: str, model, inputs, step: int) -> dict:
+    """Accuracy and loss on a fixed sample of the validation split; the stage's best adapter so far
+    is kept beside its last one."""
+    records = answer_all(c, model, inputs, inputs.validation, f"{stage} {step + 1}")
+    mean, file = averages(records)["all"], Path(c.out) / "metrics.jsonl"
+    print(f"{stage} validation {step + 1}: {mean['accuracy']:.3f} ± {mean['error']:.3f}; for one:")
+    print(f"  {records[0]['reply'][:300]!r} to {records[0]['question'][-100:]!r}")
+    earlier = [r for _, r in data.read_records(file)] if file.exists() else []
+    scores = [r["accuracy"] for r in earlier if r["stage"] == stage and "accuracy" in r]
+    if mean["accuracy"] > max(scores, default=-math.inf):
+        lorapar.save_adapter(model, Path(c.out) / stage / "best", c.model or "toy")
+    return {"accuracy": mean["accuracy"], "validation_loss": mean["loss"]}
 
 
 def save_state(folder, model, optimizer, step: int):
@@ -376,9 +403,11 @@ def keep_lines(path: Path, wanted):
 # -------------------------------------------------------------------------------------- evaluation
 
 
-def answer_all(c, model, tokenizer, examples, what: str) -> list[dict]:
-    """A record for each example that a person can read: the greedy answer, whether it is right, and
-    of the reference answer (EOS included) the probability and the loss a token."""
+def answer_all(c, model, inputs, examples, what: str) -> list[dict]:
+    """A record for each example that a person can read: the greedy answer, whether it is right (its
+    reward, where that alone can tell), and of the reference answer (EOS included) the probability
+    and the loss a token."""
+    tokenizer = inputs.tokenizer
     encoded, _ = data.tokenize(examples, tokenizer, 10**9, c.prompt, "rl")
     records = [{"id": e.id, "label": e.label, "question": e.question} for e in examples]
     order = sorted(range(len(examples)), key=lambda i: encoded[i].prompt_length)  # little padding
@@ -395,12 +424,18 @@ def answer_all(c, model, tokenizer, examples, what: str) -> list[dict]:
             work = [
                 (examples[i], reply, c.allow_unconfined_code) for i, reply in zip(rows, replies)
             ]
-            verdicts = data.in_parallel(data.is_correct, work)
+            verdicts = data.in_parallel(partial(judge, inputs.reward), work)
             likelihoods = likelihood(c, model, [encoded[i] for i in rows], what)
             for i, reply, correct, (p, loss) in zip(rows, replies, verdicts, likelihoods):
                 records[i] |= {"gold": examples[i].gold, "reply": reply, "correct": correct}
                 records[i] |= {"probability": p, "loss": loss}
     return records
+
+
+def judge(reward, example, reply: str, unconfined) -> float:
+    if example.kind == "text":
+        return sum(reward(example, reply, unconfined).values())
+    return data.is_correct(example, reply, unconfined)
 
 
 def reply_texts(c, model, tokenizer, examples, prompts) -> list[str]:
@@ -443,10 +478,11 @@ def averages(records: list[dict]) -> dict:
     for system in ("S1", "S2", "all"):
         members = [r for r in records if system in ("all", r["label"])]
         if members:
-            p = statistics.mean(r["correct"] for r in members)
-            means[system] = {"accuracy": p, "error": math.sqrt(p * (1 - p) / len(members))}
+            values = [float(r["correct"]) for r in members]
+            error = math.sqrt(statistics.pvariance(values) / len(values))
+            means[system] = {"accuracy": statistics.fmean(values), "error": error}
             for name in ("probability", "loss"):
-                means[system][name] = statistics.mean(r[name] for r in members)
+                means[system][name] = statistics.fmean(r[name] for r in members)
             means[system]["examples"] = len(members)
     return means
 
@@ -474,6 +510,7 @@ def within(kind, low, high):
 COUNT, SHARE, ABOVE_0 = within(int, 1, 10**9), within(float, 0, 1), within(float, 1e-37, 1e37)
 FROM_0 = within(float, 0, 1e37)  # float32 ends there
 STARTS = ("anchored", "gaussian", "lora", "pissa", "olora")
+METHODS = ("lora", *lorapar.METHODS)
 SELECT = ("importance", "random", "random-in-tensor", "swapped")
 
 # group: {flag: (type, default, help)}. Defaults are the paper's, where it gives them.
@@ -492,8 +529,11 @@ FLAGS = {
         "train_examples": (COUNT, None, "use at most this many training examples"),
         "eval_examples": (COUNT, None, "evaluate on at most this many examples"),
         "eval_split": (("test", "validation"), "test", "choose settings on validation only"),
+        "eval_every": (COUNT, None, "steps between looks at the validation split, in both stages"),
     },
     "LoRA": {
+        "method": (METHODS, "lora", "or a baseline of the paper's table 6, with --order sft"),
+        "virtual_tokens": (COUNT, 20, "of prompt, p-tuning and prefix"),
         "targets": (str, "qkvgud", "projections that get an adapter: letters of q k v o g u d"),
         "r": (COUNT, 8, "rank"),
         "lora_alpha": (ABOVE_0, 64.0, "the scale is lora_alpha / r"),
@@ -532,8 +572,12 @@ FLAGS = {
         "max_prompt": (COUNT, 128, "longer prompts are left out of RL, and counted"),
         "max_response": (COUNT, 256, "tokens an answer may have, in RL and evaluation"),
         "temperature": (ABOVE_0, 0.9, "softmax temperature of rollouts and their log-probs"),
-        "kl": (FROM_0, 0.04, "weight of the KL to the policy as RL begins; 0: none"),
+        "kl": (FROM_0, 0.04, "weight of the KL penalty; 0: none"),
+        "kl_reference": (("start", "base"), "start", "the policy as RL begins, or the base"),
+        "rl_loss": (("grpo", "token", "dr_grpo"), "grpo", "mean of answers, tokens, or no mean"),
         "clip": (FROM_0, 0.2, "PPO's ratio clip"),
+        "clip_high": (FROM_0, None, "its upper side, if another (DAPO: 0.28)"),
+        "mask_truncated": (bool, False, "answers cut at --max-response do not train"),
     },
     "size and speed (free to change when a run goes on)": {
         "device": (str, "cuda" if torch.cuda.is_available() else "cpu", "torch device"),
@@ -598,6 +642,8 @@ def read_config(arguments):
     if c.out is None:
         name = data.split_spec(c.data)[0]
         c.out = f"runs/{Path(c.model).name}-{Path(name).stem}" if c.model else "runs/toy"
+    if c.method != "lora" and c.order != "sft":
+        raise ValueError(f"--method {c.method} has the SFT stage alone: --order sft")
     if not c.targets or set(c.targets) - set(PROJECTIONS):
         raise ValueError(f"--targets {c.targets}: letters of q k v o g u d")
     if c.data == "toy" and not re.fullmatch(TOY_LABELS, c.labels or "teachers:5"):
@@ -616,23 +662,24 @@ def read_config(arguments):
 class Inputs:
     """What a run reads: training examples by system, as the stages take them, and the test."""
 
+    tokenizer: data.Tokenizer
     encoded: dict  # system -> its training examples as token ids, for scoring
     sft: list  # of data.Encoded
     rl: list  # of (example, its prompt's ids)
     test: list  # of examples
+    validation: list  # of examples, for --eval-every
     reward: object  # (example, reply, unconfined) -> its parts
     facts: dict  # what of it -> how many, in words
 
 
 def prepare(c):
-    """Reads and checks every input before work begins (the toy's are made first) -> model,
-    tokenizer, Inputs."""
+    """Reads and checks every input before work begins (the toy's are made first)."""
     folder = find_model(c.model) if c.model else toy_base(c)
     sets, facts = read_sets(c), {}
     labels = read_labels(c, sets, facts)
     label_of = {r["id"]: r["label"] for r in labels}
     tokenizer = data.Tokenizer(folder)
-    inputs, systems = Inputs({}, [], [], [], reward_function(c), facts), {}
+    inputs, systems = Inputs(tokenizer, {}, [], [], [], [], reward_function(c), facts), {}
     for system in ("S1", "S2"):
         labelled = [replace(e, label=label_of[e.id]) for e in sets[system] if e.id in label_of]
         random.Random(c.seed).shuffle(labelled)
@@ -653,16 +700,18 @@ def prepare(c):
         example = inputs.rl[0][0]  # one call of the reward, before hours of work
         parts = inputs.reward(example, example.answer, c.allow_unconfined_code)
         facts["reward"] = f"of the reference answer of {example.id}: {parts}"
-    test = [replace(e, label=label_of.get(e.id, e.label)) for e in sets["test"] if e.kind != "text"]
-    random.Random(c.seed).shuffle(test)
-    inputs.test = test[: c.eval_examples]
+    for name, limit in (("test", c.eval_examples), ("validation", c.eval_examples or 100)):
+        examples = [replace(e, label=label_of.get(e.id, e.label)) for e in sets[name]]
+        checked = [e for e in examples if e.kind != "text"] or examples  # or their reward tells
+        random.Random(c.seed).shuffle(checked)
+        setattr(inputs, name, checked[:limit])
     facts["test"] = f"{len(inputs.test)} {c.eval_split} examples of {c.eval_data or c.data}"
     model = load(c, folder)
     linears = lorapar.target_linears(model, [PROJECTIONS[x] for x in c.targets], c.r)  # or refuse
     keep_labels(c, labels)
     write_json(Path(c.out) / "config.json", settings(c))
     describe(c, model, linears, inputs)
-    return model, tokenizer, inputs
+    return model, inputs
 
 
 def describe(c, model, linears, inputs):
@@ -689,25 +738,29 @@ def source(c, spec: str):
 
 
 def read_sets(c) -> dict:
-    """{"S1", "S2", "test"}: the examples of both stages and of the evaluation. One file without
-    splits is taken whole unless it both trains and tests. ValueError where answers could not be
-    checked, or where the evaluation holds training examples."""
+    """{"S1", "S2", "test", "validation"}: the examples of both stages and of the evaluation. One
+    file without splits is taken whole unless it both trains and tests. ValueError where answers
+    could not be checked, or where the evaluation holds training examples."""
     specs = {"S1": c.data, "S2": c.rl_data or c.data, "test": c.eval_data or c.data}
-    sets = {}
+    sets = {"validation": []}
     for name, spec in specs.items():
         path, split = source(c, spec), c.eval_split if name == "test" else "train"
         trains_and_tests = spec == specs["test"] and spec in (specs["S1"], specs["S2"])
         if data.in_one_file(*path):
-            if split == "validation" and not trains_and_tests:
+            if (split == "validation" or c.eval_every) and not trains_and_tests and name == "test":
                 raise ValueError(f"{spec} is evaluated whole: it has no validation split")
             split = split if trains_and_tests else "all"
-            if spec not in list(specs.values())[: len(sets)]:
+            if spec not in list(specs.values())[: len(sets) - 1]:
                 print(split_words(path, trains_and_tests))
         sets[name] = data.load_dataset(*path, split)
+    if c.eval_every:
+        sets["validation"] = data.load_dataset(*source(c, specs["test"]), "validation")
     if all(e.kind == "text" for e in sets["S2"]) and "rl" in ORDERS[c.order] and not c.reward:
         raise ValueError(f"{specs['S2']}: no answer can be checked: give --rl-data or a --reward")
-    if all(e.kind == "text" for e in sets["test"]) and c.order != "none":
-        raise ValueError(f"{specs['test']}: no answer can be checked: name a --eval-data")
+    if all(e.kind == "text" for e in sets["test"]) and c.order != "none" and not c.reward:
+        raise ValueError(
+            f"{specs['test']}: no answer can be checked: name a --eval-data or --reward"
+        )
     if {e.id for e in sets["test"]} & {e.id for name in ("S1", "S2") for e in sets[name]}:
         raise ValueError(f"{specs['test']}: the evaluation holds training examples (by their ids)")
     return sets
@@ -913,23 +966,26 @@ def table(head: list, rows) -> list[str]:
 def write_report(c, rows, facts, inputs, s1, s2) -> dict:
     """report.json, and report.md: the tables a person reads, also printed."""
     lines = [f"# LoRA-PAR: {c.data}, seed {c.seed}", ""]
+    metric, scale = ("accuracy, %", 100) if inputs.test[0].kind != "text" else ("reward", 1)
     if rows:
         cells = []
         for stage, row in rows.items():
-            spreads = [f"{100 * a['accuracy']:.1f} ± {100 * a['error']:.1f}" for a in row.values()]
+            means = [(scale * a["accuracy"], scale * a["error"]) for a in row.values()]
+            spreads = [f"{mean:.1f} ± {error:.1f}" for mean, error in means]
             cells.append([stage, *spreads, f"{row['all']['loss']:.3f}"])
         head = [f"{system} ({mean['examples']})" for system, mean in rows["base"].items()]
-        lines += table(["accuracy, %", *head, "loss"], cells)
+        lines += table([metric, *head, "loss"], cells)
         lines += ["", "Greedy answers, ± one standard error. loss: mean over examples of the"]
         lines += ["cross-entropy a token of the reference answer.", ""]
     thetas = []
-    for theta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9):
+    for theta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9) if c.method == "lora" else ():
         part = lorapar.partition(s1, s2, theta)
         shares = [100 * float((own | part.shared).double().mean()) for own in part[:2]]
         thetas.append([theta, *(f"{share:.2f}" for share in shares), f"{jaccard(part):.3f}"])
-    lines += table(["theta", "% S1 region", "% S2 region", "Jaccard"], thetas)
+    if thetas:
+        lines += [*table(["theta", "% S1 region", "% S2 region", "Jaccard"], thetas), ""]
     regions = ", ".join(f"{name} {size}" for name, size in facts["regions"].items())
-    lines += ["", f"- theta {c.theta}: {facts['elements']} elements, {regions}"]
+    lines.append(f"- {facts['elements']} elements; at theta {c.theta} {regions}")
     lines += [f"- {name}: {text}" for name, text in inputs.facts.items()]
     if rows and c.init in lorapar.ANCHORED:
         lines.append(f"- adapters: rank {2 * c.r}, twice --r: the difference from the base")
@@ -942,6 +998,18 @@ def write_report(c, rows, facts, inputs, s1, s2) -> dict:
 
 
 # --------------------------------------------------------------------------------- other commands
+
+
+def run_baseline(c, model, inputs, rows) -> dict:
+    """A baseline of the paper's table 6: the SFT stage alone, on all that its method trains."""
+    n, V = 0 if c.method == "ia3" else c.virtual_tokens, model.config.vocab_size
+    lorapar.add_baseline(model, c.method, n, torch.Generator().manual_seed(c.seed))
+    virtual = inputs.tokenizer.virtual = list(range(V, V + n))  # not counted in --max-length
+    inputs.sft = [data.Encoded(virtual + e.ids, e.prompt_length + n) for e in inputs.sft]
+    sft(c, model, inputs, None)
+    rows["sft"] = evaluate(c, "sft", model, inputs)
+    facts = {"elements": len(lorapar.get_flat(model)), "regions": {}, "jaccard": None}
+    return write_report(c, rows, facts | {"active_percent": {"sft": 100.0}}, inputs, None, None)
 
 
 def run_eval(arguments):
@@ -959,7 +1027,12 @@ def run_eval(arguments):
     if not folder and (not c.model or not c.data):
         raise ValueError("eval needs a run folder (the toy's too), or --model and --data")
     if folder and not adapter:
-        stages = [s for s in ORDERS[c.order] if (Path(folder) / s / "adapter_config.json").exists()]
+        written = ("adapter_config.json", "baseline.json")
+        stages = [
+            s
+            for s in ORDERS[c.order]
+            if any((Path(folder) / s / name).exists() for name in written)
+        ]
         if not stages:
             raise ValueError(f"{folder}: no adapter there yet")
         adapter = Path(folder) / stages[-1]
@@ -976,12 +1049,47 @@ def run_eval(arguments):
     data.write_jsonl(out, [])  # a folder that cannot be written fails now
     checkpoint = find_model(c.model) if c.model else Path(folder) / "base"
     tokenizer, model = data.Tokenizer(checkpoint), load(c, checkpoint)
-    if adapter:
+    if adapter and (Path(adapter) / "baseline.json").exists():
+        lorapar.load_baseline(model, adapter)
+        V, n = model.config.vocab_size, model.baseline["virtual_tokens"]
+        tokenizer.virtual = list(range(V, V + n))
+    elif adapter:
         lorapar.load_adapter(model, adapter)
-    records = answer_all(c, model, tokenizer, examples[: c.eval_examples], c.data)
+    inputs = Inputs(tokenizer, {}, [], [], [], [], data.reward_parts, {})
+    records = answer_all(c, model, inputs, examples[: c.eval_examples], c.data)
     print(json.dumps(averages(records), indent=2))
     data.write_jsonl(out, records)
     print(f"every answer is in {out}")
+
+
+def run_compare(arguments):
+    """Two finished runs: their last rows, the paired difference of their answers with its standard
+    error, percent active, and the hours of training."""
+    parser = Parser("train.py compare", description=run_compare.__doc__)
+    parser.add_argument("runs", nargs=2, help="a run folder")
+    folders = [Path(run) for run in parser.parse_args(arguments).runs]
+    reports = [read_json(folder / "report.json") for folder in folders]
+    answers, lines = [], []
+    for folder, report in zip(folders, reports):
+        last = list(report["evaluation"])[-1]
+        records = data.read_records(folder / "answers" / f"{last}.jsonl")
+        answers.append({record["id"]: record for _, record in records})
+    both = [(answers[0][i], answers[1][i]) for i in answers[0] if i in answers[1]]
+    for system in ("S1", "S2", "all"):
+        pairs = [(a["correct"], b["correct"]) for a, b in both if system in ("all", a["label"])]
+        if pairs:
+            means = [f"{100 * statistics.fmean(side):.1f}" for side in zip(*pairs)]
+            gaps = [100 * (float(b) - float(a)) for a, b in pairs]
+            lines.append([f"{system} ({len(pairs)})", *means, mean_and_error(gaps)])
+    for stage in ("sft", "rl"):
+        shares = [report["partition"]["active_percent"].get(stage, 0) for report in reports]
+        lines.append([f"% active in {stage}", *(f"{share:.1f}" for share in shares), ""])
+    hours = []
+    for folder in folders:
+        seconds = sum(r.get("seconds", 0) for _, r in data.read_records(folder / "metrics.jsonl"))
+        hours.append(f"{seconds / 3600:.2f}")
+    lines.append(["hours of training", *hours, ""])
+    print("\n".join(table(["", *map(str, folders), "difference"], lines)))
 
 
 def run_merge(arguments):
@@ -1008,8 +1116,8 @@ def run_figure(arguments):
     parser = Parser("train.py figure", description=run_figure.__doc__)
     parser.add_argument("run", help="the run folder")
     out = Path(parser.parse_args(arguments).run)
-    if not (out / "partition.json").exists():
-        raise ValueError(f"{out}: no run there (no partition.json)")
+    if not (out / "metrics.jsonl").exists() and not (out / "partition.json").exists():
+        raise ValueError(f"{out}: no run there")
     draw_figures(out)
 
 
@@ -1029,6 +1137,24 @@ def draw_figures(out: Path):
     figure = new_figure(6, 5)
     if figure is None:
         return
+    if (out / "partition.safetensors").exists():
+        draw_importance(out, figure)
+    metrics = out / "metrics.jsonl"
+    lines = [record for _, record in data.read_records(metrics)] if metrics.exists() else []
+    shown = [("sft", "loss"), ("rl", "reward"), ("rl", "kl"), ("rl", "length")]
+    validated = {r["stage"] for r in lines if "accuracy" in r}
+    shown += [(stage, "accuracy") for stage in sorted(validated, reverse=True)]
+    figure = new_figure(3.5 * len(shown), 3)
+    for axes, (stage, name) in zip(figure.subplots(1, len(shown)), shown):
+        points = [r for r in lines if r["stage"] == stage and name in r]
+        axes.plot([r["step"] + 1 for r in points], [r[name] for r in points], marker=".")
+        axes.set(title=f"{stage}: {name}", xlabel="step")
+        axes.locator_params(axis="x", nbins=5, integer=True)
+    figure.savefig(out / "training.png", dpi=120, bbox_inches="tight")
+    print(f"figures: {out}/importance.png, {out}/training.png")
+
+
+def draw_importance(out: Path, figure):
     scores, regions = (read_tensors(out / f"{n}.safetensors") for n in ("importance", "partition"))
     s1_only, s2_only, shared = (regions[name] for name in lorapar.Partition._fields)
     axes = figure.subplots()
@@ -1049,17 +1175,6 @@ def draw_figures(out: Path):
     index = read_json(out / "partition.json")["jaccard"]
     axes.legend(title=f"Jaccard index {index:.3f}", markerscale=4)
     figure.savefig(out / "importance.png", dpi=120, bbox_inches="tight")
-    metrics = out / "metrics.jsonl"
-    lines = [record for _, record in data.read_records(metrics)] if metrics.exists() else []
-    figure = new_figure(14, 3)
-    shown = {"loss": "sft", "reward": "rl", "kl": "rl", "length": "rl"}
-    for axes, (name, stage) in zip(figure.subplots(1, 4), shown.items()):
-        points = [r for r in lines if r["stage"] == stage and name in r]
-        axes.plot([r["step"] + 1 for r in points], [r[name] for r in points], marker=".")
-        axes.set(title=f"{stage}: {name}", xlabel="step")
-        axes.locator_params(axis="x", nbins=5, integer=True)
-    figure.savefig(out / "training.png", dpi=120, bbox_inches="tight")
-    print(f"figures: {out}/importance.png, {out}/training.png")
 
 
 # ------------------------------------------------------------------------------------------ sweeps
@@ -1070,6 +1185,7 @@ SWEEPS = {
     "shared": "table 2: alpha and beta, the share of the shared elements that each stage trains",
     "theta": "table 3, figure 5: how many elements, against random ones, for three target sets",
     "methods": "table 4: LoRA, OLoRA, PiSSA, with and without RL, against LoRA-PAR",
+    "peft": "table 6: Prompt Tuning, P-Tuning, Prefix-Tuning, IA3, beside LoRA and LoRA-PAR",
     "order": "SFT then RL, or the reverse",
     "swapped": "each stage with the other system's elements",
     "resample": "how much of two regions' difference is sampling",
@@ -1119,6 +1235,12 @@ def sweep_rows(name: str, base) -> dict:
         for theta in (0.9, 0.95):
             rows[f"LoRA-PAR {theta}"] = {"theta": theta}, par
             rows[f"LoRA-PAR {theta} from PiSSA"] = {"theta": theta, "init": "pissa"}, par
+    if name == "peft":
+        flags, par = FULL | {"order": "sft"}, "LoRA-PAR 0.9"
+        rows["LoRA"] = flags | {"init": "lora"}, par
+        for method in lorapar.METHODS:  # few parameters take large steps
+            rows[method] = flags | {"method": method, "sft_lr": 10 * base.sft_lr}, par
+        rows[par] = {"theta": 0.9}, par
     return rows
 
 
@@ -1188,8 +1310,9 @@ def run_cell(base, changes: dict) -> dict:
         with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
             share_toy(base, c)
             report = run(c)
-    facts = {f"% active in {k}": v for k, v in report["partition"]["active_percent"].items()}
-    facts["jaccard"], stages = report["partition"]["jaccard"], list(report["evaluation"])
+    facts = {name: report["partition"][name] for name in ("elements", "jaccard")}
+    facts |= {f"% active in {k}": v for k, v in report["partition"]["active_percent"].items()}
+    stages = list(report["evaluation"])
     for stage, when in [*((s, f"after {s}") for s in stages), (stages[-1], "at the end")]:
         for system, row in report["evaluation"][stage].items():
             facts[f"{system} {when}"] = 100 * row["accuracy"]
@@ -1216,7 +1339,8 @@ def tuned_rates(base, flags: dict, seed: int, cell) -> dict:
     for stage in ORDERS[flags.get("order", base.order)]:
         tried = {}
         for factor in RATES:
-            rate = float(f"{getattr(base, f'{stage}_lr') * factor:.3g}")
+            rate = flags.get(f"{stage}_lr", getattr(base, f"{stage}_lr")) * factor
+            rate = float(f"{rate:.3g}")
             trial = flags | rates | {f"{stage}_lr": rate, "seed": seed, "eval_split": "validation"}
             try:
                 facts = cell(trial)
@@ -1228,7 +1352,7 @@ def tuned_rates(base, flags: dict, seed: int, cell) -> dict:
 
 
 def sweep_table(args, base, rows, records, rates) -> list[str]:
-    columns = ["% active in sft", "% active in rl", "S1 at the end", "S2 at the end"]
+    columns = ["elements", "% active in sft", "% active in rl", "S1 at the end", "S2 at the end"]
     columns += ["all after sft", "all at the end"]
     lines = []
     for row, (_, reference) in rows.items():
@@ -1284,7 +1408,7 @@ def resample(base, seeds: int):
         c.out = str(Path(base.out) / f"resample-{seed}")
         open_folder(c)  # refuses a folder of other settings
         share_toy(base, c)
-        model, _, inputs = prepare(c)
+        model, inputs = prepare(c)
         add_adapters(c, model)
         S1, S2 = inputs.encoded["S1"], inputs.encoded["S2"]
         for n in [n for n in (25, 50, 100, 200) if 2 * n <= min(len(S1), len(S2))]:
@@ -1341,7 +1465,8 @@ def draw_curves(base, name: str, curves: dict, x: str, y: str):
     figure.savefig(Path(base.out) / f"{name}.png", dpi=120, bbox_inches="tight")
 
 
-COMMANDS = {"eval": run_eval, "merge": run_merge, "figure": run_figure, "sweep": run_sweep}
+COMMANDS = {"eval": run_eval, "compare": run_compare, "merge": run_merge}
+COMMANDS |= {"figure": run_figure, "sweep": run_sweep}
 
 
 def main(arguments=None):
