@@ -1106,6 +1106,109 @@ def test_an_update_of_nothing_or_of_what_is_not_finite_is_an_error_and_moves_not
     refuses("set_mask was called", optimizer.step)
 
 
+# --------------------------------------------------------------------------- baselines of table 6
+
+VIRTUAL = 4
+# Six logits of the last position of row 0 that PEFT 0.21 gave (eager, float32), for the same
+# parameters; Prefix-Tuning's keys turned back by their positions, for PEFT does not rotate them.
+BASELINE_LOGITS = {
+    "prompt": [1.2645, 2.5069, 2.5237, 1.597, 1.5667, -0.5525],
+    "p-tuning": [-0.4237, 0.8576, -1.8835, 0.1229, -0.907, 0.0258],
+    "prefix": [1.0949, 2.474, 0.8861, 1.4334, 1.0032, -0.1399],
+    "ia3": [0.6604, 2.7272, 1.0037, 0.8323, 0.79, -0.9467],
+}
+
+
+def baseline_model(method):
+    """A baseline on a small model, its parameters sines of their index."""
+    model = lorapar.add_baseline(small("llama2"), method, VIRTUAL, seeded(0))
+    wave = 0.5 * torch.sin(torch.arange(len(lorapar.get_flat(model)), dtype=torch.float64) ** 1.2)
+    lorapar.set_flat(model, wave.float() + (method == "ia3"))
+    return model
+
+
+def with_virtual(method, tokens):
+    n = 0 if method == "ia3" else VIRTUAL
+    virtual = torch.arange(64, 64 + n).expand(len(tokens), n)
+    return torch.cat((virtual, tokens), 1)
+
+
+@pytest.mark.parametrize("method", lorapar.METHODS)
+def test_baselines_compute_what_peft_computes(method, tmp_path):
+    """Also live where PEFT is installed; what generates and trains reads the same."""
+    tokens = torch.tensor([[5, 9, 2, 33, 17, 60], [1, 2, 3, 4, 5, 6]])
+    model, rows = baseline_model(method), with_virtual(method, tokens)
+    logits = model(rows)[0, -1]
+    close(logits[:6], torch.tensor(BASELINE_LOGITS[method]), 1e-3)
+    for prompt, answer in zip(rows, decoder.generate(model, rows.tolist(), 5, temperature=0)):
+        whole = torch.cat((prompt, torch.tensor(answer[0])))[None]
+        greedy = model(whole)[0, len(prompt) - 1 : -1].argmax(-1)  # without a cache
+        assert greedy.tolist() == answer[0]
+    lorapar.save_adapter(model, tmp_path / "saved")
+    again = small("llama2")
+    lorapar.load_baseline(again, tmp_path / "saved")
+    assert torch.equal(again(rows), model(rows))
+    try:
+        import peft
+        import transformers
+    except ImportError:
+        return
+    decoder.save_model(small("llama2"), tmp_path / "base")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    n = {"task_type": "CAUSAL_LM", "num_virtual_tokens": VIRTUAL}
+    linears = {"target_modules": ["k_proj", "v_proj", "down_proj"]}
+    config = {
+        "prompt": lambda: peft.PromptTuningConfig(**n),
+        "p-tuning": lambda: peft.PromptEncoderConfig(encoder_hidden_size=32, **n),
+        "prefix": lambda: peft.PrefixTuningConfig(**n),
+        "ia3": lambda: peft.IA3Config(feedforward_modules=["down_proj"], **linears),
+    }[method]()
+    theirs = peft.get_peft_model(theirs, config).eval()
+    assert theirs.get_nb_trainable_parameters()[0] == len(lorapar.get_flat(model))
+    embedding, modules = model.model.embed_tokens, dict(model.named_modules())
+    with torch.no_grad():
+        if method == "ia3":
+            for name, module in theirs.named_modules():
+                if getattr(module, "ia3_l", None):
+                    own = modules[name.removeprefix("base_model.model.")].scale
+                    module.ia3_l["default"].copy_(own.view_as(module.ia3_l["default"]))
+        else:
+            encoder = theirs.prompt_encoder["default"]
+            vectors = embedding.virtual
+            if method == "p-tuning":
+                encoder.mlp_head.load_state_dict(embedding.mlp.state_dict())
+            if method == "prefix":
+                angles = torch.arange(VIRTUAL)[:, None] * model.model.inv_freq
+                angles = torch.cat((angles, angles), -1)
+                vectors = []
+                for layer in model.model.layers:
+                    keys = layer.self_attn.k_proj.prefix.unflatten(1, (-1, angles.shape[1]))
+                    keys = decoder.rotate(keys.transpose(0, 1), angles.cos(), angles.sin())
+                    vectors += [keys.transpose(0, 1).flatten(1), layer.self_attn.v_proj.prefix]
+                vectors = torch.cat(vectors, 1)
+            encoder.embedding.weight.copy_(vectors)
+        close(logits, theirs(input_ids=tokens).logits[0, -1], 1e-4)
+
+
+@pytest.mark.parametrize("method", lorapar.METHODS)
+def test_baselines_start_as_their_papers_say(method):
+    model, plain = (
+        lorapar.add_baseline(small("llama2"), method, VIRTUAL, seeded(0)),
+        small("llama2"),
+    )
+    assert all(p.dtype == torch.float32 for p in lorapar.trained(model).values())
+    tokens = torch.tensor([[5, 9, 2, 33]])
+    if method == "ia3":  # as the identity
+        assert torch.equal(model(tokens), plain(tokens))
+    words = torch.randint(64, (1, VIRTUAL), generator=seeded(0))
+    if method in ("prompt", "prefix"):  # like so many words in front
+        behind = plain(torch.cat((words, tokens), 1))[:, -4:]
+        close(model(with_virtual(method, tokens))[:, -4:], behind)
+    if method == "p-tuning":
+        assert abs(float(model.model.embed_tokens.virtual.detach().std()) - 1) < 0.2
+    refuses("unknown method", lorapar.add_baseline, plain, "lora")
+
+
 # ------------------------------------------------------------------------------------------- data
 
 
@@ -2024,11 +2127,16 @@ def test_group_advantages_in_closed_form():
     close(ours[0], torch.tensor([0.75, -0.25, -0.25, -0.25]) / (0.5 + 1e-4))
     assert (ours[1] == 0).all()  # exactly, not 6e-4
     close(ours[2], torch.tensor([-3.0, -1.0, 1.0, 3.0]) / ((20 / 3) ** 0.5 + 1e-4))
+    undivided = grpo.group_advantages(torch.tensor([[2.0, 4, 6, 8], [5, 5, 5, 5]]), by_std=False)
+    assert undivided.tolist() == [[-3.0, -1.0, 1.0, 3.0], [0.0] * 4]  # Dr. GRPO
     refuses("G >= 2", grpo.group_advantages, torch.ones(3, 1))
 
 
-@pytest.mark.parametrize("kl", [0.0, 0.3])
-def test_grpo_loss_equals_the_formula_token_by_token(kl):
+@pytest.mark.parametrize(
+    "kl, kind, high",
+    [(0, "grpo", None), (0.3, "grpo", 0.28), (0.3, "token", 0.28), (0, "dr_grpo", None)],
+)
+def test_grpo_loss_equals_the_formula_token_by_token(kl, kind, high):
     """A row without tokens counts as 0 and has a gradient of 0."""
     generator = seeded(0)
     logp, old, ref = (0.5 * torch.randn(3, 4, 6, generator=generator) - 1).unbind()
@@ -2036,18 +2144,30 @@ def test_grpo_loss_equals_the_formula_token_by_token(kl):
     mask[2] = False
     advantages, new = torch.tensor([1.3, -0.7, 5.0, 0.0]), logp.clone().requires_grad_()
     given = ref if kl else None
-    loss, stats = grpo.grpo_loss(new, old, given, advantages, mask, clip=0.2, kl=kl)
+    loss, stats = grpo.grpo_loss(
+        new,
+        old,
+        given,
+        advantages,
+        mask,
+        clip=0.2,
+        kl=kl,
+        clip_high=high,
+        loss=kind,
+        max_new_tokens=7,
+    )
     total, total_kl = 0.0, 0.0
     for i in range(4):
         terms, kls = [], []
         for t in range(6):
             if mask[i, t]:
                 ratio, A = math.exp(logp[i, t] - old[i, t]), float(advantages[i])
-                clipped = min(max(ratio, 0.8), 1.2)
+                clipped = min(max(ratio, 0.8), 1 + (high or 0.2))
                 d = float(ref[i, t] - logp[i, t])
                 kls.append(math.exp(d) - d - 1)
                 terms.append(min(ratio * A, clipped * A) - kl * kls[-1])
-        total += sum(terms) / max(1, len(terms)) / 4
+        count = {"grpo": 4 * max(1, len(terms)), "token": int(mask.sum()), "dr_grpo": 4 * 7}[kind]
+        total += sum(terms) / count
         total_kl += sum(kls) / max(1, len(kls)) / 4
     assert loss.item() == pytest.approx(-total, abs=1e-6)
     assert float(stats["kl"]) == pytest.approx(total_kl if kl else 0.0, abs=1e-6)
@@ -2159,6 +2279,50 @@ def test_kl_and_gradient_are_to_the_reference_vector_in_any_micro_batch():
         close(gradient(twin), expected, 1e-4)
     s.kl = 0.0
     assert update(model, s, rollouts, None)[0]["kl"] == 0.0
+
+
+@pytest.mark.parametrize("kind", ["grpo", "token", "dr_grpo"])
+def test_every_loss_gives_one_gradient_in_any_micro_batch_and_cut_answers_may_be_masked(kind):
+    """Against one plain loss over all answers; answers cut at the limit are left out of it."""
+    model = lora_model()
+    s, rollouts = sampled(model, group=8, loss=kind, kl=0.0, clip_high=0.28, mask_truncated=True)
+    for rollout in rollouts:
+        rollout.trains = rollout.answer[-1] in s.eos_ids
+    assert 2 < sum(r.trains for r in rollouts) < len(rollouts) - 2
+    encoded = [data.Encoded(r.prompt + r.answer, len(r.prompt)) for r in rollouts]
+    tokens, labels = data.collate(encoded)
+    labels[[i for i, r in enumerate(rollouts) if not r.trains]] = -100
+    logp = plain_logprobs(model, tokens, labels, s.temperature)
+    advantages, mask = torch.tensor([r.advantage for r in rollouts]), labels[:, 1:] != -100
+    loss, _ = grpo.grpo_loss(
+        logp, logp.detach(), None, advantages, mask, kl=0, loss=kind, max_new_tokens=10
+    )
+    factors = list(lorapar.lora_factors(model).values())
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, factors)])
+    for s.micro_batch in (5, 64):
+        twin = copy.deepcopy(model)
+        optimizer = lorapar.MaskedAdamW(twin, lr=1e-30)
+        stats = grpo.grpo_update(twin, optimizer, rollouts, None, s)
+        close(optimizer.packed.grad, expected, 1e-4)
+        assert stats["loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
+        assert stats["gap"] < 2e-6
+    for rollout in rollouts:
+        rollout.trains = False  # a step of nothing moves nothing
+    grpo.grpo_update(model, lorapar.MaskedAdamW(model, lr=1), rollouts, None, s)
+
+
+def test_the_step_marks_cut_answers_and_divides_by_no_deviation_in_dr_grpo():
+    model = lora_model()
+    s = grpo.Settings(**SETTINGS | {"loss": "dr_grpo", "mask_truncated": True, "kl": 0.0})
+    optimizer = lorapar.MaskedAdamW(model, lr=0.0)
+
+    def rewards(rollouts):
+        return [{"length": float(len(r.answer))} for r in rollouts]
+
+    _, rollouts = grpo.grpo_step(model, optimizer, [[5, 9, 2]], rewards, None, s, seeded(0))
+    lengths = [len(r.answer) for r in rollouts]
+    assert [r.advantage for r in rollouts] == [n - sum(lengths) / 4 for n in lengths]
+    assert [r.trains for r in rollouts] == [r.answer[-1] in s.eos_ids for r in rollouts]
 
 
 def test_grpo_raises_the_rewarded_tokens():
@@ -2448,6 +2612,89 @@ def test_ablation_switches_do_what_they_say(toy_run, tmp_path, capsys):
     assert part["active_percent"] == {"sft": 100.0, "rl": 100.0}
     flags = [*QUICK, "--init", "lora", "--out", borrow(toy_run, tmp_path / "lora")]
     assert "every importance is exactly 0" in fails(capsys, *flags)
+
+
+def test_options_of_rl_and_validation_while_training(toy_run, tmp_path, capsys):
+    """The best adapter is that of the best look; a run that stops and goes on keeps all of it."""
+    out, flags = tmp_path / "run", ["--eval-every", "2", "--sft-lr", "0.02"]
+    flags += ["--kl-reference", "base", "--rl-loss", "token", "--clip-high", "0.3"]
+    another_run(toy_run, out, *flags, "--mask-truncated")
+    said = capsys.readouterr().out
+    looks = [r for r in metrics(out, "sft") if "accuracy" in r]
+    assert [r["step"] % 2 for r in looks[:-1]] == [1] * (len(looks) - 1) and "; for one:" in said
+    assert metrics(out, "rl")[0]["kl"] > 1e-3  # not to the policy as RL began
+    best = max(looks, key=lambda r: r["accuracy"])  # the first of equals
+    c = train.read_config([*QUICK, *flags, "--out", str(out)])
+    _, inputs = train.prepare(c)
+    model = lorapar.load_adapter(decoder.load_model(out / "base"), out / "sft" / "best")
+    records = train.answer_all(c, model, inputs, inputs.validation, "best")
+    assert train.averages(records)["all"]["accuracy"] == best["accuracy"]
+    assert all(e.id.startswith("toy/validation/") for e in inputs.validation)
+    train.main(["compare", str(toy_run), str(out)])
+    table = capsys.readouterr().out
+    answers = []
+    for folder in (toy_run, out):
+        records = data.read_records(folder / "answers" / "rl.jsonl")
+        answers.append([float(r["correct"]) for _, r in records])
+    gaps = [100 * (b - a) for a, b in zip(*answers)]
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5
+    assert f"| {statistics.fmean(gaps):+.1f} ± {error:.1f} |" in table and "| hours" in table
+
+
+@pytest.mark.parametrize("method", ["prompt", "ia3"])
+def test_a_baseline_trains_evaluates_and_is_loaded_again(method, toy_run, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--method", method, "--order", "sft", "--sft-lr", "0.03", "--sft-epochs", "6"]
+    report = another_run(toy_run, out, *flags)
+    loss = {row: means["S1"]["loss"] for row, means in report["evaluation"].items()}
+    assert list(loss) == ["base", "sft"] and loss["sft"] < loss["base"]
+    assert (
+        report["partition"]["elements"] == {"prompt": 20 * 128, "ia3": 2 * (128 * 2 + 256)}[method]
+    )
+    capsys.readouterr()
+    train.main(["eval", str(out)])
+    said = capsys.readouterr().out
+    rows = json.loads(said[: said.rindex("}") + 1])
+    assert rows["all"]["accuracy"] == report["evaluation"]["sft"]["all"]["accuracy"]
+    assert "--order sft" in fails(capsys, "--method", method)
+
+
+def test_readmes_trainers_move_active_elements_alone(tmp_path):
+    """transformers' Trainer, then TRL's GRPOTrainer, as the README shows them."""
+    pytest.importorskip("trl")
+    transformers, datasets = pytest.importorskip("transformers"), pytest.importorskip("datasets")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<eos>": 0, "<pad>": 1} | {f"w{i}": i for i in range(2, 64)}
+    words = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokens, labels = answer_batch()
+    decoder.save_model(small("llama2"), tmp_path)
+    names = {"__name__": "snippet"}
+    names |= {"tokenizer": transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, eos_token="<eos>", pad_token="<pad>", unk_token="<eos>"
+    )}  # fmt: skip
+    names["model"] = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    names["s1_batches"] = [(tokens, labels)]
+    names["s2_batches"] = [(tokens.flip(0), labels.flip(0))]
+    names["s1_rows"] = [{"input_ids": t, "labels": y} for t, y in zip(tokens, labels)]
+    names["s2_prompts"] = datasets.Dataset.from_list([{"prompt": "w5 w6 w7"}] * 8)
+    names["reward"] = lambda completions, **_: [float(len(set(c.split()))) for c in completions]
+    small_steps = {"use_cpu": True, "max_steps": 2, "report_to": []}
+    names["sft_settings"] = {"output_dir": str(tmp_path / "sft"), **small_steps}
+    names["rl_settings"] = {"output_dir": str(tmp_path / "rl"), **small_steps}
+    names["rl_settings"] |= {"per_device_train_batch_size": 4, "num_generations": 4}
+    names["rl_settings"] |= {"max_completion_length": 6, "bf16": False}
+    readme = (HERE / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(from transformers.*?)```", readme, re.S)
+    imports, sft, rl = snippet.split("\n\n")
+    exec(f"from lorapar import *\nimport torch\n{imports}", names)
+    for stage in (sft, rl):
+        before = lorapar.get_flat(names["model"]) if stage is rl else None
+        exec(stage, names)
+        mask, after = lorapar.get_mask(names["model"]), lorapar.get_flat(names["model"])
+        moved = after != (names["start"] if before is None else before)
+        assert moved[mask].float().mean() > 0.95 and not moved[~mask].any() and (~mask).any()
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])
@@ -2790,7 +3037,14 @@ def test_readmes_snippet_runs_and_its_names_and_flags_are_the_codes(tmp_path, mo
     for source in code.values():
         known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source))
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
-    assert used <= known | {"--shuffle", "--help", "--seeds"}, used - known
+    assert used <= known | {
+        "--shuffle",
+        "--help",
+        "--seeds",
+        "--model_args",
+        "--tasks",
+        "--max-lora-rank",
+    }, used - known
 
 
 # ------------------------------------------------------------------------------------------- bench
