@@ -237,6 +237,8 @@ def write_jsonl(path, records):
     with open(temporary, "w", encoding="utf-8") as out:
         for record in records:
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
+        out.flush()
+        os.fsync(out.fileno())
     os.replace(temporary, path)
 
 

@@ -17,7 +17,14 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from lorapar import cached_factors, get_flat, set_flat
+from lorapar import (
+    cached_factors,
+    gather_over_ranks,
+    get_flat,
+    rank_and_size,
+    set_flat,
+    sum_over_ranks,
+)
 from model import generate, token_logprobs
 
 
@@ -43,6 +50,7 @@ class Settings:
 class Rollout:
     """One sampled answer."""
 
+    group: int  # which of the step's prompts it answers
     prompt: list[int]
     answer: list[int]  # new tokens, the sampled EOS included
     logprobs: list[float]  # what sampling said of each of them
@@ -54,15 +62,17 @@ class Rollout:
 def grpo_step(model, optimizer, prompts, rewards, reference, s: Settings, generator=None):
     """One step: sample, reward, compare within groups, update -> (statistics, rollouts).
 
-    prompts: P lists of ids. rewards(rollouts) gives each of the P * G rollouts (a prompt's G in a
-    row) a dict of reward parts. reference: the flat vector (N,) of the policy that the KL holds on
-    to. The model stays in eval mode, without dropout.
+    prompts: P lists of ids. rewards(rollouts) gives each rollout a dict of reward parts. reference:
+    the flat vector (N,) of the policy that the KL holds on to. The model stays in eval mode,
+    without dropout. Of several processes each answers its share of the prompts and computes its
+    share of the gradient; all return all P * G rollouts, a prompt's G in a row.
     """
     started = time.perf_counter()
     rollouts = sample_rollouts(model, prompts, s, generator)
     sampled = time.perf_counter()
     for rollout, parts in zip(rollouts, rewards(rollouts)):
         rollout.reward_parts = parts
+    rollouts = sorted(gather_over_ranks(rollouts), key=lambda r: r.group)
     totals = [float(sum(r.reward_parts.values())) for r in rollouts]
     totals = torch.tensor(totals, dtype=torch.float32).view(len(prompts), s.group)  # (P, G)
     advantages = group_advantages(totals, by_std=s.loss != "dr_grpo")
@@ -88,23 +98,30 @@ def grpo_step(model, optimizer, prompts, rewards, reference, s: Settings, genera
 
 
 def sample_rollouts(model, prompts, s: Settings, generator=None) -> list[Rollout]:
-    """s.group answers to each prompt, from softmax(logits / temperature)."""
+    """s.group answers to each prompt (of this process's share), from softmax(logits / temperature).
+    The random numbers are drawn for all prompts, so they depend on no share."""
+    shape = len(prompts), s.group, s.max_new_tokens
+    uniforms = torch.rand(shape, dtype=torch.float64, device="cpu", generator=generator)
+    rank, size = rank_and_size()
+    own = list(range(rank, len(prompts), size))
+    if not own:
+        return []
     with cached_factors(model):
         answers, logprobs = generate(
             model,
-            prompts,
+            [prompts[i] for i in own],
             s.max_new_tokens,
             temperature=s.temperature,
             eos_ids=s.eos_ids,
             samples_per_prompt=s.group,
-            generator=generator,
+            uniforms=uniforms[own].flatten(0, 1),
             batch_rows=s.batch_rows,
             return_logprobs=True,
         )
     rollouts = []
-    for prompt, group, group_logprobs in zip(prompts, answers, logprobs):
+    for i, group, group_logprobs in zip(own, answers, logprobs):
         for answer, logps in zip(group, group_logprobs):
-            rollouts.append(Rollout(prompt, answer, logps))
+            rollouts.append(Rollout(i, prompts[i], answer, logps))
     return rollouts
 
 
@@ -172,10 +189,11 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
     """
     model.eval()
     device = next(model.parameters()).device
+    rank, size = rank_and_size()
     by_length = sorted(rollouts, key=lambda r: -len(r.prompt + r.answer))  # little padding
-    batches = []
-    for start in range(0, len(by_length), s.micro_batch):
-        batches.append(collate(by_length[start : start + s.micro_batch], device))
+    own, batches = by_length[rank::size], []
+    for start in range(0, len(own), s.micro_batch):
+        batches.append(collate(own[start : start + s.micro_batch], device))
     if s.kl:
         policy = get_flat(model)
         try:
@@ -185,8 +203,9 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
                     b.ref = token_logprobs(model, b.tokens, b.labels, s.temperature)
         finally:
             set_flat(model, policy)
-    n_tokens = sum(b.mask.sum() for b in batches).clamp(min=1)
-    totals = {"loss": 0.0, "gap": 0.0}
+    n_tokens = max(1, sum(len(r.answer) for r in rollouts if r.trains))
+    names = ("loss", "gap", "kl", "ratio", "clipped")
+    totals = {name: torch.zeros((), device=device) for name in names}
     for _ in range(s.iterations):
         optimizer.zero_grad()
         for b in batches:
@@ -203,11 +222,12 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
                 share = b.mask.sum() / n_tokens
             (loss * share).backward()
             for name, value in (stats | {"loss": loss.detach()}).items():
-                totals[name] = totals.get(name, 0.0) + value * share / s.iterations
+                totals[name] += value * share / s.iterations
         if not math.isfinite(totals["loss"]):
             raise FloatingPointError(f"the GRPO loss is {float(totals['loss'])}")
         optimizer.step()
-    return {name: float(value) for name, value in totals.items()}
+    values = sum_over_ranks(torch.stack(list(totals.values())))
+    return dict(zip(names, values.tolist()))
 
 
 @dataclass

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -280,6 +281,33 @@ def set_mask(model, mask):
     write_flat(lora_buffers(model, "mask"), mask, "mask")
 
 
+# ------------------------------------------------------------------------------ several processes
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's number in torch.distributed, and how many there are; alone: 0 and 1."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def sum_over_ranks(tensor):
+    """A tensor summed over all processes, in place."""
+    if rank_and_size()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_over_ranks(items: list) -> list:
+    """The lists of all processes behind each other."""
+    size = rank_and_size()[1]
+    if size == 1:
+        return items
+    lists = [None] * size
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
+
+
 # ------------------------------------------------------------------------------------- importance
 
 
@@ -292,6 +320,7 @@ def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
     at answer positions (EOS included) and -100 elsewhere. The model may give logits (B, T, V), an
     object with .logits, or a tuple that begins with them. At most chunk_tokens tokens (and at least
     one example) pass through it at once; the result does not depend on that.
+    Under torch.distributed each process gives examples of its own, and all get the scores of all.
     Runs in eval mode; every module gets its own flag back. Raises ValueError on a model that vmap
     cannot run, an example without answer tokens, and scores that are all zero or not finite.
     """
@@ -314,9 +343,10 @@ def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
     finally:
         for module, flag in was_training.items():
             module.training = flag
+    count = int(sum_over_ranks(torch.tensor(count, device=phi.device)))
     if count == 0:
         raise ValueError("importance needs at least one example")
-    g, fisher = g / count, fisher / count
+    g, fisher = sum_over_ranks(g) / count, sum_over_ranks(fisher) / count
     scores = (g * phi - 0.5 * fisher * phi**2).abs().float()  # eq. 3
     if not scores.isfinite().all():
         raise ValueError("the importance scores are not finite; is a loss NaN?")
@@ -440,13 +470,16 @@ class MaskedAdamW(torch.optim.AdamW):
     frozen elements. Here the optimizer owns `packed`, the (n_active,) elements under the mask that
     the layers hold at construction; step() gathers their gradients, clips their norm, updates them
     and writes them back between the frozen ones, whose bits stay. Adam's state is 8 bytes per
-    active element. No GradScaler is needed: the factors are float32.
+    active element. No GradScaler is needed: the factors are float32. sum_gradients: the gradient
+    is summed over the processes of torch.distributed, |active| numbers a step.
     Raises ValueError if the mask selects nothing, or where the factors are not float32.
     """
 
     def __init__(
-        self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, max_grad_norm=math.inf
-    ):
+        self, model, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0,
+        max_grad_norm=math.inf, sum_gradients=False,
+    ):  # fmt: skip
+        self.sum_gradients = sum_gradients
         self.model, self.mask = model, get_mask(model)
         self.index = self.mask.nonzero()[:, 0]  # (n_active,)
         self.max_grad_norm, self.grad_norm = max_grad_norm, None
@@ -460,7 +493,7 @@ class MaskedAdamW(torch.optim.AdamW):
         super().__init__([group], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def __getstate__(self):  # so that deepcopy and pickle keep what is not AdamW's
-        names = ("model", "mask", "index", "max_grad_norm", "grad_norm", "packed")
+        names = ("model", "mask", "index", "max_grad_norm", "grad_norm", "packed", "sum_gradients")
         return super().__getstate__() | {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict):
@@ -488,12 +521,14 @@ class MaskedAdamW(torch.optim.AdamW):
         if not torch.equal(get_mask(self.model), self.mask):
             raise ValueError("set_mask was called after this optimizer was made; make a new one")
         factors = trained(self.model).values()
-        if all(p.grad is None for p in factors):
+        if all(p.grad is None for p in factors) and not self.sum_gradients:
             raise ValueError("step() without gradients: call backward() first")
         gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in factors]
         flat = get_flat(self.model)
         self.packed.copy_(flat[self.index])
         self.packed.grad = torch.cat(gradients)[self.index]
+        if self.sum_gradients:
+            sum_over_ranks(self.packed.grad)
         self.grad_norm = nn.utils.clip_grad_norm_(self.packed, self.max_grad_norm)
         if not self.grad_norm.isfinite():
             raise FloatingPointError(f"the norm of the gradient is {self.grad_norm}")
@@ -509,8 +544,11 @@ class MaskedAdamW(torch.optim.AdamW):
 
 
 def write_file(path, content: bytes):
-    """Writes under a temporary name and renames: a write that dies leaves the old file whole."""
+    """Writes under a temporary name and renames: a write that dies leaves the old file whole. Of
+    several processes the first alone writes."""
     path = Path(path)
+    if rank_and_size()[0]:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:

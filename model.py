@@ -429,6 +429,7 @@ def generate(
     eos_ids=(),
     samples_per_prompt=1,
     generator=None,
+    uniforms=None,
     batch_rows=64,
     return_logprobs=False,
 ):
@@ -438,7 +439,8 @@ def generate(
     prompt of them prefilled once. All random numbers are drawn before decoding starts, so what is
     sampled depends neither on batch_rows nor on when others end. With return_logprobs also
     gives [P][G][log-prob of each new token] under softmax(logits / temperature). Runs in eval mode
-    and restores each module's flag. `generator` lives on the CPU. Raises ValueError on an empty
+    and restores each module's flag. `generator` lives on the CPU; uniforms (P G, max_new_tokens)
+    are the random numbers where the caller draws them. Raises ValueError on an empty
     prompt, or on settings out of range.
     """
     if not prompts or not all(prompts):
@@ -452,7 +454,9 @@ def generate(
     check_length(model, max(map(len, prompts)) + max_new_tokens - 1)  # the last is not fed back
     device, R = model.head_weight.device, len(prompts) * samples_per_prompt
     owner = torch.arange(len(prompts), device="cpu").repeat_interleave(samples_per_prompt)  # (R,)
-    uniforms = torch.rand(R, max_new_tokens, dtype=torch.float64, device="cpu", generator=generator)
+    if uniforms is None:
+        settings = {"dtype": torch.float64, "device": "cpu", "generator": generator}
+        uniforms = torch.rand(R, max_new_tokens, **settings)
     eos = torch.tensor(list(eos_ids), device=device, dtype=torch.long)
     answers, logprobs = [[] for _ in prompts], [[] for _ in prompts]
     with eval_mode(model):
@@ -630,6 +634,8 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = torch.float32) ->
                 tensor = tensors.get_tensor(name)
                 if not tensor.is_floating_point() or tensor.element_size() < 2:
                     raise ValueError(f"{file}: {name} is {tensor.dtype}, quantised weights?")
+                if not tensor.isfinite().all():
+                    raise ValueError(f"{file}: {name} holds numbers that are not finite")
                 weights[name] = tensor.to(dtype or tensor.dtype)
     if config.tie_word_embeddings:
         head = weights.pop("lm_head.weight", None)
@@ -673,6 +679,8 @@ def save_model(model: Transformer, folder, **extra):
     temporary = folder / "model.safetensors.tmp"
     save_file(weights, temporary, metadata={"format": "pt"})
     shutil.copymode(folder / "config.json", temporary)  # save_file's own mode is 0600
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, folder / "model.safetensors")
 
 

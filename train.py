@@ -7,26 +7,30 @@
 settings, inputs (`prepare`), the run folder, and the commands eval, merge, figure and sweep. A run
 lives in one folder (config, labels, scores, partition, adapters, metrics, report); the same command
 goes on where it stopped.
-Left out: several GPUs, and training on anything but the two systems' data.
+`torchrun --nproc_per_node=N train.py ..` splits each step's examples over N processes. Left out:
+sharding the model, and resuming on another number of processes.
 """
 
 import argparse
 import csv
+import hashlib
 import io
 import itertools
 import json
 import math
+import os
 import random
 import re
 import runpy
 import shutil
+import signal
 import statistics
 import sys
 import time
 import traceback
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,10 +51,12 @@ from model import (
     find_model,
     generate,
     load_model,
+    open_tensors,
     prefill,
     read_json,
     save_model,
     token_logprobs,
+    weight_files,
 )
 
 
@@ -61,7 +67,7 @@ class Diverged(ValueError):
 def run(c) -> dict:
     """The whole method on one run folder. c: the flags, one attribute each (`read_config`). Returns
     the report, also report.json."""
-    open_folder(c)
+    lock = open_folder(c)  # noqa: F841  held until this function ends
     model, inputs = prepare(c)  # the votes are in the examples
     rows = {}
     if c.order != "none":
@@ -93,7 +99,7 @@ def evaluate(c, row, model, inputs) -> dict:
         records = [record for _, record in data.read_records(file)]
     else:
         records = answer_all(c, model, inputs, inputs.test, row)
-        data.write_jsonl(file, records)
+        write_lines(file, records)
     means = averages(records)
     accuracies = [f"{system} {100 * mean['accuracy']:.1f}%" for system, mean in means.items()]
     print(f"evaluate {row}: {'  '.join(accuracies)}")
@@ -112,6 +118,8 @@ def score(c, model, encoded):
     path = Path(c.out) / "importance.safetensors"
     if path.exists():
         saved = read_tensors(path)
+        if saved["start"].shape != lorapar.get_flat(model).shape:
+            raise ValueError(f"{path}: of another model; delete it to score again")
         lorapar.set_flat(model, saved["start"])
         if c.init in lorapar.ANCHORED:
             lorapar.set_anchor(model, saved["start"])
@@ -124,7 +132,9 @@ def score(c, model, encoded):
             continue
         examples = encoded[system]
         examples = random.Random(c.seed).sample(examples, min(c.score_examples, len(examples)))
-        batches = bar(data.batches(examples, c.micro_batch, c.device), f"score {system}")
+        rank, size = lorapar.rank_and_size()
+        batches = data.batches(examples[rank::size], c.micro_batch, c.device)
+        batches = bar(batches, f"score {system}")
         saved[system.lower()] = lorapar.importance(model, batches)
         print(f"score: {system} on {len(examples)} examples")
     write_tensors(path, saved)
@@ -169,10 +179,14 @@ def sft(c, model, inputs, mask):
     if mask is not None:  # None: a baseline of table 6 trains all it has
         lorapar.set_mask(model, mask)
     optimizer = lorapar.MaskedAdamW(
-        model, c.sft_lr, weight_decay=c.sft_weight_decay, max_grad_norm=c.sft_grad_norm
+        model,
+        lr=c.sft_lr,
+        weight_decay=c.sft_weight_decay,
+        max_grad_norm=c.sft_grad_norm,
+        sum_gradients=True,
     )
     plan = step_indices(len(inputs.sft), c.sft_batch, c.sft_epochs, c.sft_steps, c.seed)
-    first = load_state(c, "sft", model, optimizer)  # 0 but where a run goes on
+    first = load_state(c, "sft", model, optimizer, len(plan))  # 0 but where a run goes on
     model.train()  # dropout acts in this stage alone
     for step in range(first, len(plan)):
         started = time.perf_counter()
@@ -191,22 +205,29 @@ def sft(c, model, inputs, mask):
 
 
 def backward(model, encoded, micro_batch: int, device) -> float:
-    """The mean over examples of the mean cross-entropy of each answer's tokens; adds its gradient.
-    At most micro_batch examples at a time; the gradient does not depend on it."""
-    total = 0.0
-    for tokens, labels in data.batches(encoded, micro_batch, device):
+    """The mean over examples of the mean cross-entropy of each answer's tokens; adds its gradient
+    (a process's share of it). At most micro_batch examples at a time; the gradient does not depend
+    on it."""
+    rank, size = lorapar.rank_and_size()
+    total = torch.zeros((), device=device)
+    for tokens, labels in data.batches(encoded[rank::size], micro_batch, device):
         logp = token_logprobs(model, tokens, labels)  # (B, T-1), 0 on the prompt
         loss = -(logp.sum(1) / (labels[:, 1:] != -100).sum(1)).sum() / len(encoded)
         loss.backward()
         total += loss.detach()
-    return float(total)
+    return float(lorapar.sum_over_ranks(total))
 
 
 def rl(c, model, inputs, mask):
     """GRPO on the masked elements. inputs.rl: (example, the ids of its prompt)."""
     lorapar.set_mask(model, mask)
     optimizer = lorapar.MaskedAdamW(
-        model, c.rl_lr, (0.9, 0.99), weight_decay=c.rl_weight_decay, max_grad_norm=c.rl_grad_norm
+        model,
+        lr=c.rl_lr,
+        betas=(0.9, 0.99),
+        weight_decay=c.rl_weight_decay,
+        max_grad_norm=c.rl_grad_norm,
+        sum_gradients=True,
     )
     reference = lorapar.get_flat(model)  # of the KL: the policy as RL began, before any load
     if c.kl_reference == "base":
@@ -227,7 +248,7 @@ def rl(c, model, inputs, mask):
         micro_batch=c.micro_batch,
     )
     plan = step_indices(len(inputs.rl), c.rl_batch, c.rl_epochs, c.rl_steps, c.seed)
-    first = load_state(c, "rl", model, optimizer)
+    first = load_state(c, "rl", model, optimizer, len(plan))
     equal_steps = 0
     for step in range(first, len(plan)):
         started = time.perf_counter()
@@ -249,26 +270,25 @@ def rl(c, model, inputs, mask):
 
 
 def reward_rollouts(c, inputs, examples, rollouts) -> list[dict]:
-    """The reward parts of a step's rollouts, G to each example in a row, on all cores."""
+    """The reward parts of a step's rollouts, on all cores."""
     work = []
-    for i, rollout in enumerate(rollouts):
-        example = examples[i // c.rl_group]
-        work.append((example, inputs.tokenizer.decode(rollout.answer), c.allow_unconfined_code))
+    for rollout in rollouts:
+        reply = inputs.tokenizer.decode(rollout.answer)
+        work.append((examples[rollout.group], reply, c.allow_unconfined_code))
     return data.in_parallel(inputs.reward, work)
 
 
 def keep_samples(c, tokenizer, step: int, examples, rollouts):
     """The first answer to each of three prompts goes to rl/samples.jsonl, one now and then into the
     log."""
-    with open(Path(c.out) / "rl" / "samples.jsonl", "a", encoding="utf-8") as out:
-        for i, example in enumerate(examples[:3]):
-            rollout = rollouts[i * c.rl_group]
-            sample = {"step": step, "id": example.id, "question": example.question}
-            sample |= {"answer": tokenizer.decode(rollout.answer), "reward": rollout.reward_parts}
-            out.write(json.dumps(sample, ensure_ascii=False) + "\n")
-            if i == 0 and step % (c.eval_every or 20) == 0:
-                print(f"rl sample: {sample['answer'][:300]!r} to {example.question[-100:]!r}")
-                print(f"rl sample: its reward is {rollout.reward_parts}")
+    for i, example in enumerate(examples[:3]):
+        rollout = rollouts[i * c.rl_group]
+        sample = {"step": step, "id": example.id, "question": example.question}
+        sample |= {"answer": tokenizer.decode(rollout.answer), "reward": rollout.reward_parts}
+        append_line(Path(c.out) / "rl" / "samples.jsonl", sample)
+        if i == 0 and step % (c.eval_every or 20) == 0:
+            print(f"rl sample: {sample['answer'][:300]!r} to {example.question[-100:]!r}")
+            print(f"rl sample: its reward is {rollout.reward_parts}")
 
 
 # ------------------------------------------------------------------------ what the loops share
@@ -287,7 +307,7 @@ def step_indices(n: int, batch: int, epochs: int, limit: int | None, seed: int) 
 def seed_step(c, step: int):
     """Each step has its own seed, so a resumed run needs no state of a random generator."""
     seed = c.seed * 1_000_003 + step
-    torch.manual_seed(seed)  # dropout, on every device
+    torch.manual_seed(seed + (lorapar.rank_and_size()[0] << 40))  # dropout, on every device
     return torch.Generator().manual_seed(seed)
 
 
@@ -323,19 +343,35 @@ LEGEND = {
 }
 
 
+STAGE = {"running": False, "stop": False, "saved": 0.0}  # a loop's; when it was saved last
+SAVE_SECONDS = 600
+
+
+def ask_to_stop(signum, frame):
+    """Ctrl-C or SIGTERM: in a loop the first one lets the step end and saves, the second stops at
+    once, as each does elsewhere."""
+    if STAGE["stop"] or not STAGE["running"]:
+        raise KeyboardInterrupt
+    STAGE["stop"] = True
+    print("stopping after this step; once more to stop at once", file=sys.stderr)
+
+
 def end_step(c, stage, model, optimizer, inputs, step: int, steps: int, values: dict):
     """Prints the step's line, adds it to metrics.jsonl; now and then (and at the end) validates and
     saves."""
     if c.eval_every and ((step + 1) % c.eval_every == 0 or step + 1 == steps):
         values = values | validate(c, stage, model, inputs, step)
-    saves = (step + 1) % c.save_every == 0 or step + 1 == steps
+    stop = torch.tensor(float(STAGE["stop"]), device=c.device)
+    stop = bool(lorapar.sum_over_ranks(stop))  # all processes at the same step
+    late = torch.tensor(float(time.monotonic() - STAGE["saved"] > SAVE_SECONDS), device=c.device)
+    saves = bool(lorapar.sum_over_ranks(late)) or (step + 1) % c.save_every == 0
+    saves = saves or stop or step + 1 == steps
     if saves:  # elements can be finite and their product not
         with stop_if_diverged(c, stage, step), eval_mode(model), torch.no_grad():
             zeros = torch.zeros(1, 2, dtype=torch.long, device=c.device)
             if not token_logprobs(model, zeros, zeros).isfinite().all():
                 raise FloatingPointError("the model's log-probs are not finite")
-    with open(Path(c.out) / "metrics.jsonl", "a") as out:
-        out.write(json.dumps({"stage": stage, "step": step} | values) + "\n")
+    append_line(Path(c.out) / "metrics.jsonl", {"stage": stage, "step": step} | values)
     words = [f"{name} {values[name]:.4g}" for name in SHOWN[stage]]
     if "parts" in values:
         words[0] += f" ({' '.join(f'{k} {v:.2f}' for k, v in values['parts'].items())})"
@@ -344,6 +380,11 @@ def end_step(c, stage, model, optimizer, inputs, step: int, steps: int, values: 
     if saves:
         save_state(Path(c.out) / stage, model, optimizer, step + 1)
         lorapar.save_adapter(model, Path(c.out) / stage, c.model or "toy")
+        STAGE["saved"] = time.monotonic()
+    STAGE["running"] = step + 1 < steps
+    if stop and STAGE["running"]:
+        print(f"saved after {stage} step {step + 1} of {steps} in {c.out}")
+        raise KeyboardInterrupt
 
 
 def validate(c, stage: str, model, inputs, step: int) -> dict:
@@ -364,40 +405,58 @@ def save_state(folder, model, optimizer, step: int):
     """What a stage needs to go on bit for bit, in one file that is renamed into place."""
     tensors = {f"adam.{name}": t for name, t in optimizer.state[optimizer.packed].items()}
     tensors |= {"flat": lorapar.get_flat(model), "step": torch.tensor(step)}
-    write_tensors(folder / "state.safetensors", tensors)
+    write_tensors(folder / "state.safetensors", tensors, optimizer.made_from)
 
 
-def load_state(c, stage: str, model, optimizer) -> int:
+def load_state(c, stage: str, model, optimizer, steps: int) -> int:
     """Puts a saved state back -> the step to go on with, 0 if there is none. Drops the metrics and
-    samples of the steps that will run again."""
+    samples of the steps that will run again. ValueError if it was made with another mask, or from
+    another start (after another first stage)."""
     folder, first = Path(c.out) / stage, 0
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "state.safetensors"
+    start = digest(lorapar.get_flat(model).cpu().numpy().tobytes())
+    optimizer.made_from = {"mask": optimizer.param_groups[0]["mask"], "start": start}
     if path.exists():
         tensors = read_tensors(path)
-        if tensors["adam.exp_avg"].shape != optimizer.packed.shape:
-            raise ValueError(f"{path}: made with another mask; delete it to redo the stage")
+        with open_tensors(path) as file:
+            refuse_changes(path, file.metadata() or {}, optimizer.made_from)
         lorapar.set_flat(model, tensors["flat"])
         adam = {name[5:]: t for name, t in tensors.items() if name.startswith("adam.")}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: adam}})
         first = int(tensors["step"])
-    keep_lines(Path(c.out) / "metrics.jsonl", lambda r: r["stage"] != stage or r["step"] < first)
-    keep_lines(folder / "samples.jsonl", lambda r: r["step"] < first)
+    elif lorapar.rank_and_size()[0] == 0:
+        (Path(c.out) / "answers" / f"{stage}.jsonl").unlink(missing_ok=True)  # of an older stage
+    order = {name: i for i, name in enumerate(ORDERS[c.order])}
+    keep_lines(
+        Path(c.out) / "metrics.jsonl",
+        wanted=lambda r: r["stage"] in order and (r["stage"] != stage or r["step"] < first),
+        key=lambda r: (order[r["stage"]], r["step"]),
+    )
+    keep_lines(folder / "samples.jsonl", lambda r: r["step"] < first, lambda r: r["step"])
+    STAGE.update(running=first < steps, stop=False, saved=time.monotonic())
     print(f"{stage}: {f'goes on after step {first}; ' * bool(first)}{LEGEND[stage]}")
     return first
 
 
-def keep_lines(path: Path, wanted):
-    """Leaves the records of a jsonl file that are wanted; a torn line goes too."""
-    records = []
+def keep_lines(path: Path, wanted, key):
+    """Leaves the records of a jsonl file that are wanted, sorted; a torn line goes too."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        with suppress(json.JSONDecodeError):
+    records = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(json.JSONDecodeError, TypeError, KeyError):
             record = json.loads(line)
             if wanted(record):
                 records.append(record)
-    data.write_jsonl(path, records)
+    write_lines(path, sorted(records, key=key))
+
+
+def append_line(path: Path, record: dict):
+    """Of several processes the first alone writes."""
+    if lorapar.rank_and_size()[0] == 0:
+        with open(path, "a", encoding="utf-8") as out:
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -410,7 +469,9 @@ def answer_all(c, model, inputs, examples, what: str) -> list[dict]:
     tokenizer = inputs.tokenizer
     encoded, _ = data.tokenize(examples, tokenizer, 10**9, c.prompt, "rl")
     records = [{"id": e.id, "label": e.label, "question": e.question} for e in examples]
+    rank, size = lorapar.rank_and_size()
     order = sorted(range(len(examples)), key=lambda i: encoded[i].prompt_length)  # little padding
+    order = order[rank::size]
     batches = []
     for reply_to in (reply_texts, reply_letters):
         is_letter = reply_to is reply_letters
@@ -429,6 +490,8 @@ def answer_all(c, model, inputs, examples, what: str) -> list[dict]:
             for i, reply, correct, (p, loss) in zip(rows, replies, verdicts, likelihoods):
                 records[i] |= {"gold": examples[i].gold, "reply": reply, "correct": correct}
                 records[i] |= {"probability": p, "loss": loss}
+    for i, record in lorapar.gather_over_ranks([(i, records[i]) for i in order]):
+        records[i] = record
     return records
 
 
@@ -670,6 +733,7 @@ class Inputs:
     validation: list  # of examples, for --eval-every
     reward: object  # (example, reply, unconfined) -> its parts
     facts: dict  # what of it -> how many, in words
+    made_from: dict = field(default_factory=dict)
 
 
 def prepare(c):
@@ -697,7 +761,7 @@ def prepare(c):
         rl_examples = systems["S2"] + systems["S1"]
     if "rl" in ORDERS[c.order]:
         inputs.rl = rl_prompts(c, tokenizer, rl_examples, facts)
-        example = inputs.rl[0][0]  # one call of the reward, before hours of work
+        example = inputs.rl[0][0]  # the reward is tried before hours of work
         parts = inputs.reward(example, example.answer, c.allow_unconfined_code)
         facts["reward"] = f"of the reference answer of {example.id}: {parts}"
     for name, limit in (("test", c.eval_examples), ("validation", c.eval_examples or 100)):
@@ -707,10 +771,19 @@ def prepare(c):
         setattr(inputs, name, checked[:limit])
     facts["test"] = f"{len(inputs.test)} {c.eval_split} examples of {c.eval_data or c.data}"
     model = load(c, folder)
+    inputs.made_from = made_from(c, folder, sets, labels)
     linears = lorapar.target_linears(model, [PROJECTIONS[x] for x in c.targets], c.r)  # or refuse
-    keep_labels(c, labels)
-    write_json(Path(c.out) / "config.json", settings(c))
+    config = Path(c.out) / "config.json"
+    if config.exists():
+        refuse_changes(config, read_json(config).get("made_from", {}), inputs.made_from)
+    write_lines(Path(c.out) / "labels.jsonl", labels)
+    write_json(config, settings(c) | {"made_from": inputs.made_from})
     describe(c, model, linears, inputs)
+    if inputs.rl:  # and one rollout
+        example, prompt = inputs.rl[0]
+        short = argparse.Namespace(**vars(c) | {"max_response": min(8, c.max_response)})
+        (reply,) = reply_texts(short, model, tokenizer, [example], [prompt])
+        inputs.reward(example, reply, c.allow_unconfined_code)
     return model, inputs
 
 
@@ -798,12 +871,34 @@ def read_labels(c, sets, facts) -> list[dict]:
     return records
 
 
-def keep_labels(c, records):
-    file = Path(c.out) / "labels.jsonl"
-    label_of = {r["id"]: r["label"] for r in records}
-    if file.exists() and label_of != {r["id"]: r["label"] for _, r in data.read_records(file)}:
-        raise ValueError(f"--labels {c.labels}: other labels than this run began with ({file})")
-    data.write_jsonl(file, records)
+def digest(*parts) -> str:
+    """A hash of bytes, and of what prints alike."""
+    total = hashlib.sha256()
+    for part in parts:
+        total.update(part if isinstance(part, bytes) else repr(part).encode())
+    return total.hexdigest()[:16]
+
+
+def made_from(c, folder, sets, labels) -> dict:
+    """Hashes of what a run is made from: if one changes, nothing that was computed fits."""
+    base = [read_json(folder / "config.json")]
+    for file in weight_files(folder):  # size and both ends, not gigabytes
+        with open(file, "rb") as tensors:
+            base += [file.stat().st_size, tensors.read(1 << 20)]
+            tensors.seek(-min(1 << 20, file.stat().st_size), 2)
+            base.append(tensors.read())
+    reward = Path(c.reward.rpartition(":")[0]).read_bytes() if c.reward else b""
+    parts = {"base": base, "data": [sets], "reward": [reward]}
+    parts["labels"] = [(r["id"], r["label"]) for r in labels]
+    return {name: digest(*part) for name, part in parts.items()}
+
+
+def refuse_changes(path, old: dict, new: dict):
+    for name, value in new.items():
+        if old.get(name, value) != value:
+            raise ValueError(
+                f"{path} was made from another {name}: name another --out, or put it back"
+            )
 
 
 def rl_prompts(c, tokenizer, examples, facts) -> list:
@@ -857,7 +952,11 @@ def toy_base(c) -> Path:
     """The toy's data and its tiny base, trained on the unreliable corpus: made once a run folder, a
     Hugging Face style folder."""
     folder, steps, batch = Path(c.out) / "base", TOY_BASE["steps"], TOY_BASE["batch"]
+    if lorapar.rank_and_size()[0]:
+        lorapar.gather_over_ranks([])  # the first process makes it
+        return folder
     if (folder / "model.safetensors").exists():  # written last
+        lorapar.gather_over_ranks([])
         return folder
     write_json(Path(c.out) / "config.json", settings(c))
     world = data.make_toy(Path(c.out) / "world", c.seed)
@@ -886,6 +985,7 @@ def toy_base(c) -> Path:
         if (step + 1) % 100 == 0:
             print(f"base {step + 1}/{steps}  loss {loss:.3f}")
     save_model(model, folder, eos_token_id=0)
+    lorapar.gather_over_ranks([])
     return folder
 
 
@@ -897,28 +997,56 @@ def settings(c) -> dict:
 
 
 def open_folder(c):
-    """Raises ValueError if the run folder holds another run: a stage's own flags may change until
-    it begins, those of size and speed always."""
+    """Locks the run folder -> the lock, a file that must stay open. ValueError if another process
+    works there, or it holds another run: a stage's own flags may change until it begins, those of
+    size and speed always."""
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / "config.json").exists():
-        return
-    old, new = read_json(out / "config.json"), settings(c)
+    lock = None
+    if lorapar.rank_and_size()[0] == 0:
+        lock = lock_folder(out)
+        for leftover in out.rglob("*.tmp"):  # of a save that was killed
+            leftover.unlink()
+    config = out / "config.json"
+    if not config.exists():
+        if (out / "importance.safetensors").exists():
+            raise ValueError(f"{config} is missing, but a run was there: name another --out")
+        return lock
+    old, new = read_json(config), settings(c)
     for name in new:
         stage = name.partition("_")[0]
         begun = stage not in ("sft", "rl") or (out / stage / "state.safetensors").exists()
         if name not in FREE and begun and new[name] != old.get(name):
             changed = f"{option(name)} {old.get(name)}, not {new[name]}"
             raise ValueError(f"{out} holds a run with {changed}: another --out, or delete it")
+    return lock
+
+
+def lock_folder(out: Path):
+    try:
+        import fcntl
+    except ImportError:  # Windows has none
+        return None
+    lock = open(out / ".lock", "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # it ends with its process
+    except OSError:
+        raise ValueError(f"{out}: another process is at work there") from None
+    return lock
 
 
 def write_json(path, value):
     lorapar.write_file(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def write_tensors(path, tensors: dict):
+def write_lines(path, records):
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    lorapar.write_file(path, "".join(lines).encode())
+
+
+def write_tensors(path, tensors: dict, metadata=None):
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    lorapar.write_file(path, safetensors_bytes(tensors, {"format": "pt"}))
+    lorapar.write_file(path, safetensors_bytes(tensors, {"format": "pt"} | (metadata or {})))
 
 
 def read_tensors(path) -> dict[str, torch.Tensor]:
@@ -931,7 +1059,8 @@ def read_tensors(path) -> dict[str, torch.Tensor]:
 
 def bar(items, what):
     """A progress bar; in a log file it speaks every half minute only."""
-    return tqdm(items, desc=what, leave=False, mininterval=0.2 if sys.stderr.isatty() else 30)
+    seconds, silent = 0.2 if sys.stderr.isatty() else 30, lorapar.rank_and_size()[0] > 0
+    return tqdm(items, desc=what, leave=False, mininterval=seconds, disable=silent)
 
 
 def jaccard(part: lorapar.Partition) -> float:
@@ -1304,7 +1433,8 @@ def run_cell(base, changes: dict) -> dict:
     folder = Path(base.out) / "cells" / ",".join(f"{k}={v}" for k, v in sorted(changed.items()))
     c = argparse.Namespace(**vars(base) | changes | {"out": str(folder)})
     folder.mkdir(parents=True, exist_ok=True)
-    if (folder / "report.md").exists() and read_json(folder / "config.json") == settings(c):
+    done = (folder / "report.md").exists()
+    if done and settings(c).items() <= read_json(folder / "config.json").items():
         report = read_json(folder / "report.json")
     else:
         with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
@@ -1472,12 +1602,17 @@ COMMANDS |= {"figure": run_figure, "sweep": run_sweep}
 def main(arguments=None):
     sys.stdout.reconfigure(line_buffering=True)
     arguments = sys.argv[1:] if arguments is None else arguments
+    handlers = {name: signal.signal(name, ask_to_stop) for name in (signal.SIGINT, signal.SIGTERM)}
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # torchrun says so
     try:
         if arguments[:1] and arguments[0] in COMMANDS:
             COMMANDS[arguments[0]](arguments[1:])
-        else:
-            c = read_config(arguments)
-            run(c)
+            return
+        c = read_config(arguments)
+        if several:
+            join_processes(c)
+        run(c)
+        if lorapar.rank_and_size()[0] == 0:
             draw_figures(Path(c.out))
             print(f"everything is in {c.out}")
     except torch.OutOfMemoryError as error:
@@ -1489,6 +1624,24 @@ def main(arguments=None):
     except (ValueError, OSError, SafetensorError, data.SandboxError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if not several:
+            raise
+        sys.exit(f"train.py: a process of the group ended: {str(error).partition(chr(10))[0]}")
+    finally:
+        STAGE.update(running=False, stop=False)
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
+
+
+def join_processes(c):
+    """One of torchrun's processes: a GPU of its own where there are GPUs; the first one speaks."""
+    if c.device.startswith("cuda"):
+        c.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(c.device)
+    torch.distributed.init_process_group("nccl" if c.device.startswith("cuda") else "gloo")
+    if lorapar.rank_and_size()[0]:
+        sys.stdout = open(os.devnull, "w")
 
 
 if __name__ == "__main__":
