@@ -75,6 +75,7 @@ class Tokenizer:
         try:
             bos, eos, puts_bos, id_of = read(file)
             missing = [token for token in self.named_tokens() if id_of(token) is None]
+            named_eos = id_of(self.special_tokens.get("eos_token", ""))
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(f"{file}: {error}") from None
         if missing:
@@ -82,17 +83,17 @@ class Tokenizer:
                 f"{file} does not hold {missing[0]!r}, which another file there names: load the "
                 "tokenizer with transformers and save it once"
             )
-        named_eos = id_of(self.special_tokens.get("eos_token", ""))
         eos = eos if named_eos is None else named_eos
         self.bos_id = bos if self.settings.get("add_bos_token", puts_bos) else None
         model = read_fields(folder / "config.json") | read_fields(folder / "generation_config.json")
         ends = model.get("eos_token_id", [])
         ends = [eos, *(ends if isinstance(ends, list) else [ends])]
-        self.eos_ids = tuple(dict.fromkeys(i for i in ends if i is not None))
-        size = model.get("vocab_size", 10**9)
-        if not self.eos_ids or not all(type(i) is int and 0 <= i < size for i in self.eos_ids):
+        ends = [i for i in ends if i is not None]
+        size = model["vocab_size"] if type(model.get("vocab_size")) is int else 10**9
+        if not ends or not all(type(i) is int and 0 <= i < size for i in ends):
             where = f"{folder}: config.json, generation_config.json and tokenizer"
-            raise ValueError(f"{where} name {self.eos_ids} as eos_token_id: no ids of the model")
+            raise ValueError(f"{where} name {str(ends)[:40]} as eos_token_id: no ids of the model")
+        self.eos_ids = tuple(dict.fromkeys(ends))
         self.virtual = []  # ids that a baseline of table 6 puts before every prompt
         self.front = self.ids("\n")  # what stands before a text that goes on: see encode, decode
         self.adds_space = self.decode(self.ids("x")) != "x"  # LLaMA's: "x" -> "▁x"
@@ -598,7 +599,7 @@ def count_votes(paths):
         if ballots:
             records.append({"id": name, "label": vote(ballots), "votes": votes})
     if not records:
-        raise ValueError("\n".join([*lines, "no teacher gave a verdict: no labels"]))
+        raise ValueError(f"no teacher gave a verdict, so no labels: {'; '.join(lines)[:200]}")
     labels = Counter(record["label"] for record in records)
     agreement = f"; two teachers agree in {agreeing / pairs:.1%}" if pairs else ""
     lines.append(

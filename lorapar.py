@@ -642,7 +642,7 @@ def read_adapter(folder):
         config = json.loads(file.read_text(encoding="utf-8"))
         tensors = load_file(Path(folder) / "adapter_model.safetensors")
     except (OSError, ValueError, RecursionError, SafetensorError) as error:
-        raise ValueError(f"{folder}: not a readable PEFT adapter ({error})") from None
+        raise ValueError(f"{folder}: not a readable PEFT adapter ({str(error)[:100]})") from None
     if not isinstance(config, dict):
         raise ValueError(f"{file}: not a JSON object")
     fields = {}

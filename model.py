@@ -45,7 +45,7 @@ ROPE_FIELDS = {  # rope_type: the numbers that it needs
 
 
 def is_count(x) -> bool:
-    return type(x) is int and x > 0
+    return type(x) is int and 0 < x < 1 << 31
 
 
 def is_positive(x) -> bool:
@@ -120,6 +120,8 @@ class ModelConfig:
             needed, fits = FIELD_TYPES.get(f.type, (None, None))
             if needed and not fits(value):
                 raise ValueError(f"{source}: {f.name} is {repr(value)[:40]}, not {needed}")
+        if values["num_hidden_layers"] > 1000:
+            raise ValueError(f"{source}: num_hidden_layers is {values['num_hidden_layers']}")
         if heads % values["num_key_value_heads"] or values["head_dim"] % 2:
             raise ValueError(f"{source}: key-value heads must divide the heads, head_dim be even")
         return cls(**values)
@@ -599,7 +601,7 @@ def open_tensors(file: Path, device="cpu"):
     except FileNotFoundError:
         raise ValueError(f"{file}: this shard is missing") from None
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error})") from None
+        raise ValueError(f"{file}: not a whole safetensors file ({str(error)[:100]})") from None
 
 
 def auto_dtype(folder, device) -> torch.dtype:

@@ -1748,6 +1748,86 @@ def test_damaged_files_are_one_line(tmp_path):
         assert "\n" not in line and len(line) < 300, line
 
 
+ODD = [None, True, [], {}, [[]], "", "x", -1, 0, 1.5, 10**30, math.nan, math.inf, [None], {"a": []}]
+WHOLE_FILES = [b"", b"\0" * 50, b"[" * 100_000, b"null", b"[1]", b'{"a":' * 50_000]
+
+
+def mutated(content: bytes, rng, is_json: bool) -> bytes:
+    """A damaged or misshapen file."""
+    kind, changed = rng.randrange(4 if is_json else 3), bytearray(content)
+    if kind == 0:
+        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+        return bytes(changed)
+    if kind == 1:
+        return content[: rng.randrange(len(content))]
+    if kind == 2:
+        return rng.choice([*WHOLE_FILES, content * 2])
+    lines = content.decode().splitlines() if content.startswith(b'{"') else [content.decode()]
+    i = rng.randrange(len(lines))
+    value = node = json.loads(lines[i])
+    while rng.random() < 0.6:  # somewhere inside
+        children = [x for x in node.values() if isinstance(x, dict) and x]
+        node = rng.choice(children) if children else node
+    key = rng.choice(list(node))
+    if rng.random() < 0.7:
+        node[key] = rng.choice(ODD)
+    else:
+        del node[key]
+    lines[i] = json.dumps(value)
+    return "\n".join(lines).encode()
+
+
+def test_damaged_and_misshapen_files_are_read_or_refused_in_one_line(tmp_path):
+    """A sane value, or one ValueError line below 300 characters."""
+    import gzip
+
+    base, adapter, shards = (tmp_path / name for name in ("base", "adapter", "shards"))
+    decoder.save_model(small(), base, eos_token_id=0)
+    data.save_toy_tokenizer(base)
+    fields = {"eos_token": "<eos>", "chat_template": "{{ messages }}"}
+    (base / "tokenizer_config.json").write_text(json.dumps(fields))
+    (base / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
+    lorapar.save_adapter(lora_model(), adapter)
+    shutil.copytree(base, shards)
+    names = dict.fromkeys(load_file(shards / "model.safetensors"), "part.safetensors")
+    (shards / "model.safetensors").rename(shards / "part.safetensors")
+    (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    own, packed = tmp_path / "own.jsonl", tmp_path / "gsm.jsonl.gz"
+    labels, teacher = tmp_path / "labels.jsonl", tmp_path / "teacher.jsonl"
+    data.write_jsonl(own, OWN * 3)
+    packed.write_bytes(gzip.compress("\n".join([json.dumps(GSM8K)] * 30).encode()))
+    data.write_jsonl(labels, [{"id": f"{i}", "label": "S1"} for i in range(5)])
+    data.write_jsonl(teacher, [spoken(f"q{i}", "System1") for i in range(5)])
+    examples = [data.Example(f"{i}", "q", "a", "text") for i in range(5)]
+    readers = {
+        base / "config.json": lambda: (decoder.load_model(base), data.Tokenizer(base)),
+        base / "tokenizer_config.json": lambda: data.Tokenizer(base).chat([]),
+        base / "generation_config.json": lambda: data.Tokenizer(base),
+        base / "tokenizer.json": lambda: data.Tokenizer(base),
+        base / "model.safetensors": lambda: decoder.load_model(base),
+        shards / "model.safetensors.index.json": lambda: decoder.load_model(shards),
+        adapter / "adapter_config.json": lambda: lorapar.load_adapter(small(), adapter),
+        adapter / "adapter_model.safetensors": lambda: lorapar.load_adapter(small(), adapter),
+        own: lambda: data.load_dataset(str(own), None, "all"),
+        packed: lambda: data.load_dataset("gsm8k", packed, "all"),
+        labels: lambda: data.label_examples(examples, str(labels)),
+        teacher: lambda: data.count_votes([teacher]),
+    }
+    for path, reader in readers.items():
+        content, refused = path.read_bytes(), 0
+        for seed in range(30):
+            rng = random.Random(f"{path.name}/{seed}")
+            path.write_bytes(mutated(content, rng, "json" in path.suffix))
+            try:
+                reader()
+            except ValueError as error:
+                refused += 1
+                assert "\n" not in str(error) and len(str(error)) < 300, str(error)
+        path.write_bytes(content)
+        reader()
+        assert refused > 5
+
+
 @needs_shared
 def test_real_answers_are_correct_answers():
     for split, count in (("train", 7473 - 373), ("validation", 373), ("test", 1319)):
@@ -2993,6 +3073,232 @@ def test_command_lines_explain_themselves_and_model_py_continues_a_prompt(toy_ru
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
+# ------------------------------------------------------------- kills, changes, several processes
+
+KILLER = """
+import builtins, os, signal, sys
+count, last = 0, int(sys.argv.pop(1))
+
+def counted(function):
+    def call(*arguments, **settings):
+        global count
+        count += 1
+        if count == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **settings)
+    return call
+
+os.replace, os.fsync = counted(os.replace), counted(os.fsync)
+import train
+train.open = counted(open)
+train.TOY_BASE["steps"] = 30
+train.main(sys.argv[1:])
+"""
+SHORT_RUN = [*QUICK, "--eval-every", "2", "--micro-batch", "64"]
+
+
+def start(out, last=0):
+    """A short run in a process of its own, killed at its file event number `last` (0: never)."""
+    command = [sys.executable, "-c", KILLER, str(last), *SHORT_RUN, "--out", str(out)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=HERE, env=os.environ | {"OMP_NUM_THREADS": "1"}, **pipes)
+
+
+def outcome(out):
+    """All that a run leaves, but for its times."""
+    files = {}
+    for path in sorted(out.rglob("*")):
+        name = str(path.relative_to(out))
+        if path.suffix in (".safetensors", ".jsonl", ".json", ".md"):
+            files[name] = path.read_bytes()
+    labels = files.pop("labels.jsonl").splitlines()  # its votes name files of the folder
+    files["labels"] = [json.loads(line)["label"] for line in labels]
+    lines = [json.loads(line) for line in files.pop("metrics.jsonl").splitlines()]
+    timed = ("seconds", "rollout_s", "update_s")
+    files["metrics"] = [{k: v for k, v in r.items() if k not in timed} for r in lines]
+    return files
+
+
+def same(ours, whole):
+    assert ours.keys() == whole.keys()
+    return [name for name in whole if ours[name] != whole[name]]
+
+
+def phase_of(log):
+    """The last thing that a killed run said it does."""
+    words = re.findall(r"^(base|score|partition|sft|rl|evaluate|toy base)\b", log, re.M)
+    return words[-1] if words else "start"
+
+
+def kill_and_go_on(out, whole, rng, seconds):
+    """Kills a run at random until it ends -> the phases of the kills; it ends as the whole one."""
+    phases = []
+    for kill in ("by time", "at a file event", "by time", None):
+        run = start(out, rng.randrange(1, 60) if kill == "at a file event" else 0)
+        try:
+            log, _ = run.communicate(timeout=rng.uniform(2, seconds) if kill == "by time" else None)
+        except subprocess.TimeoutExpired:
+            run.kill()
+            log, _ = run.communicate()
+        if run.returncode == 0:
+            return phases, same(outcome(out), whole)
+        assert run.returncode == -signal.SIGKILL, log
+        phases.append(phase_of(log))
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "run"
+    log, _ = start(out).communicate()
+    assert "everything is in" in log, log
+    return outcome(out)
+
+
+def test_a_run_killed_at_random_ends_bit_identical(whole_run, tmp_path):
+    """Two runs; `python test_lorapar.py soak 100` kills a hundred times."""
+    kills = 0
+    for seed in range(2):
+        phases, different = kill_and_go_on(tmp_path / str(seed), whole_run, random.Random(seed), 6)
+        assert not different, different
+        kills += len(phases)
+    assert kills
+
+
+def test_the_first_interrupt_saves_and_a_second_process_is_refused(whole_run, tmp_path):
+    out = tmp_path / "run"
+    run = start(out)
+    for line in run.stdout:
+        if line.startswith("sft 2/"):
+            break
+    run.send_signal(signal.SIGTERM)
+    rest = run.stdout.read()
+    assert run.wait() == 130 and "stopped; repeat" in rest, rest
+    step = int(re.search(r"saved after sft step (\d+)", rest)[1])
+    state = load_file(out / "sft" / "state.safetensors")
+    assert int(state["step"]) == step == len(metrics(out, "sft"))
+    with train.lock_folder(out):
+        log, _ = start(out).communicate()
+        assert "another process is at work there" in log.splitlines()[-1]
+    log, _ = start(out).communicate()
+    assert f"goes on after step {step}" in log and not same(outcome(out), whole_run)
+
+
+def test_what_a_run_was_made_from_may_not_change(toy_run, tmp_path, capsys):
+    """Nor may its config vanish; a redone first stage is not mixed with the old second one."""
+    (tmp_path / "reward.py").write_text(REWARD)
+    mine = tmp_path / "mine.jsonl"
+    rows = [{"answer": "c5", "check": "exact", "question": f"F t1 e{i} A"} for i in range(60)]
+    rows = [row | {"label": f"S{1 + i % 2}"} for i, row in enumerate(rows)]
+    data.write_jsonl(mine, rows)
+    base, out = shutil.copytree(toy_run / "base", tmp_path / "base"), tmp_path / "out"
+    flags = ["--model", base, "--data", mine, *SHORT, "--out", out]
+    flags = [str(flag) for flag in [*flags, f"--reward={tmp_path}/reward.py:length"]]
+    train.main(flags)
+
+    def refused(what, path, change):
+        content = path.read_bytes()
+        change(path)
+        assert f"made from another {what}" in fails(capsys, *flags), what
+        path.write_bytes(content)
+
+    refused("reward", tmp_path / "reward.py", lambda p: p.write_text(REWARD + "\n"))
+    refused("data", mine, lambda p: p.write_text(p.read_text().replace("c5", "c6")))
+    other = decoder.load_model(base)
+    other.model.norm.weight.data.add_(0.1)
+    refused("base", base / "model.safetensors", lambda p: decoder.save_model(other, tmp_path / "b")
+            or shutil.copy(tmp_path / "b" / "model.safetensors", p))  # fmt: skip
+    rows[0]["label"] = "S2"
+    refused("data", mine, lambda p: data.write_jsonl(p, rows))
+    scores = load_file(out / "importance.safetensors")
+    swapped = scores | {"s1": scores["s2"], "s2": scores["s1"]}
+    refused("mask", out / "importance.safetensors", lambda p: train.write_tensors(p, swapped))
+    shutil.rmtree(out / "sft")
+    assert "rl/state.safetensors was made from another start" in fails(
+        capsys, *flags, "--sft-lr", "0.1"
+    )
+    (out / "config.json").unlink()
+    assert "is missing, but a run was there" in fails(capsys, *flags)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(toy_run, tmp_path):
+    out = borrow(toy_run, tmp_path / "run")
+    script = f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({200_000}, {200_000}))\n"
+    script += f"import train; train.main({[*QUICK, '--out', str(out)]!r})"
+    done = python("-c", script)
+    assert done.returncode == 2 and "File too large" in done.stderr.splitlines()[-1]
+    train.main([*QUICK, "--out", str(out)])
+    assert not list(out.rglob("*.tmp"))
+
+
+COUNTING = """
+import json, os, sys
+import torch, torch.distributed as dist
+import grpo, lorapar, train
+rows, sent, folder = {"sft": 0, "rl": 0}, 0, sys.argv.pop(1)
+real_sum, real_logprobs = dist.all_reduce, train.token_logprobs
+
+def counted_sum(tensor, *rest):
+    global sent
+    sent += tensor.nbytes
+    return real_sum(tensor, *rest)
+
+def counting(stage):
+    def call(model, tokens, *rest):
+        rows[stage] += len(tokens) * torch.is_grad_enabled()
+        return real_logprobs(model, tokens, *rest)
+    return call
+
+dist.all_reduce = counted_sum
+train.token_logprobs, grpo.token_logprobs = counting("sft"), counting("rl")
+train.main(sys.argv[1:])
+with open(f"{folder}/{os.environ.get('RANK', 0)}.json", "w") as file:
+    json.dump(rows | {"bytes": sent}, file)
+"""
+
+
+def test_two_processes_compute_what_one_computes(toy_run, tmp_path):
+    """Importance, SFT, sampled tokens and update to float32 rounding; half of the rows each."""
+    (tmp_path / "count.py").write_text(COUNTING)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+    counts = {}
+    for n in (1, 2):
+        out, folder = borrow(toy_run, tmp_path / f"run{n}"), tmp_path / f"counts{n}"
+        folder.mkdir()
+        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={n}"]
+        command += ["--standalone", str(tmp_path / "count.py"), str(folder), *QUICK]
+        done = subprocess.run(
+            [*command, "--out", str(out)], env=environment, capture_output=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr.decode()[-2000:]
+        counts[n] = [read(folder / f"{rank}.json") for rank in range(n)]
+    one, two = tmp_path / "run1", tmp_path / "run2"
+    for name in ("s1", "s2", "start"):
+        a, b = (load_file(out / "importance.safetensors")[name] for out in (one, two))
+        close(a, b, 1e-5)
+    for stage in ("sft", "rl"):
+        a, b = (load_file(out / stage / "state.safetensors")["flat"] for out in (one, two))
+        close(a, b, 1e-3)
+    texts = [(out / "rl" / "samples.jsonl").read_text() for out in (one, two)]
+    assert texts[0] == texts[1]
+    for ours, theirs in zip(metrics(two, "rl"), metrics(one, "rl")):
+        assert ours["reward"] == theirs["reward"] and ours["kl"] == pytest.approx(
+            theirs["kl"], abs=1e-5
+        )
+    for stage in ("sft", "rl"):
+        rows = [rank[stage] for rank in counts[2]]
+        assert sum(rows) == counts[1][0][stage] and abs(rows[0] - rows[1]) <= len(
+            metrics(one, stage)
+        )
+    report = read(two / "report.json")["partition"]
+    steps = {stage: len(metrics(two, stage)) for stage in ("sft", "rl")}
+    gradients = 4 * sum(report["active"][stage] * n for stage, n in steps.items())
+    scores = 2 * 2 * 8 * report["elements"]  # g and F of two systems, in float64
+    assert counts[1][0]["bytes"] == 0
+    assert (
+        gradients + scores <= counts[2][0]["bytes"] < gradients + scores + 100 * sum(steps.values())
+    )
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("dtype, limit", [("float32", 1e-3), ("bfloat16", 0.05)])
 def test_the_whole_program_on_cuda(dtype, limit, toy_run, tmp_path):
@@ -3080,6 +3386,26 @@ def in_turns(works: dict, device, rounds=5) -> dict:
             if turn:
                 times[name].append(time.perf_counter() - started)
     return {name: statistics.median(seconds) for name, seconds in times.items()}
+
+
+def soak(arguments):
+    """python test_lorapar.py soak 100: kills runs so often, half of them at file events, and says
+    in which phase each fell and how many runs ended bit-identical."""
+    import tempfile
+
+    wanted, phases, runs, identical = int(arguments[0]), Counter(), 0, 0
+    with tempfile.TemporaryDirectory() as folder:
+        run = start(Path(folder) / "whole")
+        run.communicate()
+        whole = outcome(Path(folder) / "whole")
+        while sum(phases.values()) < wanted:
+            out = Path(folder) / str(runs)
+            fell, different = kill_and_go_on(out, whole, random.Random(runs), 8)
+            phases.update(fell)
+            runs, identical = runs + 1, identical + (not different)
+            print(f"{sum(phases.values())} kills, {identical} of {runs} runs identical", different)
+            shutil.rmtree(out)
+    print(", ".join(f"{phase} {n}" for phase, n in phases.most_common()))
 
 
 def bench(arguments):
@@ -3207,6 +3533,8 @@ def add_rates(works, device, dtype):
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["bench"]:
-        sys.exit("python test_lorapar.py bench [--shape ..]; the tests: python -m pytest -q")
-    bench(sys.argv[2:])
+    commands = {"bench": bench, "soak": soak}
+    if sys.argv[1:2] and sys.argv[1] in commands:
+        commands[sys.argv[1]](sys.argv[2:])
+    else:
+        sys.exit("python test_lorapar.py bench | soak N; the tests: python -m pytest -q")

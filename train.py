@@ -100,7 +100,10 @@ def evaluate(c, row, model, inputs) -> dict:
     else:
         records = answer_all(c, model, inputs, inputs.test, row)
         write_lines(file, records)
-    means = averages(records)
+    try:
+        means = averages(records)
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{file}: not the answers of a run; delete it to ask again") from None
     accuracies = [f"{system} {100 * mean['accuracy']:.1f}%" for system, mean in means.items()]
     print(f"evaluate {row}: {'  '.join(accuracies)}")
     return means
@@ -405,7 +408,8 @@ def save_state(folder, model, optimizer, step: int):
     """What a stage needs to go on bit for bit, in one file that is renamed into place."""
     tensors = {f"adam.{name}": t for name, t in optimizer.state[optimizer.packed].items()}
     tensors |= {"flat": lorapar.get_flat(model), "step": torch.tensor(step)}
-    write_tensors(folder / "state.safetensors", tensors, optimizer.made_from)
+    origin = {"made_from": json.dumps(optimizer.made_from)}
+    write_tensors(folder / "state.safetensors", tensors, origin)
 
 
 def load_state(c, stage: str, model, optimizer, steps: int) -> int:
@@ -420,7 +424,8 @@ def load_state(c, stage: str, model, optimizer, steps: int) -> int:
     if path.exists():
         tensors = read_tensors(path)
         with open_tensors(path) as file:
-            refuse_changes(path, file.metadata() or {}, optimizer.made_from)
+            origin = (file.metadata() or {}).get("made_from", "{}")
+        refuse_changes(path, json.loads(origin), optimizer.made_from)
         lorapar.set_flat(model, tensors["flat"])
         adam = {name[5:]: t for name, t in tensors.items() if name.startswith("adam.")}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: adam}})
@@ -1046,14 +1051,15 @@ def write_lines(path, records):
 
 def write_tensors(path, tensors: dict, metadata=None):
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    lorapar.write_file(path, safetensors_bytes(tensors, {"format": "pt"} | (metadata or {})))
+    lorapar.write_file(path, safetensors_bytes(tensors, metadata or {"format": "pt"}))
 
 
 def read_tensors(path) -> dict[str, torch.Tensor]:
     try:
         mapped = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: not readable ({error}); delete it to redo this part") from None
+        why = str(error)[:100]
+        raise ValueError(f"{path}: not readable ({why}); delete it to redo this part") from None
     return {name: t.clone() for name, t in mapped.items()}  # the file will be written again
 
 
