@@ -102,7 +102,7 @@ def evaluate(c, row, model, inputs) -> dict:
         write_lines(file, records)
     try:
         means = averages(records)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         raise ValueError(f"{file}: not the answers of a run; delete it to ask again") from None
     accuracies = [f"{system} {100 * mean['accuracy']:.1f}%" for system, mean in means.items()]
     print(f"evaluate {row}: {'  '.join(accuracies)}")
@@ -344,10 +344,7 @@ LEGEND = {
     "the\n    policy as RL began; gap: of sampling's log-probs to training's (rounding alone); "
     "equal_groups:\n    prompts whose answers all earn the same, so nothing is learned from them",
 }
-
-
 STAGE = {"running": False, "stop": False, "saved": 0.0}  # a loop's; when it was saved last
-SAVE_SECONDS = 600
 
 
 def ask_to_stop(signum, frame):
@@ -364,11 +361,10 @@ def end_step(c, stage, model, optimizer, inputs, step: int, steps: int, values: 
     saves."""
     if c.eval_every and ((step + 1) % c.eval_every == 0 or step + 1 == steps):
         values = values | validate(c, stage, model, inputs, step)
-    stop = torch.tensor(float(STAGE["stop"]), device=c.device)
-    stop = bool(lorapar.sum_over_ranks(stop))  # all processes at the same step
-    late = torch.tensor(float(time.monotonic() - STAGE["saved"] > SAVE_SECONDS), device=c.device)
-    saves = bool(lorapar.sum_over_ranks(late)) or (step + 1) % c.save_every == 0
-    saves = saves or stop or step + 1 == steps
+    late = time.monotonic() - STAGE["saved"] > 600  # steps may take minutes
+    asked = torch.tensor([STAGE["stop"], late], dtype=torch.float32, device=c.device)
+    stop, late = lorapar.sum_over_ranks(asked).tolist()  # all processes at the same step
+    saves = stop or late or (step + 1) % c.save_every == 0 or step + 1 == steps
     if saves:  # elements can be finite and their product not
         with stop_if_diverged(c, stage, step), eval_mode(model), torch.no_grad():
             zeros = torch.zeros(1, 2, dtype=torch.long, device=c.device)
@@ -900,7 +896,7 @@ def made_from(c, folder, sets, labels) -> dict:
 
 def refuse_changes(path, old: dict, new: dict):
     for name, value in new.items():
-        if old.get(name, value) != value:
+        if not isinstance(old, dict) or old.get(name, value) != value:
             raise ValueError(
                 f"{path} was made from another {name}: name another --out, or put it back"
             )
