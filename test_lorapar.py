@@ -1728,26 +1728,6 @@ def test_ones_own_data_and_its_bad_lines(tmp_path):
     assert [len(q) for q in questions] == [16, 2, 2] and len(set().union(*questions)) == 20
 
 
-def test_damaged_files_are_one_line(tmp_path):
-    import gzip
-
-    text = "\n".join(json.dumps(r) for r in OWN * 50)
-    packed = bytearray(gzip.compress(text.encode()))
-    packed[len(packed) // 2] ^= 0xFF
-    for name, content in {
-        "flipped.jsonl.gz": bytes(packed),
-        "short.jsonl.gz": bytes(packed[:40]),
-        "plain.jsonl.gz": text.encode(),
-        "deep.jsonl": b"[" * 100_000,
-        "list.jsonl": b"[1]\n",
-        "torn.jsonl": b'{"question": "q"',
-        "latin.jsonl": '{"question": "é"}'.encode("latin-1"),
-    }.items():
-        (tmp_path / name).write_bytes(content)
-        line = refuses(name, data.load_dataset, str(tmp_path / name), None, "all")
-        assert "\n" not in line and len(line) < 300, line
-
-
 ODD = [None, True, [], {}, [[]], "", "x", -1, 0, 1.5, 10**30, math.nan, math.inf, [None], {"a": []}]
 WHOLE_FILES = [b"", b"\0" * 50, b"[" * 100_000, b"null", b"[1]", b'{"a":' * 50_000]
 
@@ -2581,25 +2561,6 @@ def test_the_same_command_again_reuses_and_restores_everything(toy_run, tmp_path
     train.main([*QUICK, "--rl-lr", "0.1", "--out", str(out)])  # RL has not begun
 
 
-@pytest.mark.parametrize("dies_in", ["save_toy_tokenizer", "save_model", "copymode", "make_toy"])
-def test_a_rerun_completes_what_a_kill_inside_the_toys_base_left(dies_in, tmp_path, monkeypatch):
-    monkeypatch.setitem(train.TOY_BASE, "steps", 2)
-    owner = {"save_model": train, "copymode": decoder.shutil}.get(dies_in, data)
-    original = getattr(owner, dies_in)
-
-    def dies(*arguments, **settings):
-        if dies_in == "make_toy":
-            original(*arguments, **settings)
-        raise MemoryError("died")
-
-    flags = [*QUICK, "--order", "none", "--out", str(tmp_path / "run")]
-    with monkeypatch.context() as patch:
-        patch.setattr(owner, dies_in, dies)
-        refuses("died", train.main, flags, error=MemoryError)
-    train.main(flags)
-    assert read(tmp_path / "run" / "report.json")["partition"]["elements"]
-
-
 def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
     """Dropout, optimizer, data order and sampling go on where they stopped."""
     flags, whole, killed = "--dropout 0.2 --kl 0.1".split(), tmp_path / "whole", tmp_path / "killed"
@@ -2630,18 +2591,6 @@ def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
         assert steps[0] == steps[1] and len(steps[0]) > 2
     samples = [(out / "rl" / "samples.jsonl").read_text() for out in (whole, killed)]
     assert samples[0] == samples[1] and samples[0].count("\n") == 9
-
-
-def test_a_stopped_run_says_one_line_and_how_to_go_on(tmp_path):
-    command = [sys.executable, "train.py", "--out", str(tmp_path / "run")]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    run = subprocess.Popen(command, cwd=HERE, **pipes)
-    while "toy base" not in run.stdout.readline():
-        pass
-    run.send_signal(signal.SIGINT)
-    _, error = run.communicate(timeout=60)
-    line = "train.py: stopped; repeat the command to go on"
-    assert run.returncode == 130 and error.strip() == line
 
 
 def test_ablation_switches_do_what_they_say(toy_run, tmp_path, capsys):
