@@ -132,8 +132,11 @@ class Tokenizer:
         ids = self.ids(text)
         if goes_on and self.adds_space:
             ids = self.ids("\n" + text)[len(self.front) :]
-        front = self.virtual + [self.bos_id] * (self.bos_id is not None) if bos else []
-        return front + ids + ([self.eos_ids[0]] if eos else [])
+        if bos and self.bos_id is not None:
+            ids = [self.bos_id, *ids]
+        if bos:
+            ids = self.virtual + ids
+        return ids + [self.eos_ids[0]] if eos else ids
 
     def decode(self, ids) -> str:
         """Text of new tokens, special ones included; the EOS that ended an answer and ids beyond
@@ -661,7 +664,7 @@ Respond in the following format:
 """
 
 
-def prompt_and_answer(example: Example, tokenizer, style: str = "plain", stage: str = "rl"):
+def prompt_and_answer(example: Example, tokenizer, style: str, stage: str):
     """The words every stage asks in, and the answer SFT trains on: (prompt, answer) texts.
 
     "plain": the question and a new line (none after code and after "Answer:"). "chat": the question
@@ -682,7 +685,7 @@ def prompt_and_answer(example: Example, tokenizer, style: str = "plain", stage: 
     return tokenizer.chat([*system, {"role": "user", "content": question}]), answer.strip()
 
 
-def example_ids(example: Example, tokenizer, style: str = "plain", stage: str = "rl"):
+def example_ids(example: Example, tokenizer, style="plain", stage="sft"):
     """-> prompt ids, answer ids with EOS. They are the tokens of the joined text where that can be
     cut at the prompt's end (no space or merge then differs from what a model has read), else of
     the two texts; the authors' SFT puts an EOS between them."""

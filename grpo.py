@@ -50,7 +50,7 @@ class Settings:
 class Rollout:
     """One sampled answer."""
 
-    group: int  # which of the step's prompts it answers
+    prompt_index: int  # which of the step's prompts it answers
     prompt: list[int]
     answer: list[int]  # new tokens, the sampled EOS included
     logprobs: list[float]  # what sampling said of each of them
@@ -59,40 +59,39 @@ class Rollout:
     trains: bool = True
 
 
-def grpo_step(model, optimizer, prompts, rewards, reference, s: Settings, generator=None):
+def grpo_step(model, optimizer, prompts, reward_parts, reference, s: Settings, generator=None):
     """One step: sample, reward, compare within groups, update -> (statistics, rollouts).
 
-    prompts: P lists of ids. rewards(rollouts) gives each rollout a dict of reward parts. reference:
-    the flat vector (N,) of the policy that the KL holds on to. The model stays in eval mode,
+    prompts: P lists of ids. reward_parts(rollouts) gives a dict for each rollout. reference: the
+    flat vector (N,) of the policy that the KL holds on to. The model stays in eval mode,
     without dropout. Of several processes each answers its share of the prompts and computes its
     share of the gradient; all return all P * G rollouts, a prompt's G in a row.
     """
     started = time.perf_counter()
     rollouts = sample_rollouts(model, prompts, s, generator)
-    sampled = time.perf_counter()
-    for rollout, parts in zip(rollouts, rewards(rollouts)):
+    sampled_at = time.perf_counter()
+    for rollout, parts in zip(rollouts, reward_parts(rollouts)):
         rollout.reward_parts = parts
-    rollouts = sorted(gather_over_ranks(rollouts), key=lambda r: r.group)
-    totals = [float(sum(r.reward_parts.values())) for r in rollouts]
-    totals = torch.tensor(totals, dtype=torch.float32).view(len(prompts), s.group)  # (P, G)
-    advantages = group_advantages(totals, by_std=s.loss != "dr_grpo")
+    rollouts = sorted(gather_over_ranks(rollouts), key=lambda r: r.prompt_index)
+    rewards = [float(sum(r.reward_parts.values())) for r in rollouts]
+    rewards = torch.tensor(rewards, dtype=torch.float32).view(len(prompts), s.group)  # (P, G)
+    advantages = group_advantages(rewards, by_std=s.loss != "dr_grpo")
     for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
         rollout.advantage = advantage
         rollout.trains = rollout.answer[-1] in s.eos_ids or not s.mask_truncated
     stats = grpo_update(model, optimizer, rollouts, reference, s)
     names = dict.fromkeys(name for r in rollouts for name in r.reward_parts)
     stats |= {
-        "reward": totals.mean().item(),
-        "reward_std": totals.std().item(),  # over all answers, not within groups
+        "reward": rewards.mean().item(),
         "parts": {
             n: sum(r.reward_parts.get(n, 0.0) for r in rollouts) / len(rollouts) for n in names
         },
-        "equal_groups": int((totals == totals[:, :1]).all(1).sum()),  # nothing to learn there
+        "equal_groups": int((rewards == rewards[:, :1]).all(1).sum()),  # nothing to learn there
         "length": sum(len(r.answer) for r in rollouts) / len(rollouts),
         "truncated": sum(r.answer[-1] not in s.eos_ids for r in rollouts) / len(rollouts),
         "grad_norm": optimizer.grad_norm.item(),
-        "rollout_s": round(sampled - started, 4),
-        "update_s": round(time.perf_counter() - sampled, 4),
+        "rollout_s": round(sampled_at - started, 4),
+        "update_s": round(time.perf_counter() - sampled_at, 4),
     }
     return stats, rollouts
 
@@ -119,8 +118,8 @@ def sample_rollouts(model, prompts, s: Settings, generator=None) -> list[Rollout
             return_logprobs=True,
         )
     rollouts = []
-    for i, group, group_logprobs in zip(own, answers, logprobs):
-        for answer, logps in zip(group, group_logprobs):
+    for i, group_answers, group_logprobs in zip(own, answers, logprobs):
+        for answer, logps in zip(group_answers, group_logprobs):
             rollouts.append(Rollout(i, prompts[i], answer, logps))
     return rollouts
 
@@ -193,7 +192,7 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
     by_length = sorted(rollouts, key=lambda r: -len(r.prompt + r.answer))  # little padding
     own, batches = by_length[rank::size], []
     for start in range(0, len(own), s.micro_batch):
-        batches.append(collate(own[start : start + s.micro_batch], device))
+        batches.append(collate_rollouts(own[start : start + s.micro_batch], device))
     if s.kl:
         policy = get_flat(model)
         try:
@@ -205,28 +204,28 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
             set_flat(model, policy)
     n_tokens = max(1, sum(len(r.answer) for r in rollouts if r.trains))
     names = ("loss", "gap", "kl", "ratio", "clipped")
-    totals = {name: torch.zeros((), device=device) for name in names}
+    means = {name: torch.zeros((), device=device) for name in names}
     for _ in range(s.iterations):
         optimizer.zero_grad()
         for b in batches:
             logp = token_logprobs(model, b.tokens, b.labels, s.temperature)
             if b.old is None:
                 b.old = logp.detach()
-                totals["gap"] += (b.old - b.sampled).abs().sum() / n_tokens
+                means["gap"] += (b.old - b.sampled).abs().sum() / n_tokens
             loss, stats = grpo_loss(
                 logp, b.old, b.ref, b.advantages, b.mask, s.clip, s.kl,
                 clip_high=s.clip_high, loss=s.loss, max_new_tokens=s.max_new_tokens,
             )  # fmt: skip
             share = len(b.tokens) / len(rollouts)
-            if s.loss == "token":
-                share = b.mask.sum() / n_tokens
-            (loss * share).backward()
-            for name, value in (stats | {"loss": loss.detach()}).items():
-                totals[name] += value * share / s.iterations
-        if not math.isfinite(totals["loss"]):
-            raise FloatingPointError(f"the GRPO loss is {float(totals['loss'])}")
+            loss = loss * (b.mask.sum() / n_tokens if s.loss == "token" else share)
+            loss.backward()
+            means["loss"] += loss.detach() / s.iterations
+            for name, value in stats.items():
+                means[name] += value * share / s.iterations
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(f"the GRPO loss is {float(means['loss'])}")
         optimizer.step()
-    values = sum_over_ranks(torch.stack(list(totals.values())))
+    values = sum_over_ranks(torch.stack(list(means.values())))
     return dict(zip(names, values.tolist()))
 
 
@@ -243,7 +242,7 @@ class MicroBatch:
     ref: torch.Tensor | None = None  # (B, T-1): log-probs of the reference
 
 
-def collate(rollouts, device) -> MicroBatch:
+def collate_rollouts(rollouts, device) -> MicroBatch:
     tokens = [torch.tensor(r.prompt + r.answer) for r in rollouts]
     labels, sampled = [], []
     for r in rollouts:

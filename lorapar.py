@@ -105,9 +105,14 @@ def lora_factors(model) -> dict[str, nn.Parameter]:
     return factors
 
 
-def trained(model) -> dict[str, nn.Parameter]:
+def is_baseline(model) -> bool:
+    """Does it hold a baseline of table 6 (the last chapter) in place of LoRA layers?"""
+    return any(isinstance(m, BASELINES) for m in model.modules())
+
+
+def trainable(model) -> dict[str, nn.Parameter]:
     """name -> what a stage trains: LoRA's factors, or a baseline's parameters."""
-    if any(isinstance(m, BASELINES) for m in model.modules()):
+    if is_baseline(model):
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
     return lora_factors(model)
 
@@ -236,8 +241,8 @@ def add_lora(
 
 
 def get_flat(model) -> torch.Tensor:
-    """(N,) float32: a copy of all LoRA factors, in the order of `lora_factors`, row-major."""
-    return torch.cat([p.detach().flatten() for p in trained(model).values()])
+    """(N,) float32: a copy of all that is `trainable`, in its order, row-major."""
+    return torch.cat([p.detach().flatten() for p in trainable(model).values()])
 
 
 def lora_buffers(model, kind: str) -> list[torch.Tensor]:
@@ -259,7 +264,7 @@ def write_flat(tensors, vector, what: str):
 
 def set_flat(model, vector):
     """Writes (N,) back into the factors; ValueError if N does not fit."""
-    write_flat(list(trained(model).values()), vector, "flat vector")
+    write_flat(list(trainable(model).values()), vector, "flat vector")
 
 
 def set_anchor(model, vector):
@@ -269,7 +274,7 @@ def set_anchor(model, vector):
 
 def get_mask(model) -> torch.Tensor:
     """(N,) bool: a copy of the layers' masks, in flat order; a baseline trains all it has."""
-    if any(isinstance(m, BASELINES) for m in model.modules()):
+    if is_baseline(model):
         return torch.ones_like(get_flat(model), dtype=torch.bool)
     return torch.cat([m.flatten() for m in lora_buffers(model, "mask")])
 
@@ -503,7 +508,7 @@ class MaskedAdamW(torch.optim.AdamW):
 
     def zero_grad(self, set_to_none=True):
         super().zero_grad(set_to_none)
-        for factor in trained(self.model).values():
+        for factor in trainable(self.model).values():
             factor.grad = None
 
     @torch.no_grad()
@@ -520,8 +525,9 @@ class MaskedAdamW(torch.optim.AdamW):
                 loss = closure()
         if not torch.equal(get_mask(self.model), self.mask):
             raise ValueError("set_mask was called after this optimizer was made; make a new one")
-        factors = trained(self.model).values()
-        if all(p.grad is None for p in factors) and not self.sum_gradients:
+        factors = trainable(self.model).values()
+        alone = not self.sum_gradients or rank_and_size()[1] == 1  # others may have gradients
+        if alone and all(p.grad is None for p in factors):
             raise ValueError("step() without gradients: call backward() first")
         gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in factors]
         flat = get_flat(self.model)
@@ -579,7 +585,7 @@ def save_adapter(model, folder, base_model=""):
     doubled: exactly our model on the untouched base, whatever the start was. It cannot be trained
     on as it was here; for that keep `model.state_dict()`.
     """
-    if hasattr(model, "baseline"):
+    if is_baseline(model):
         return save_baseline(model, folder)
     model, tensors = unwrapped(model), {}
     layers = {own_name(n): layer for n, layer in lora_layers(model).items()}
@@ -812,7 +818,7 @@ def add_baseline(model, method: str, n=20, generator=None):
 
 def save_baseline(model, folder):
     """Writes what a baseline trains under our names; other programs do not read it."""
-    tensors = {name: p.detach().cpu().contiguous() for name, p in trained(model).items()}
+    tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
     about = json.dumps(model.baseline) + "\n"
     write_file(Path(folder) / "baseline.json", about.encode())
     write_file(Path(folder) / "baseline.safetensors", safetensors_bytes(tensors))
@@ -823,7 +829,7 @@ def load_baseline(model, folder):
     about = json.loads((Path(folder) / "baseline.json").read_text())
     tensors = load_file(Path(folder) / "baseline.safetensors")
     add_baseline(model, about["method"], about["virtual_tokens"])
-    for name, p in trained(model).items():
+    for name, p in trainable(model).items():
         if name not in tensors or tensors[name].shape != p.shape:
             raise ValueError(f"{folder}: no {name} of shape {tuple(p.shape)} for this model")
         p.data.copy_(tensors[name])

@@ -299,8 +299,8 @@ class Decoder(nn.Module):
     def forward(self, tokens, cache: KVCache | None = None):
         """tokens (B, T) -> hidden states (B, T, hidden_size).
 
-        Attention is causal, so right padding never reaches a real token. With a cache tokens are
-        whole prompts; once that decodes, they are (B, 1), the next token of each of its rows.
+        Attention is causal, so right padding never reaches a real token. With a cache the tokens
+        are whole prompts; after its `start_decoding` they are (B, 1), each row's next token.
         """
         x = self.embed_tokens(tokens)  # (B, T, hidden)
         positions = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)

@@ -4,11 +4,10 @@
     python train.py --model FOLDER --data gsm8k:DIR --labels labels.jsonl
 
 `run` is the whole method; scores, masks, both loops and the evaluation follow in its order, then
-settings, inputs (`prepare`), the run folder, and the commands eval, merge, figure and sweep. A run
-lives in one folder (config, labels, scores, partition, adapters, metrics, report); the same command
-goes on where it stopped.
-`torchrun --nproc_per_node=N train.py ..` splits each step's examples over N processes. Left out:
-sharding the model, and resuming on another number of processes.
+settings, inputs (`prepare`), the run folder, and the commands eval, compare, merge, figure, sweep.
+A run lives in one folder (config, labels, scores, partition, adapters, metrics, report); the same
+command goes on where it stopped. `torchrun --nproc_per_node=N train.py ..` splits each step's
+examples over N processes. Left out: sharding the model, resuming on another number of processes.
 """
 
 import argparse
@@ -197,7 +196,9 @@ def sft(c, model, inputs, mask):
         lr = set_lr(optimizer, c.sft_lr, step, len(plan), c.sft_warmup)
         batch = [inputs.sft[i] for i in plan[step]]
         with stop_if_diverged(c, "sft", step):
-            loss = backward(model, batch, c.micro_batch, c.device)
+            rank, size = lorapar.rank_and_size()
+            loss = backward(model, batch[rank::size], len(batch), c.micro_batch, c.device)
+            loss = float(lorapar.sum_over_ranks(loss))
             optimizer.step()  # clips, then moves the active elements
             optimizer.zero_grad()
         values = {"loss": loss, "grad_norm": optimizer.grad_norm.item(), "lr": lr}
@@ -207,18 +208,17 @@ def sft(c, model, inputs, mask):
     lorapar.save_adapter(model, Path(c.out) / "sft", c.model or "toy")  # a killed run may lack it
 
 
-def backward(model, encoded, micro_batch: int, device) -> float:
-    """The mean over examples of the mean cross-entropy of each answer's tokens; adds its gradient
-    (a process's share of it). At most micro_batch examples at a time; the gradient does not depend
-    on it."""
-    rank, size = lorapar.rank_and_size()
+def backward(model, encoded, batch_size: int, micro_batch: int, device):
+    """These examples' part of a batch's loss, the mean over its examples of the mean cross-entropy
+    of each answer's tokens; adds its gradient. At most micro_batch examples at a time; the gradient
+    does not depend on it."""
     total = torch.zeros((), device=device)
-    for tokens, labels in data.batches(encoded[rank::size], micro_batch, device):
+    for tokens, labels in data.batches(encoded, micro_batch, device):
         logp = token_logprobs(model, tokens, labels)  # (B, T-1), 0 on the prompt
-        loss = -(logp.sum(1) / (labels[:, 1:] != -100).sum(1)).sum() / len(encoded)
+        loss = -(logp.sum(1) / (labels[:, 1:] != -100).sum(1)).sum() / batch_size
         loss.backward()
         total += loss.detach()
-    return float(lorapar.sum_over_ranks(total))
+    return total
 
 
 def rl(c, model, inputs, mask):
@@ -258,10 +258,10 @@ def rl(c, model, inputs, mask):
         generator = seed_step(c, step)
         lr = set_lr(optimizer, c.rl_lr, step, len(plan), c.rl_warmup)
         examples, prompts = zip(*[inputs.rl[i] for i in plan[step]])
-        rewards = partial(reward_rollouts, c, inputs, examples)
+        reward_parts = partial(reward_rollouts, c, inputs, examples)
         with stop_if_diverged(c, "rl", step):
             stats, rollouts = grpo.grpo_step(
-                model, optimizer, prompts, rewards, reference, settings, generator
+                model, optimizer, prompts, reward_parts, reference, settings, generator
             )
         keep_samples(c, inputs.tokenizer, step, examples, rollouts)
         values = stats | {"lr": lr, "seconds": time.perf_counter() - started}
@@ -277,7 +277,7 @@ def reward_rollouts(c, inputs, examples, rollouts) -> list[dict]:
     work = []
     for rollout in rollouts:
         reply = inputs.tokenizer.decode(rollout.answer)
-        work.append((examples[rollout.group], reply, c.allow_unconfined_code))
+        work.append((examples[rollout.prompt_index], reply, c.allow_unconfined_code))
     return data.in_parallel(inputs.reward, work)
 
 
@@ -341,7 +341,7 @@ SHOWN = {  # of a step's values
 LEGEND = {
     "sft": "loss: a token of the answers; grad_norm: of the active elements, before clipping",
     "rl": "reward (its parts), length: means over answers; truncated: share without an end; kl: to "
-    "the\n    policy as RL began; gap: of sampling's log-probs to training's (rounding alone); "
+    "the\n    reference; gap: of sampling's log-probs to training's (rounding alone); "
     "equal_groups:\n    prompts whose answers all earn the same, so nothing is learned from them",
 }
 STAGE = {"running": False, "stop": False, "saved": 0.0}  # a loop's; when it was saved last
@@ -381,7 +381,7 @@ def end_step(c, stage, model, optimizer, inputs, step: int, steps: int, values: 
         lorapar.save_adapter(model, Path(c.out) / stage, c.model or "toy")
         STAGE["saved"] = time.monotonic()
     STAGE["running"] = step + 1 < steps
-    if stop and STAGE["running"]:
+    if stop:
         print(f"saved after {stage} step {step + 1} of {steps} in {c.out}")
         raise KeyboardInterrupt
 
@@ -404,8 +404,7 @@ def save_state(folder, model, optimizer, step: int):
     """What a stage needs to go on bit for bit, in one file that is renamed into place."""
     tensors = {f"adam.{name}": t for name, t in optimizer.state[optimizer.packed].items()}
     tensors |= {"flat": lorapar.get_flat(model), "step": torch.tensor(step)}
-    origin = {"made_from": json.dumps(optimizer.made_from)}
-    write_tensors(folder / "state.safetensors", tensors, origin)
+    write_tensors(folder / "state.safetensors", tensors, {"origin": json.dumps(optimizer.origin)})
 
 
 def load_state(c, stage: str, model, optimizer, steps: int) -> int:
@@ -416,12 +415,12 @@ def load_state(c, stage: str, model, optimizer, steps: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "state.safetensors"
     start = digest(lorapar.get_flat(model).cpu().numpy().tobytes())
-    optimizer.made_from = {"mask": optimizer.param_groups[0]["mask"], "start": start}
+    optimizer.origin = {"mask": optimizer.param_groups[0]["mask"], "start": start}
     if path.exists():
         tensors = read_tensors(path)
         with open_tensors(path) as file:
-            origin = (file.metadata() or {}).get("made_from", "{}")
-        refuse_changes(path, json.loads(origin), optimizer.made_from)
+            origin = (file.metadata() or {}).get("origin", "{}")
+        refuse_changes(path, json.loads(origin), optimizer.origin)
         lorapar.set_flat(model, tensors["flat"])
         adam = {name[5:]: t for name, t in tensors.items() if name.startswith("adam.")}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: adam}})
@@ -516,7 +515,7 @@ def reply_letters(c, model, tokenizer, examples, prompts) -> list[str]:
     letters = []
     for letter in "ABCD":
         example = replace(examples[0], answer=f" {letter}")
-        letters.append(data.example_ids(example, tokenizer, c.prompt)[1][0])
+        letters.append(data.example_ids(example, tokenizer, c.prompt, "rl")[1][0])
     logits, _ = prefill(model, prompts)  # (P, V)
     return ["ABCD"[i] for i in logits[:, letters].argmax(-1).tolist()]
 
@@ -620,7 +619,7 @@ FLAGS = {
         "sft_batch": (COUNT, 32, "examples an optimizer step (the paper accumulates 32)"),
         "sft_warmup": (SHARE, 0.03, "share of the steps that warm up, then cosine"),
         "sft_weight_decay": (FROM_0, 0.0, "AdamW's decoupled weight decay"),
-        "sft_grad_norm": (FROM_0, 1.0, "clip the norm of the active gradient at this"),
+        "sft_grad_norm": (ABOVE_0, 1.0, "clip the norm of the active gradient at this"),
         "max_length": (COUNT, 512, "tokens of question and answer in SFT and scoring"),
     },
     "RL (GRPO)": {
@@ -632,7 +631,7 @@ FLAGS = {
         "rl_iterations": (COUNT, 1, "optimizer steps a batch; the clip acts from the second on"),
         "rl_warmup": (SHARE, 0.1, "share of the batches that warm up, then cosine"),
         "rl_weight_decay": (FROM_0, 0.1, "AdamW's decoupled weight decay"),
-        "rl_grad_norm": (FROM_0, 0.1, "clip the norm of the active gradient at this"),
+        "rl_grad_norm": (ABOVE_0, 0.1, "clip the norm of the active gradient at this"),
         "max_prompt": (COUNT, 128, "longer prompts are left out of RL, and counted"),
         "max_response": (COUNT, 256, "tokens an answer may have, in RL and evaluation"),
         "temperature": (ABOVE_0, 0.9, "softmax temperature of rollouts and their log-probs"),
@@ -740,11 +739,31 @@ class Inputs:
 def prepare(c):
     """Reads and checks every input before work begins (the toy's are made first)."""
     folder = find_model(c.model) if c.model else toy_base(c)
+    inputs, labels = read_inputs(c, folder)
+    model = load(c, folder)
+    linears = lorapar.target_linears(model, [PROJECTIONS[x] for x in c.targets], c.r)  # or refuse
+    config = Path(c.out) / "config.json"
+    if config.exists():
+        refuse_changes(config, read_json(config).get("made_from", {}), inputs.made_from)
+    write_lines(Path(c.out) / "labels.jsonl", labels)
+    write_json(config, settings(c) | {"made_from": inputs.made_from})
+    describe(c, model, linears, inputs)
+    if inputs.rl:  # one rollout and its reward are tried too
+        example, prompt = inputs.rl[0]
+        short = argparse.Namespace(**vars(c) | {"max_response": min(8, c.max_response)})
+        (reply,) = reply_texts(short, model, inputs.tokenizer, [example], [prompt])
+        inputs.reward(example, reply, c.allow_unconfined_code)
+    return model, inputs
+
+
+def read_inputs(c, folder):
+    """-> Inputs, and the label records."""
     sets, facts = read_sets(c), {}
     labels = read_labels(c, sets, facts)
     label_of = {r["id"]: r["label"] for r in labels}
     tokenizer = data.Tokenizer(folder)
     inputs, systems = Inputs(tokenizer, {}, [], [], [], [], reward_function(c), facts), {}
+    inputs.made_from = made_from(c, folder, sets, labels)
     for system in ("S1", "S2"):
         labelled = [replace(e, label=label_of[e.id]) for e in sets[system] if e.id in label_of]
         random.Random(c.seed).shuffle(labelled)
@@ -771,21 +790,7 @@ def prepare(c):
         random.Random(c.seed).shuffle(checked)
         setattr(inputs, name, checked[:limit])
     facts["test"] = f"{len(inputs.test)} {c.eval_split} examples of {c.eval_data or c.data}"
-    model = load(c, folder)
-    inputs.made_from = made_from(c, folder, sets, labels)
-    linears = lorapar.target_linears(model, [PROJECTIONS[x] for x in c.targets], c.r)  # or refuse
-    config = Path(c.out) / "config.json"
-    if config.exists():
-        refuse_changes(config, read_json(config).get("made_from", {}), inputs.made_from)
-    write_lines(Path(c.out) / "labels.jsonl", labels)
-    write_json(config, settings(c) | {"made_from": inputs.made_from})
-    describe(c, model, linears, inputs)
-    if inputs.rl:  # and one rollout
-        example, prompt = inputs.rl[0]
-        short = argparse.Namespace(**vars(c) | {"max_response": min(8, c.max_response)})
-        (reply,) = reply_texts(short, model, tokenizer, [example], [prompt])
-        inputs.reward(example, reply, c.allow_unconfined_code)
-    return model, inputs
+    return inputs, labels
 
 
 def describe(c, model, linears, inputs):
@@ -816,7 +821,7 @@ def read_sets(c) -> dict:
     file without splits is taken whole unless it both trains and tests. ValueError where answers
     could not be checked, or where the evaluation holds training examples."""
     specs = {"S1": c.data, "S2": c.rl_data or c.data, "test": c.eval_data or c.data}
-    sets = {"validation": []}
+    sets, described = {"validation": []}, set()
     for name, spec in specs.items():
         path, split = source(c, spec), c.eval_split if name == "test" else "train"
         trains_and_tests = spec == specs["test"] and spec in (specs["S1"], specs["S2"])
@@ -824,8 +829,9 @@ def read_sets(c) -> dict:
             if (split == "validation" or c.eval_every) and not trains_and_tests and name == "test":
                 raise ValueError(f"{spec} is evaluated whole: it has no validation split")
             split = split if trains_and_tests else "all"
-            if spec not in list(specs.values())[: len(sets) - 1]:
+            if spec not in described:
                 print(split_words(path, trains_and_tests))
+            described.add(spec)
         sets[name] = data.load_dataset(*path, split)
     if c.eval_every:
         sets["validation"] = data.load_dataset(*source(c, specs["test"]), "validation")
@@ -905,7 +911,7 @@ def refuse_changes(path, old: dict, new: dict):
 def rl_prompts(c, tokenizer, examples, facts) -> list:
     """[(example, its prompt's ids)] of what a reward can check and --max-prompt lets in."""
     checked = [e for e in examples if e.kind != "text" or c.reward]
-    prompts = [(e, data.example_ids(e, tokenizer, c.prompt)[0]) for e in checked]
+    prompts = [(e, data.example_ids(e, tokenizer, c.prompt, "rl")[0]) for e in checked]
     short = [(e, prompt) for e, prompt in prompts if len(prompt) <= c.max_prompt]
     facts["rl"] = (
         f"{len(short)} of {len(examples)} prompts ({len(prompts) - len(short)} longer than "
@@ -980,7 +986,7 @@ def toy_base(c) -> Path:
         optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 100) * (1 - step / steps)
         optimizer.zero_grad()
         examples = encoded[step * batch : (step + 1) * batch]
-        loss = backward(model, examples, batch // 2, c.device)  # two halves: long, then short
+        loss = backward(model, examples, batch, batch // 2, c.device)  # long ones, then short
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         if (step + 1) % 100 == 0:
@@ -1109,16 +1115,17 @@ def write_report(c, rows, facts, inputs, s1, s2) -> dict:
         lines += ["", "Greedy answers, ± one standard error. loss: mean over examples of the"]
         lines += ["cross-entropy a token of the reference answer.", ""]
     thetas = []
-    for theta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9) if c.method == "lora" else ():
+    ranked = s1 is not None and bool((s1 != s1[0]).any())  # not a baseline, nor theta 1
+    for theta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9) if ranked else ():
         part = lorapar.partition(s1, s2, theta)
         shares = [100 * float((own | part.shared).double().mean()) for own in part[:2]]
         thetas.append([theta, *(f"{share:.2f}" for share in shares), f"{jaccard(part):.3f}"])
     if thetas:
         lines += [*table(["theta", "% S1 region", "% S2 region", "Jaccard"], thetas), ""]
-    regions = ", ".join(f"{name} {size}" for name, size in facts["regions"].items())
-    lines.append(f"- {facts['elements']} elements; at theta {c.theta} {regions}")
+    regions = [f"{name} {size}" for name, size in facts["regions"].items()]
+    lines.append(f"- elements: {', '.join([str(facts['elements']), *regions])}")
     lines += [f"- {name}: {text}" for name, text in inputs.facts.items()]
-    if rows and c.init in lorapar.ANCHORED:
+    if rows and c.method == "lora" and c.init in lorapar.ANCHORED:
         lines.append(f"- adapters: rank {2 * c.r}, twice --r: the difference from the base")
     text = "\n".join([*lines, ""])
     print("\n" + text)
@@ -1170,7 +1177,10 @@ def run_eval(arguments):
     path = source(c, c.data)
     whole = data.in_one_file(*path) and (not folder or "data" in said)
     examples = data.load_dataset(*path, "all" if whole else c.eval_split)
-    examples = [e for e in examples if e.kind != "text"]
+    if not c.reward:
+        examples = [e for e in examples if e.kind != "text"]
+    if not examples:
+        raise ValueError(f"answers of {c.data} cannot be checked")
     if "labels" in said:
         labelled = {e.id: e for e in data.label_examples(examples, c.labels)}
         examples = [labelled.get(e.id, e) for e in examples]
@@ -1186,7 +1196,7 @@ def run_eval(arguments):
         tokenizer.virtual = list(range(V, V + n))
     elif adapter:
         lorapar.load_adapter(model, adapter)
-    inputs = Inputs(tokenizer, {}, [], [], [], [], data.reward_parts, {})
+    inputs = Inputs(tokenizer, {}, [], [], [], [], reward_function(c), {})
     records = answer_all(c, model, inputs, examples[: c.eval_examples], c.data)
     print(json.dumps(averages(records), indent=2))
     data.write_jsonl(out, records)
@@ -1202,6 +1212,8 @@ def run_compare(arguments):
     reports = [read_json(folder / "report.json") for folder in folders]
     answers, lines = [], []
     for folder, report in zip(folders, reports):
+        if not report.get("evaluation"):
+            raise ValueError(f"{folder}: nothing was evaluated there")
         last = list(report["evaluation"])[-1]
         records = data.read_records(folder / "answers" / f"{last}.jsonl")
         answers.append({record["id"]: record for _, record in records})
@@ -1282,7 +1294,7 @@ def draw_figures(out: Path):
         axes.set(title=f"{stage}: {name}", xlabel="step")
         axes.locator_params(axis="x", nbins=5, integer=True)
     figure.savefig(out / "training.png", dpi=120, bbox_inches="tight")
-    print(f"figures: {out}/importance.png, {out}/training.png")
+    print(f"figures: in {out}")
 
 
 def draw_importance(out: Path, figure):
@@ -1538,7 +1550,7 @@ def resample(base, seeds: int):
     for seed in range(seeds):
         c = argparse.Namespace(**vars(base) | {"seed": seed, "order": "none"})
         c.out = str(Path(base.out) / f"resample-{seed}")
-        open_folder(c)  # refuses a folder of other settings
+        lock = open_folder(c)  # noqa: F841
         share_toy(base, c)
         model, inputs = prepare(c)
         add_adapters(c, model)
