@@ -2804,6 +2804,15 @@ def test_ones_own_file_and_reward_train_stage_2(toy_run, tmp_path, capsys):
     assert sum(int(report["data"][system].split()[0]) for system in ("S1", "S2")) == 48
     (line,) = metrics(tmp_path / "length", "rl")
     assert set(line["parts"]) == {"short", "asked"} and line["parts"]["short"] < 0
+    free = tmp_path / "free.jsonl"  # nothing but the reward can tell: its mean is evaluated
+    data.write_jsonl(free, [{"answer": "c5"} | question for question in questions])
+    flags = [str(free) if flag == str(mine) else flag for flag in with_reward("length")[:-1]]
+    train.main([*flags, str(tmp_path / "free")])
+    means = read(tmp_path / "free" / "report.json")["evaluation"]["rl"]["all"]
+    records = [r for _, r in data.read_records(tmp_path / "free" / "answers" / "rl.jsonl")]
+    expected = statistics.fmean(-len(r["reply"]) / 100 for r in records)
+    assert means["accuracy"] == pytest.approx(expected) and means["examples"] == 6
+    assert "| reward | " in (tmp_path / "free" / "report.md").read_text()
     for name, error in (
         ("broken", "(line 6, on "),
         ("nothing", "TypeError"),
