@@ -2202,7 +2202,7 @@ def test_grpo_loss_equals_the_formula_token_by_token(kl, kind, high):
     logp, old, ref = (0.5 * torch.randn(3, 4, 6, generator=generator) - 1).unbind()
     mask = torch.rand(4, 6, generator=generator) < 0.6
     mask[2] = False
-    advantages, new = torch.tensor([1.3, -0.7, 5.0, 0.0]), logp.clone().requires_grad_()
+    advantages, new = torch.tensor([1.3, -0.7, 5.0, 2.0]), logp.clone().requires_grad_()
     given = ref if kl else None
     loss, stats = grpo.grpo_loss(
         new,
@@ -2560,7 +2560,9 @@ def test_the_same_command_again_reuses_and_restores_everything(toy_run, tmp_path
     assert "--theta 0.9, not 0.5" in fails(capsys, *QUICK, "--out", out, "--theta", "0.5")
     assert "--rl-lr 0.004, not 0.1" in fails(capsys, *QUICK, "--out", out, "--rl-lr", "0.1")
     shutil.rmtree(out / "rl")
+    older = (out / "answers" / "rl.jsonl").stat().st_mtime_ns
     train.main([*QUICK, "--rl-lr", "0.1", "--out", str(out)])  # RL has not begun
+    assert (out / "answers" / "rl.jsonl").stat().st_mtime_ns > older  # no older stage's answers
 
 
 def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
