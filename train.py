@@ -1641,7 +1641,7 @@ def main(arguments=None):
     except RuntimeError as error:
         if not several:
             raise
-        sys.exit(f"train.py: a process of the group ended: {str(error).partition(chr(10))[0]}")
+        sys.exit(f"train.py: a process of the group ended ({str(error)[:100]})")
     finally:
         STAGE.update(running=False, stop=False)
         for name, handler in handlers.items():
