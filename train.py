@@ -956,15 +956,17 @@ def load(c, folder) -> Transformer:
 
 
 def toy_base(c) -> Path:
-    """The toy's data and its tiny base, trained on the unreliable corpus: made once a run folder, a
-    Hugging Face style folder."""
-    folder, steps, batch = Path(c.out) / "base", TOY_BASE["steps"], TOY_BASE["batch"]
-    if lorapar.rank_and_size()[0]:
-        lorapar.gather_over_ranks([])  # the first process makes it
-        return folder
-    if (folder / "model.safetensors").exists():  # written last
-        lorapar.gather_over_ranks([])
-        return folder
+    """The folder of the toy's base, made once a run folder, by the first of several processes."""
+    folder = Path(c.out) / "base"
+    if lorapar.rank_and_size()[0] == 0 and not (folder / "model.safetensors").exists():
+        make_toy_base(c, folder)  # the weights are written last
+    lorapar.gather_over_ranks([])  # the others wait here
+    return folder
+
+
+def make_toy_base(c, folder: Path):
+    """The toy's data and its tiny base, trained on the unreliable corpus: a Hugging Face folder."""
+    steps, batch = TOY_BASE["steps"], TOY_BASE["batch"]
     write_json(Path(c.out) / "config.json", settings(c))
     world = data.make_toy(Path(c.out) / "world", c.seed)
     data.save_toy_tokenizer(folder)
@@ -992,8 +994,6 @@ def toy_base(c) -> Path:
         if (step + 1) % 100 == 0:
             print(f"base {step + 1}/{steps}  loss {loss:.3f}")
     save_model(model, folder, eos_token_id=0)
-    lorapar.gather_over_ranks([])
-    return folder
 
 
 # ---------------------------------------------------------------------------------- the run folder
@@ -1138,11 +1138,17 @@ def write_report(c, rows, facts, inputs, s1, s2) -> dict:
 # --------------------------------------------------------------------------------- other commands
 
 
+def virtual_ids(model) -> list[int]:
+    """The ids of a baseline's virtual tokens, behind those of the vocabulary."""
+    first = model.config.vocab_size
+    return list(range(first, first + model.baseline["virtual_tokens"]))
+
+
 def run_baseline(c, model, inputs, rows) -> dict:
     """A baseline of the paper's table 6: the SFT stage alone, on all that its method trains."""
-    n, V = 0 if c.method == "ia3" else c.virtual_tokens, model.config.vocab_size
+    n = 0 if c.method == "ia3" else c.virtual_tokens
     lorapar.add_baseline(model, c.method, n, torch.Generator().manual_seed(c.seed))
-    virtual = inputs.tokenizer.virtual = list(range(V, V + n))  # not counted in --max-length
+    virtual = inputs.tokenizer.virtual = virtual_ids(model)  # not counted in --max-length
     inputs.sft = [data.Encoded(virtual + e.ids, e.prompt_length + n) for e in inputs.sft]
     sft(c, model, inputs, None)
     rows["sft"] = evaluate(c, "sft", model, inputs)
@@ -1192,8 +1198,7 @@ def run_eval(arguments):
     tokenizer, model = data.Tokenizer(checkpoint), load(c, checkpoint)
     if adapter and (Path(adapter) / "baseline.json").exists():
         lorapar.load_baseline(model, adapter)
-        V, n = model.config.vocab_size, model.baseline["virtual_tokens"]
-        tokenizer.virtual = list(range(V, V + n))
+        tokenizer.virtual = virtual_ids(model)
     elif adapter:
         lorapar.load_adapter(model, adapter)
     inputs = Inputs(tokenizer, {}, [], [], [], [], reward_function(c), {})
