@@ -1339,6 +1339,7 @@ SWEEPS = {
     "resample": "how much of two regions' difference is sampling",
 }
 RATES = (1 / 3, 1, 3)  # times the run's own
+RATES_SEED = 1000  # they are chosen on
 
 
 def sweep_rows(name: str, base) -> dict:
@@ -1401,7 +1402,7 @@ def run_sweep(arguments):
         "train.py sweep", description=run_sweep.__doc__, epilog=about, allow_abbrev=False
     )
     parser.add_argument("name", choices=tuple(SWEEPS))
-    parser.add_argument("--seeds", type=COUNT, default=5, help="0 .. N-1; seed N chooses the rates")
+    parser.add_argument("--seeds", type=COUNT, default=5, help="0 .. N-1 are compared")
     parser.add_argument("--rows", help="only these rows of the table, comma separated")
     args, rest = parser.parse_known_args(arguments)
     base = read_config(["--out", "runs/sweep", *rest])
@@ -1429,7 +1430,7 @@ def run_sweep(arguments):
 
     records, rates = [], {}
     for row, (flags, _) in rows.items():
-        best = tuned_rates(base, flags, args.seeds, cell)
+        best = tuned_rates(base, flags, cell)
         rates[row] = " / ".join(f"{rate:.2g}" for rate in best.values())
         for seed in range(args.seeds):
             facts = cell(flags | best | {"seed": seed})
@@ -1480,9 +1481,9 @@ def share_toy(base, c):
                 (Path(c.out) / part).symlink_to((toy / part).resolve())
 
 
-def tuned_rates(base, flags: dict, seed: int, cell) -> dict:
+def tuned_rates(base, flags: dict, cell) -> dict:
     """The row's learning rates. One stage after the other takes the best of three, by the accuracy
-    of whole runs at the end (then by the loss), on the validation split of a seed that is not
+    of whole runs at the end (then by the loss), on the validation split of a seed that is never
     compared."""
     rates = {}
     for stage in ORDERS[flags.get("order", base.order)]:
@@ -1490,7 +1491,8 @@ def tuned_rates(base, flags: dict, seed: int, cell) -> dict:
         for factor in RATES:
             rate = flags.get(f"{stage}_lr", getattr(base, f"{stage}_lr")) * factor
             rate = float(f"{rate:.3g}")
-            trial = flags | rates | {f"{stage}_lr": rate, "seed": seed, "eval_split": "validation"}
+            trial = flags | rates | {f"{stage}_lr": rate, "seed": RATES_SEED}
+            trial["eval_split"] = "validation"
             try:
                 facts = cell(trial)
                 tried[rate] = facts["all at the end"], -facts["all loss at the end"]
@@ -1519,7 +1521,7 @@ def sweep_table(args, base, rows, records, rates) -> list[str]:
         *table(head, lines),
         "",
         "Accuracy in %, mean ± standard deviation. Rates of the stages in their order, each the "
-        f"best of {len(RATES)} on the validation split of seed {args.seeds}. "
+        f"best of {len(RATES)} on the validation split of seed {RATES_SEED}. "
         "Difference at the end, paired by seed, ± its standard error.",
     ]
 
