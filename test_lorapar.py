@@ -2985,26 +2985,26 @@ def test_a_sweep_of_two_tiny_cells(toy_run, tmp_path, monkeypatch, capsys):
     assert before == {p: p.stat().st_mtime_ns for p in before} and len(before) > 10
 
 
-def test_every_sweep_has_rows_that_are_settings_and_references():
-    base = train.read_config([])
-    assert [len(train.sweep_rows(n, base)) for n in train.SWEEPS] == [4, 9, 23, 12, 6, 2, 2, 0]
+def test_every_sweep_has_rows_that_are_flags_and_references():
+    assert [len(train.sweep_rows(name)) for name in train.SWEEPS] == [4, 9, 23, 9, 6, 2, 2, 0]
     for name in train.SWEEPS:
-        rows = train.sweep_rows(name, base)
+        rows = train.sweep_rows(name)
         for flags, reference in rows.values():
-            assert set(flags) <= set(train.defaults()) and reference in rows
-    assert train.sweep_rows("methods", base)["LoRA, twice the epochs"][0]["sft_epochs"] == 16
+            assert train.read_config(flags.split()) and reference in rows
 
 
 def test_a_rate_is_lost_by_diverging_alone():
-    def cell(changes):
-        if changes.get("sft_lr") == 9e-3:
+    def cell(sft_lr, **changes):
+        if sft_lr in (9e-3, 9e-2):
             raise error
-        return {"all at the end": changes["sft_lr"], "all loss at the end": 0.5}
+        return {"all at the end": sft_lr, "all loss at the end": 0.5}
 
-    base, error = train.read_config([]), train.Diverged("not finite")
-    assert train.tuned_rates(base, {"order": "sft"}, cell) == {"sft_lr": 3e-3}
+    c, error = train.read_config(["--order", "sft"]), train.Diverged("not finite")
+    assert train.best_rates(c, cell) == {"sft_lr": 3e-3}
+    c.method = "ia3"
+    assert train.best_rates(c, cell) == {"sft_lr": 3e-2}
     error = ValueError("another run is there")
-    refuses("another run", train.tuned_rates, base, {"order": "sft"}, cell)
+    refuses("another run", train.best_rates, c, cell)
 
 
 def test_resampling_is_partitions_of_ordinary_scores(toy_run, tmp_path):

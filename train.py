@@ -1327,7 +1327,6 @@ def draw_importance(out: Path, figure):
 
 # ------------------------------------------------------------------------------------------ sweeps
 
-FULL = {"theta": 1.0, "stage_data": "all"}  # every element, every example
 SWEEPS = {
     "splits": "table 1: who splits the data",
     "shared": "table 2: alpha and beta, the share of the shared elements that each stage trains",
@@ -1338,58 +1337,50 @@ SWEEPS = {
     "swapped": "each stage with the other system's elements",
     "resample": "how much of two regions' difference is sampling",
 }
-RATES = (1 / 3, 1, 3)  # times the run's own
-RATES_SEED = 1000  # they are chosen on
+RATES = (1 / 3, 1, 3)  # times the run's own; ten times that for a baseline's few parameters
+RATES_SEED = 1000  # the rates are chosen on it
 
 
-def sweep_rows(name: str, base) -> dict:
-    """The rows of a table: {row: (the flags it changes, the row it is compared with)}."""
-    rows = {}
+def sweep_rows(name: str) -> dict:
+    """The rows of a table: {row: (its flags, the row it is compared with)}."""
+    full = "--theta 1 --stage-data all"  # every element, every example
+    par, rows = "LoRA-PAR 0.9", {}
     if name == "splits":
-        for row, labels in (
-            ("vote of 5", "teachers:5"),
-            ("vote of 3", "teachers:3"),
-            ("one teacher", "teachers:1"),
-            ("random split", "teachers:5:shuffled"),
-        ):
-            rows[row] = {"labels": labels}, "vote of 5"
+        rows["vote of 5"] = "--labels teachers:5", "vote of 5"
+        rows["vote of 3"] = "--labels teachers:3", "vote of 5"
+        rows["one teacher"] = "--labels teachers:1", "vote of 5"
+        rows["random split"] = "--labels teachers:5:shuffled", "vote of 5"
     if name == "order":
-        rows["SFT then RL"] = {"order": "sft-rl"}, "SFT then RL"
-        rows["RL then SFT"] = {"order": "rl-sft"}, "SFT then RL"
+        rows["SFT then RL"] = "--order sft-rl", "SFT then RL"
+        rows["RL then SFT"] = "--order rl-sft", "SFT then RL"
     if name == "swapped":
-        rows["own masks"] = {"select": "importance"}, "own masks"
-        rows["swapped masks"] = {"select": "swapped"}, "own masks"
+        rows["own masks"] = "--select importance", "own masks"
+        rows["swapped masks"] = "--select swapped", "own masks"
     if name == "shared":
         for alpha, beta in itertools.product((0.0, 0.5, 1.0), repeat=2):
-            flags = {"alpha": alpha, "beta": beta}
+            flags = f"--alpha {alpha} --beta {beta}"
             rows[f"alpha {alpha} beta {beta}"] = flags, "alpha 1.0 beta 1.0"
     if name == "theta":
-        for targets, theta in itertools.product(
-            ("qkvgud", "qkv", "gud"), (0.3, 0.5, 0.7, 0.9, 1.0)
-        ):
-            row = f"{targets.upper()} {theta} importance"
-            flags = {"targets": targets, "theta": theta, "select": "importance"}
-            rows[row] = flags, f"{targets.upper()} 1.0 importance"
+        thetas = 0.3, 0.5, 0.7, 0.9, 1.0
+        for targets, theta in itertools.product(("qkvgud", "qkv", "gud"), thetas):
+            flags, row = f"--targets {targets} --theta {theta}", f"{targets} {theta} importance"
+            rows[row] = f"{flags} --select importance", f"{targets} 1.0 importance"
             if targets == "qkvgud" and theta < 1:
                 for select in ("random", "random-in-tensor"):
-                    rows[f"QKVGUD {theta} {select}"] = flags | {"select": select}, row
+                    rows[f"{targets} {theta} {select}"] = f"{flags} --select {select}", row
     if name == "methods":
-        par = "LoRA-PAR 0.9"
-        for init, words in (("lora", "LoRA"), ("olora", "OLoRA"), ("pissa", "PiSSA")):
-            flags = FULL | {"init": init, "order": "sft"}
-            rows[words] = flags, par
-            rows[f"{words}, twice the epochs"] = flags | {"sft_epochs": 2 * base.sft_epochs}, par
-        rows["LoRA + RL"] = FULL | {"init": "lora"}, par
-        rows["PiSSA + RL"] = FULL | {"init": "pissa"}, par
+        rows["LoRA"] = f"{full} --init lora --order sft", par
+        rows["OLoRA"] = f"{full} --init olora --order sft", par
+        rows["PiSSA"] = f"{full} --init pissa --order sft", par
+        rows["LoRA + RL"] = f"{full} --init lora", par
+        rows["PiSSA + RL"] = f"{full} --init pissa", par
         for theta in (0.9, 0.95):
-            rows[f"LoRA-PAR {theta}"] = {"theta": theta}, par
-            rows[f"LoRA-PAR {theta} from PiSSA"] = {"theta": theta, "init": "pissa"}, par
+            rows[f"LoRA-PAR {theta}"] = f"--theta {theta}", par
+            rows[f"LoRA-PAR {theta} from PiSSA"] = f"--theta {theta} --init pissa", par
     if name == "peft":
-        flags, par = FULL | {"order": "sft"}, "LoRA-PAR 0.9"
-        rows["LoRA"] = flags | {"init": "lora"}, par
-        for method in lorapar.METHODS:  # few parameters take large steps
-            rows[method] = flags | {"method": method, "sft_lr": 10 * base.sft_lr}, par
-        rows[par] = {"theta": 0.9}, par
+        for method in METHODS:
+            rows[method] = f"{full} --init lora --order sft --method {method}", par
+        rows[par] = "--theta 0.9", par
     return rows
 
 
@@ -1404,37 +1395,41 @@ def run_sweep(arguments):
     parser.add_argument("name", choices=tuple(SWEEPS))
     parser.add_argument("--seeds", type=COUNT, default=5, help="0 .. N-1 are compared")
     parser.add_argument("--rows", help="only these rows of the table, comma separated")
-    args, rest = parser.parse_known_args(arguments)
-    base = read_config(["--out", "runs/sweep", *rest])
-    if base.model is None and base.rl_steps is None:
-        base.rl_steps = 100  # where differences showed best on seeds 20 to 24
+    args, said = parser.parse_known_args(arguments)
+    steps = ["--rl-steps", "100"]  # where the toy's differences showed best on seeds 20 to 24
+    if any(word.partition("=")[0] == "--model" for word in said):
+        steps = []
+    said = ["--out", "runs/sweep", *steps, *said]
+    base = read_config(said)
     if args.name == "resample":
         return resample(base, args.seeds)
-    rows = sweep_rows(args.name, base)
-    for name in {name for flags, _ in rows.values() for name in flags} | {"order"}:
-        if any(word.partition("=")[0] == option(name) for word in rest):
-            raise ValueError(f"sweep {args.name} sets {option(name)} itself")
+    rows = sweep_rows(args.name)
+    own_flags = ["--order", *" ".join(flags for flags, _ in rows.values()).split()]
+    for flag in [word.partition("=")[0] for word in said if word.startswith("--")]:
+        if flag in own_flags:
+            raise ValueError(f"sweep {args.name} sets {flag} itself")
     names = args.rows.split(",") if args.rows else list(rows)
     if set(names) - set(rows):
         raise ValueError(f"--rows {args.rows}: the rows are {', '.join(rows)}")
     rows = {row: rows[row] for row in names}
-    stages = [len(ORDERS[flags.get("order", base.order)]) for flags, _ in rows.values()]
-    cells, began, numbers = sum(n * len(RATES) + args.seeds for n in stages), time.time(), []
+    configs = {row: read_config([*said, *flags.split()]) for row, (flags, _) in rows.items()}
+    tried = sum(len(RATES) * len(ORDERS[c.order]) for c in configs.values())
+    cells, began, done = tried + args.seeds * len(rows), time.time(), 0
 
-    def cell(changes):
-        facts = run_cell(base, changes)
-        numbers.append(facts)
-        left = (time.time() - began) / len(numbers) * (cells - len(numbers))
-        print(f"cell {len(numbers)} of {cells}, left {int(left) // 60}:{int(left) % 60:02d}")
+    def cell(row, **changes):
+        nonlocal done
+        facts = run_cell(base, argparse.Namespace(**vars(configs[row]) | changes))
+        done += 1
+        left = int((time.time() - began) / done * (cells - done))
+        print(f"cell {done} of {cells}, left {left // 60}:{left % 60:02d}")
         return facts
 
     records, rates = [], {}
-    for row, (flags, _) in rows.items():
-        best = tuned_rates(base, flags, cell)
+    for row, c in configs.items():
+        best = best_rates(c, partial(cell, row))
         rates[row] = " / ".join(f"{rate:.2g}" for rate in best.values())
         for seed in range(args.seeds):
-            facts = cell(flags | best | {"seed": seed})
-            records.append({"row": row, "seed": seed} | best | facts)
+            records.append({"row": row, "seed": seed} | best | cell(row, seed=seed, **best))
         print(f"{row}: {spread([r['all at the end'] for r in records[-args.seeds :]])}")
     write_sweep(base, args.name, records, sweep_table(args, base, rows, records, rates))
     if args.name == "theta":  # figure 5
@@ -1446,13 +1441,13 @@ def run_sweep(arguments):
         draw_curves(base, "theta", curves, "theta", "accuracy at the end, %")
 
 
-def run_cell(base, changes: dict) -> dict:
+def run_cell(base, c) -> dict:
     """One ordinary run in a folder named after what it changes, a finished one only read -> what a
     sweep shows of it, in percent."""
-    changed = {k: v for k, v in changes.items() if k == "seed" or v != getattr(base, k)}
+    changed = {k: v for k, v in settings(c).items() if k == "seed" or v != getattr(base, k)}
     folder = Path(base.out) / "cells" / ",".join(f"{k}={v}" for k, v in sorted(changed.items()))
-    c = argparse.Namespace(**vars(base) | changes | {"out": str(folder)})
     folder.mkdir(parents=True, exist_ok=True)
+    c.out = str(folder)
     done = (folder / "report.md").exists()
     if done and settings(c).items() <= read_json(folder / "config.json").items():
         report = read_json(folder / "report.json")
@@ -1481,25 +1476,24 @@ def share_toy(base, c):
                 (Path(c.out) / part).symlink_to((toy / part).resolve())
 
 
-def tuned_rates(base, flags: dict, cell) -> dict:
-    """The row's learning rates. One stage after the other takes the best of three, by the accuracy
+def best_rates(c, cell) -> dict:
+    """A row's learning rates. One stage after the other takes the best of three, by the accuracy
     of whole runs at the end (then by the loss), on the validation split of a seed that is never
     compared."""
-    rates = {}
-    for stage in ORDERS[flags.get("order", base.order)]:
-        tried = {}
+    best = {}
+    for stage in ORDERS[c.order]:
+        name, ends = f"{stage}_lr", {}
         for factor in RATES:
-            rate = flags.get(f"{stage}_lr", getattr(base, f"{stage}_lr")) * factor
+            rate = getattr(c, name) * factor * (1 if c.method == "lora" else 10)
             rate = float(f"{rate:.3g}")
-            trial = flags | rates | {f"{stage}_lr": rate, "seed": RATES_SEED}
-            trial["eval_split"] = "validation"
+            trial = best | {name: rate, "seed": RATES_SEED, "eval_split": "validation"}
             try:
-                facts = cell(trial)
-                tried[rate] = facts["all at the end"], -facts["all loss at the end"]
+                facts = cell(**trial)
+                ends[rate] = facts["all at the end"], -facts["all loss at the end"]
             except Diverged:
-                tried[rate] = -1.0, -math.inf
-        rates[f"{stage}_lr"] = max(tried, key=tried.get)
-    return rates
+                ends[rate] = -1.0, -math.inf
+        best[name] = max(ends, key=ends.get)
+    return best
 
 
 def sweep_table(args, base, rows, records, rates) -> list[str]:
