@@ -2597,6 +2597,19 @@ def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
     assert samples[0] == samples[1] and samples[0].count("\n") == 9
 
 
+def test_long_steps_are_saved_by_time(toy_run, tmp_path, monkeypatch):
+    clock, saved, real_save = itertools.count(0, 601), [], train.save_state
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))  # ten minutes a step
+
+    def noted(folder, model, optimizer, step):
+        saved.append(step)
+        real_save(folder, model, optimizer, step)
+
+    monkeypatch.setattr(train, "save_state", noted)
+    another_run(toy_run, tmp_path / "run", "--save-every", "99", "--order", "sft")
+    assert saved == list(range(1, 1 + len(metrics(tmp_path / "run", "sft")))) and len(saved) > 2
+
+
 def test_ablation_switches_do_what_they_say(toy_run, tmp_path, capsys):
     """Each against the run without it: what it changes, and what it must not."""
     plain, real = read(toy_run / "report.json"), load_file(toy_run / "partition.safetensors")
