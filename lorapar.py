@@ -15,6 +15,7 @@ Left out: DoRA, adapters on embeddings, quantised bases (load_adapter refuses th
 """
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -110,6 +111,11 @@ def is_baseline(model) -> bool:
     return any(isinstance(m, BASELINES) for m in model.modules())
 
 
+def refuse_adapted(model):
+    if any(isinstance(m, (LoRALinear, *BASELINES)) for m in model.modules()):
+        raise ValueError("the model has LoRA layers or a baseline already: take a fresh base")
+
+
 def trainable(model) -> dict[str, nn.Parameter]:
     """name -> what a stage trains: LoRA's factors, or a baseline's parameters."""
     if is_baseline(model):
@@ -156,6 +162,7 @@ def target_linears(model, targets, r: int) -> list[nn.Linear]:
     """The linears that `targets` names (see add_lora). ValueError where a name finds nothing, or
     something that a LoRA layer cannot stand in for."""
     modules = dict(model.named_modules(remove_duplicate=False))  # one linear may have two names
+    named = {}
     if isinstance(targets, str):
         if targets != "all-linear":
             raise ValueError(f'targets {targets!r}: a sequence of module names, or "all-linear"')
@@ -164,10 +171,9 @@ def target_linears(model, targets, r: int) -> list[nn.Linear]:
         for name, module in modules.items():
             is_head = module is head or name.rpartition(".")[2] in ("lm_head", "head")
             if isinstance(module, nn.Linear) and not is_head:  # a subclass is refused below
-                targets.append(name)
-    if not targets:
+                named[name] = module
+    if not named and not targets:
         raise ValueError("no targets: there is nothing to adapt")
-    named = {}
     for target in targets:
         found = {n: m for n, m in modules.items() if f".{n}".endswith(f".{target}")}
         if not found:
@@ -218,15 +224,16 @@ def add_lora(
     anchor (the authors' start: it changes the model), "lora" is B = 0 (importance is then zero),
     "pissa" and "olora" take A, B from W, anchored. `generator` lives on the CPU.
     Raises ValueError, before anything is changed, on targets that are missing or no plain
-    nn.Linear, an unknown init, a rank that does not fit, lora_alpha <= 0, or a second call.
+    nn.Linear, an unknown init, numbers out of range, or a model that is adapted already.
     """
-    if any(isinstance(m, LoRALinear) for m in model.modules()):
-        raise ValueError("the model has LoRA layers already")
+    refuse_adapted(model)
     if type(r) is not int or r < 1:
         raise ValueError(f"r = {r!r} must be a positive integer")
     scale = (8 * r if lora_alpha is None else lora_alpha) / r
     if not 0 < scale < math.inf:
         raise ValueError(f"lora_alpha = {lora_alpha} must be positive: the adapter is scaled by it")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout = {dropout} is outside [0, 1)")
     linears = target_linears(model, targets, r)
     starts = []
     for linear in linears:
@@ -329,6 +336,9 @@ def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
     Runs in eval mode; every module gets its own flag back. Raises ValueError on a model that vmap
     cannot run, an example without answer tokens, and scores that are all zero or not finite.
     """
+    if torch.is_inference_mode_enabled():
+        raise ValueError("importance needs gradients, which torch.inference_mode() forbids")
+    model = unwrapped(model)
     phi = get_flat(model).double()
     g, fisher = torch.zeros_like(phi), torch.zeros_like(phi)
     count = 0
@@ -477,7 +487,8 @@ class MaskedAdamW(torch.optim.AdamW):
     and writes them back between the frozen ones, whose bits stay. Adam's state is 8 bytes per
     active element. No GradScaler is needed: the factors are float32. sum_gradients: the gradient
     is summed over the processes of torch.distributed, |active| numbers a step.
-    Raises ValueError if the mask selects nothing, or where the factors are not float32.
+    Raises ValueError if the mask selects nothing, where the factors are not float32, or if
+    max_grad_norm is not above 0 (inf: no clipping).
     """
 
     def __init__(
@@ -490,6 +501,8 @@ class MaskedAdamW(torch.optim.AdamW):
         self.max_grad_norm, self.grad_norm = max_grad_norm, None
         if not len(self.index):
             raise ValueError("the mask has no active element: training would silently do nothing")
+        if not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm = {max_grad_norm} must be above 0; inf does not clip")
         self.packed = nn.Parameter(get_flat(model)[self.index])
         if self.packed.dtype != torch.float32:
             raise ValueError(f"the factors are {self.packed.dtype}: small steps need float32")
@@ -538,7 +551,7 @@ class MaskedAdamW(torch.optim.AdamW):
         self.grad_norm = nn.utils.clip_grad_norm_(self.packed, self.max_grad_norm)
         if not self.grad_norm.isfinite():
             raise FloatingPointError(f"the norm of the gradient is {self.grad_norm}")
-        super().step()
+        inspect.unwrap(torch.optim.AdamW.step)(self)  # without hooks: this step's have run already
         if not self.packed.isfinite().all():
             raise FloatingPointError("an updated element is not finite")
         flat[self.index] = self.packed
@@ -565,11 +578,15 @@ def write_file(path, content: bytes):
 
 
 def unwrapped(model):
-    """The model inside DataParallel and its kind, which put "module." in front of its names."""
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(model, (*wrappers, torch.optim.swa_utils.AveragedModel)):
-        model = model.module
-    return model
+    """The model inside torch.compile, DataParallel and their kind."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, (*parallel, torch.optim.swa_utils.AveragedModel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
 
 
 def own_name(name: str) -> str:
@@ -585,9 +602,9 @@ def save_adapter(model, folder, base_model=""):
     doubled: exactly our model on the untouched base, whatever the start was. It cannot be trained
     on as it was here; for that keep `model.state_dict()`.
     """
+    model, tensors = unwrapped(model), {}
     if is_baseline(model):
         return save_baseline(model, folder)
-    model, tensors = unwrapped(model), {}
     layers = {own_name(n): layer for n, layer in lora_layers(model).items()}
     for name, layer in layers.items():
         A, B = layer.factors()
@@ -599,7 +616,9 @@ def save_adapter(model, folder, base_model=""):
     rank = len(A)  # every layer has the same, and the same scale
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM"
+        if hasattr(model, "config")
+        else None,  # None: a model of one's own
         "base_model_name_or_path": str(base_model),
         "r": rank,
         "lora_alpha": layer.scale * rank,
@@ -686,8 +705,7 @@ def load_adapter(model, folder):
     Raises ValueError, one line, on features that we do not have and on tensors that do not fit.
     """
     pairs, scale, dropout = read_adapter(folder)
-    if any(isinstance(m, LoRALinear) for m in model.modules()):
-        raise ValueError("the model has LoRA layers already; load the adapter into a fresh base")
+    refuse_adapted(model)
     modules = {own_name(n): m for n, m in unwrapped(model).named_modules()}
     for name, (A, B) in pairs.items():
         why = why_unfit(modules[name], r=1) if name in modules else "is missing here"
@@ -771,26 +789,32 @@ def add_baseline(model, method: str, n=20, generator=None):
 
     Starts: prompt: the embeddings of n random tokens; p-tuning: N(0, 1) through an MLP with two
     hidden layers, as wide as the model; prefix: the keys and values of n random tokens (without the
-    paper's MLP); ia3: ones. All but ia3 need prompts that begin with the n virtual ids.
+    paper's MLP); ia3: ones. All but ia3 need prompts that begin with the n virtual ids. With
+    prefix and recomputation (checkpointing) each forward needs its backward before the next one.
+    Raises ValueError on a model that is adapted already or lacks plain modules of these names.
     """
+    refuse_adapted(model)
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; one of {', '.join(METHODS)}")
+    named = {"k_proj": [], "v_proj": [], "down_proj": []}  # end of the name -> its linears
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and name.rpartition(".")[2] in named:
+            named[name.rpartition(".")[2]].append(module)
+    embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    if type(embedding) is not nn.Embedding or not all(named.values()):
+        raise ValueError(f"{method} needs an nn.Embedding and linears named {', '.join(named)}")
     model.requires_grad_(False)
     model.baseline = {"method": method, "virtual_tokens": n}
-    linears = {}  # end of the name -> its linears
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            linears.setdefault(name.rpartition(".")[2], []).append(module)
-    keys_and_values = linears.get("k_proj", []) + linears.get("v_proj", [])
-    if method == "ia3":
-        for linear in keys_and_values + linears.get("down_proj", []):
-            linear.__class__, linear.on_input = ScaledLinear, linear in linears["down_proj"]
-            width = linear.in_features if linear.on_input else linear.out_features
-            linear.scale = nn.Parameter(torch.ones(width, device=linear.weight.device))
-        return model
-    embedding = next(m for m in model.modules() if isinstance(m, nn.Embedding))
+    keys_and_values = named["k_proj"] + named["v_proj"]
     device, (V, H) = embedding.weight.device, embedding.weight.shape
-    words = torch.randint(V, (1, n), generator=generator).to(device)  # n random tokens
+    on_cpu = {"generator": generator, "device": "cpu"}
+    if method == "ia3":
+        for linear in keys_and_values + named["down_proj"]:
+            linear.__class__, linear.on_input = ScaledLinear, linear in named["down_proj"]
+            width = linear.in_features if linear.on_input else linear.out_features
+            linear.scale = nn.Parameter(torch.ones(width, device=device, dtype=torch.float32))
+        return model
+    words = torch.randint(V, (1, n), **on_cpu).to(device)  # n random tokens
     if method == "prefix":
         outputs = {}
         hooks = [
@@ -807,11 +831,12 @@ def add_baseline(model, method: str, n=20, generator=None):
     if method == "prompt":
         embedding.virtual = nn.Parameter(embedding.weight[words[0]].float())  # (n, H)
     if method == "p-tuning":
-        embedding.virtual = nn.Parameter(torch.randn(n, H, generator=generator).to(device))
+        virtual = torch.randn(n, H, dtype=torch.float32, **on_cpu)
+        embedding.virtual = nn.Parameter(virtual.to(device))
         layers = [nn.Linear(H, H), nn.ReLU(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, H)]
         embedding.mlp = nn.Sequential(*layers).to(device, torch.float32)
         for p in embedding.mlp.parameters():  # PyTorch's own start, from our generator
-            p.copy_((2 * torch.rand(p.shape, generator=generator) - 1) / math.sqrt(H))
+            p.copy_((2 * torch.rand(p.shape, **on_cpu) - 1) / math.sqrt(H))
             p.requires_grad_(True)
     return model
 
@@ -825,11 +850,16 @@ def save_baseline(model, folder):
 
 
 def load_baseline(model, folder):
-    """Adds a saved baseline to a plain model."""
-    about = json.loads((Path(folder) / "baseline.json").read_text())
-    tensors = load_file(Path(folder) / "baseline.safetensors")
-    add_baseline(model, about["method"], about["virtual_tokens"])
+    """Adds a saved baseline to a plain model; returns it. ValueError on files that do not fit."""
+    model = unwrapped(model)
+    try:
+        about = json.loads((Path(folder) / "baseline.json").read_text())
+        tensors = load_file(Path(folder) / "baseline.safetensors")
+        add_baseline(model, about["method"], about["virtual_tokens"])
+    except (OSError, LookupError, TypeError, RecursionError, RuntimeError, SafetensorError) as why:
+        raise ValueError(f"{folder}: not a readable baseline ({str(why)[:100]})") from None
     for name, p in trainable(model).items():
         if name not in tensors or tensors[name].shape != p.shape:
             raise ValueError(f"{folder}: no {name} of shape {tuple(p.shape)} for this model")
         p.data.copy_(tensors[name])
+    return model

@@ -89,14 +89,16 @@ class ModelConfig:
         raw = {name: value for name, value in raw.items() if value is not None}
         if model_type in ("qwen2", "qwen3") and not raw.get("use_sliding_window"):
             window = None  # Qwen files carry a window that is switched off
-        if "sliding_attention" in str(raw.get("layer_types")):
-            window = "in layer_types"
+        layer_type = raw.get("layer_types")
+        if isinstance(layer_type, list):  # the first that is another
+            layer_type = next((kind for kind in layer_type if kind != "full_attention"), None)
         for field, value, supported in (
             ("model_type", model_type, tuple(ARCHITECTURES)),
             ("hidden_act", raw.get("hidden_act", "silu"), ("silu", "swish")),
             ("quantization_config", raw.get("quantization_config") or None, (None,)),
             ("sliding_window", window, (None,)),
-            ("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0), (1.0,)),
+            ("is_causal", raw.get("is_causal", True), (True,)),
+            ("layer_types", layer_type, (None,)),
         ):
             if value not in supported:
                 only = ", ".join(map(str, supported))
@@ -134,11 +136,11 @@ def read_rope(raw: dict, source) -> dict:
     if type(written) is not dict or type(added) is not dict:
         raise ValueError(f"{source}: rope_parameters or rope_scaling is not an object")
     rope = added or written
-    theta = rope.get("rope_theta", written.get("rope_theta", raw.get("rope_theta", 10000.0)))
+    theta = rope.get("rope_theta", raw.get("rope_theta", written.get("rope_theta", 10000.0)))
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if any(type(value) is dict for value in rope.values()):
         kind = "one for each kind of layer"
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+    if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError(f"{source}: a partial_rotary_factor is not supported")
     if kind not in tuple(ROPE_FIELDS):
         only = ", ".join(ROPE_FIELDS)
@@ -612,7 +614,7 @@ def auto_dtype(folder, device) -> torch.dtype:
         with open_tensors(file) as tensors:
             stored |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
     on_cpu = torch.device(device).type == "cpu"
-    return torch.float32 if on_cpu or stored == {"F32"} else torch.bfloat16
+    return torch.float32 if on_cpu or stored <= {"F32", "F64"} else torch.bfloat16
 
 
 def load_model(path, device="cpu", dtype: torch.dtype | None = torch.float32) -> Transformer:
@@ -669,7 +671,9 @@ def save_model(model: Transformer, folder, **extra):
     is whole.
     """
     weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-    if any(".lora_" in name for name in weights):
+    with torch.device("meta"):
+        plain = Transformer(model.config)
+    if weights.keys() != dict(plain.named_parameters()).keys():
         raise ValueError("save_model writes plain weights: merge the adapters first")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

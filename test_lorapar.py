@@ -425,6 +425,7 @@ def test_rope_scaling_that_a_user_added_wins_and_ignored_biases_are_ignored():
     config = decoder.ModelConfig.from_dict(added)
     assert config.rope_scaling == {"rope_type": "linear", "factor": 2.0}
     assert config.rope_theta == 1e6 and not config.attention_bias
+    assert decoder.ModelConfig.from_dict(added | {"rope_theta": 333.0}).rope_theta == 333
 
 
 def test_a_checkpoint_we_cannot_run_is_refused_by_name(tmp_path):
@@ -451,6 +452,9 @@ def test_a_checkpoint_we_cannot_run_is_refused_by_name(tmp_path):
         ("rms_norm_eps is -1", {}, {"rms_norm_eps": -1}),
         ("tie_word_embeddings is 1", {}, {"tie_word_embeddings": 1}),
         ("hidden_act", {}, {"hidden_act": "gelu"}),
+        ("is_causal", {}, {"is_causal": False}),
+        ("layer_types", {}, {"layer_types": ["full_attention", "chunked_attention"]}),
+        ("layer_types", {}, {"layer_types": 5}),
     ):
         folder = saved(tmp_path, small("llama2"), tensors, fields)
         line = refuses(named, decoder.load_model, folder)
@@ -675,6 +679,7 @@ def compile_inside(model):
 
 
 WRAPS = [torch.compile, nn.DataParallel, compile_inside, torch.optim.swa_utils.AveragedModel]
+WRAPS.append(lambda model: torch.compile(nn.DataParallel(model)))
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
@@ -741,6 +746,8 @@ def test_targets_are_names_or_their_ends_or_all_linears_but_the_head():
     assert adapted(Foreign(), ("0",)) == ["spare.0"]
     names = adapted(small("llama2"), "all-linear")
     assert len(names) == 14 and not any("head" in name for name in names)
+    tail = nn.Sequential(nn.Tanh(), nn.LayerNorm(8))  # 2.1 ends like the linear 1
+    assert adapted(nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), tail), "all-linear") == ["1"]
     layer = next(iter(lorapar.lora_layers(lora_model(r=2, lora_alpha=None)).values()))
     assert layer.scale == 8 and "r=2, scale=8" in repr(layer)
 
@@ -785,6 +792,8 @@ def test_add_lora_refuses_bad_calls():
         (small, "r = 2.0 must be", {"r": 2.0}),
         (Foreign, "1 of 3 targets", {"targets": "all-linear", "r": 2}),
         (small, "lora_alpha = 0", {"lora_alpha": 0}),
+        (small, "dropout = 1.5", {"dropout": 1.5}),
+        (lambda: baseline_model("ia3"), "a baseline already", {}),
         (Foreign, "the model's linears are 0, head, q_proj", {"targets": ["x"]}),
         (Foreign, "is a Conv1d", {"targets": ["conv"]}),
         (Foreign, "is a Doubled", {"targets": ["own"]}),
@@ -804,7 +813,8 @@ def test_what_would_be_wrong_in_silence_is_refused(tmp_path):
     refuses("adapters on lm_head", decoder.token_logprobs, model, *answer_batch())
     model = lora_model().to(torch.bfloat16)
     refuses("small steps need float32", lorapar.MaskedAdamW, model)
-    refuses("merge the adapters first", decoder.save_model, model, tmp_path)
+    for adapted in (model, baseline_model("ia3")):
+        refuses("merge the adapters first", decoder.save_model, adapted, tmp_path)
     assert not list(tmp_path.iterdir())
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     refuses("fast path", lorapar.add_lora, nn.TransformerEncoder(layer, 1), ["linear1"], r=2)
@@ -1053,7 +1063,8 @@ def test_the_optimizer_keeps_adamws_contract():
     """step(closure), copies and files, and a state that belongs to another mask."""
     model, batch = lora_model(), answer_batch()
     masked(model)
-    optimizer = lorapar.MaskedAdamW(model, lr=0.01, max_grad_norm=1.0)
+    optimizer, hooked = lorapar.MaskedAdamW(model, lr=0.01, max_grad_norm=1.0), []
+    torch.optim.AdamW([nn.Parameter(torch.zeros(1))])  # makes AdamW.step call hooks, too
 
     def closure():
         optimizer.zero_grad()
@@ -1062,8 +1073,10 @@ def test_the_optimizer_keeps_adamws_contract():
         return loss
 
     with torch.no_grad():
+        hook = optimizer.register_step_post_hook(lambda *_: hooked.append(1))
         first, second = optimizer.step(closure), optimizer.step(closure)
-    assert second < first
+        hook.remove()
+    assert second < first and len(hooked) == 2
     twin, its_optimizer = copy.deepcopy((model, optimizer))
     alone = copy.deepcopy(optimizer)  # with a model of its own
     for m, o in ((model, optimizer), (twin, its_optimizer), (alone.model, alone)):
@@ -1086,6 +1099,7 @@ def test_an_update_of_nothing_or_of_what_is_not_finite_is_an_error_and_moves_not
     lorapar.set_mask(model, nothing)
     refuses("no active element", lorapar.MaskedAdamW, model)
     masked(model)
+    refuses("max_grad_norm = 0", lorapar.MaskedAdamW, model, max_grad_norm=0)
     optimizer = lorapar.MaskedAdamW(model)
     refuses("backward", optimizer.step)
     for bad in (float("inf"), float("nan")):
@@ -1144,9 +1158,8 @@ def test_baselines_compute_what_peft_computes(method, tmp_path):
         whole = torch.cat((prompt, torch.tensor(answer[0])))[None]
         greedy = model(whole)[0, len(prompt) - 1 : -1].argmax(-1)  # without a cache
         assert greedy.tolist() == answer[0]
-    lorapar.save_adapter(model, tmp_path / "saved")
-    again = small("llama2")
-    lorapar.load_baseline(again, tmp_path / "saved")
+    lorapar.save_adapter(torch.compile(nn.DataParallel(model)), tmp_path / "saved")
+    again = lorapar.load_baseline(small("llama2"), tmp_path / "saved")
     assert torch.equal(again(rows), model(rows))
     try:
         import peft
@@ -1207,6 +1220,8 @@ def test_baselines_start_as_their_papers_say(method):
     if method == "p-tuning":
         assert abs(float(model.model.embed_tokens.virtual.detach().std()) - 1) < 0.2
     refuses("unknown method", lorapar.add_baseline, plain, "lora")
+    refuses("a baseline already", lorapar.add_baseline, model, method)
+    refuses("needs an nn.Embedding and linears", lorapar.add_baseline, Foreign(), method)
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -1768,6 +1783,7 @@ def test_damaged_and_misshapen_files_are_read_or_refused_in_one_line(tmp_path):
     (base / "tokenizer_config.json").write_text(json.dumps(fields))
     (base / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
     lorapar.save_adapter(lora_model(), adapter)
+    lorapar.save_adapter(baseline_model("prompt"), adapter)
     shutil.copytree(base, shards)
     names = dict.fromkeys(load_file(shards / "model.safetensors"), "part.safetensors")
     (shards / "model.safetensors").rename(shards / "part.safetensors")
@@ -1788,6 +1804,8 @@ def test_damaged_and_misshapen_files_are_read_or_refused_in_one_line(tmp_path):
         shards / "model.safetensors.index.json": lambda: decoder.load_model(shards),
         adapter / "adapter_config.json": lambda: lorapar.load_adapter(small(), adapter),
         adapter / "adapter_model.safetensors": lambda: lorapar.load_adapter(small(), adapter),
+        adapter / "baseline.json": lambda: lorapar.load_baseline(small("llama2"), adapter),
+        adapter / "baseline.safetensors": lambda: lorapar.load_baseline(small("llama2"), adapter),
         own: lambda: data.load_dataset(str(own), None, "all"),
         packed: lambda: data.load_dataset("gsm8k", packed, "all"),
         labels: lambda: data.label_examples(examples, str(labels)),
@@ -3312,6 +3330,7 @@ def test_readmes_snippet_runs_and_its_names_and_flags_are_the_codes(tmp_path, mo
     moved = lorapar.get_flat(model) != starts[0]
     assert moved.any() and not moved[~lorapar.get_mask(model)].any()
     assert lorapar.load_adapter(Foreign(), tmp_path / "adapter")
+    assert read(tmp_path / "adapter/adapter_config.json")["task_type"] is None  # for PEFT
 
     code = {file.name: file.read_text() for file in HERE.glob("*.py") if file != Path(__file__)}
     links = re.findall(r"\[`(\w+)`\]\((\w+\.py)\)", text)
