@@ -72,6 +72,7 @@ def grpo_step(model, optimizer, prompts, reward_parts, reference, s: Settings, g
     sampled_at = time.perf_counter()
     for rollout, parts in zip(rollouts, reward_parts(rollouts)):
         rollout.reward_parts = parts
+    rewarded_at = time.perf_counter()
     rollouts = sorted(gather_over_ranks(rollouts), key=lambda r: r.prompt_index)
     rewards = [float(sum(r.reward_parts.values())) for r in rollouts]
     rewards = torch.tensor(rewards, dtype=torch.float32).view(len(prompts), s.group)  # (P, G)
@@ -91,7 +92,8 @@ def grpo_step(model, optimizer, prompts, reward_parts, reference, s: Settings, g
         "truncated": sum(r.answer[-1] not in s.eos_ids for r in rollouts) / len(rollouts),
         "grad_norm": optimizer.grad_norm.item(),
         "rollout_s": round(sampled_at - started, 4),
-        "update_s": round(time.perf_counter() - sampled_at, 4),
+        "reward_s": round(rewarded_at - sampled_at, 4),
+        "update_s": round(time.perf_counter() - rewarded_at, 4),
     }
     return stats, rollouts
 
@@ -211,7 +213,7 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
             logp = token_logprobs(model, b.tokens, b.labels, s.temperature)
             if b.old is None:
                 b.old = logp.detach()
-                means["gap"] += (b.old - b.sampled).abs().sum() / n_tokens
+                means["gap"] += ((b.old - b.sampled) * b.mask).abs().sum() / n_tokens
             loss, stats = grpo_loss(
                 logp, b.old, b.ref, b.advantages, b.mask, s.clip, s.kl,
                 clip_high=s.clip_high, loss=s.loss, max_new_tokens=s.max_new_tokens,
@@ -248,7 +250,7 @@ def collate_rollouts(rollouts, device) -> MicroBatch:
     for r in rollouts:
         answer = r.answer if r.trains else [-100] * len(r.answer)
         labels.append(torch.tensor([-100] * len(r.prompt) + answer))
-        logprobs = [0.0] * (len(r.prompt) - 1) + (r.logprobs if r.trains else [0.0] * len(answer))
+        logprobs = [0.0] * (len(r.prompt) - 1) + r.logprobs
         sampled.append(torch.tensor(logprobs, dtype=torch.float32))
     advantages = torch.tensor([r.advantage for r in rollouts], dtype=torch.float32)
     labels = pad_sequence(labels, True, -100)

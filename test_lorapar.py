@@ -2579,8 +2579,16 @@ def test_the_same_command_again_reuses_and_restores_everything(toy_run, tmp_path
     assert "--rl-lr 0.004, not 0.1" in fails(capsys, *QUICK, "--out", out, "--rl-lr", "0.1")
     shutil.rmtree(out / "rl")
     older = (out / "answers" / "rl.jsonl").stat().st_mtime_ns
-    train.main([*QUICK, "--rl-lr", "0.1", "--out", str(out)])  # RL has not begun
+    for name in ("draft.tmp", "state.safetensors.tmp"):
+        (out / name).write_text("")
+    assert "--theta" in fails(capsys, *QUICK, "--out", out, "--theta", "0.5")
+    assert len(list(out.glob("*.tmp"))) == 2  # what is refused is not touched
+    changed_flags = ["--rl-lr", "0.1", "--kl", "0.1"]
+    train.main([*QUICK, *changed_flags, "--out", str(out)])  # RL has not begun
     assert (out / "answers" / "rl.jsonl").stat().st_mtime_ns > older  # no older stage's answers
+    assert [file.name for file in out.glob("*.tmp")] == ["draft.tmp"]
+    shutil.copy(out / "sft" / "adapter_model.safetensors", out / "importance.safetensors")
+    assert "does not hold start" in fails(capsys, *QUICK, *changed_flags, "--out", out)
 
 
 def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
@@ -2613,6 +2621,27 @@ def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
         assert steps[0] == steps[1] and len(steps[0]) > 2
     samples = [(out / "rl" / "samples.jsonl").read_text() for out in (whole, killed)]
     assert samples[0] == samples[1] and samples[0].count("\n") == 9
+
+
+def test_a_stop_while_the_last_step_is_saved_is_not_lost(toy_run, tmp_path, monkeypatch):
+    out, real_save = borrow(toy_run, tmp_path / "run"), train.save_state
+
+    def save_and_interrupt(folder, *rest):
+        real_save(folder, *rest)
+        train.ask_to_stop(None, None)
+
+    monkeypatch.setattr(train, "save_state", save_and_interrupt)
+    with pytest.raises(SystemExit, match="130"):
+        train.main([*QUICK, "--save-every", "99", "--out", str(out)])
+    assert len(metrics(out, "sft")) == int(load_file(out / "sft/state.safetensors")["step"]) > 2
+    assert not (out / "rl").exists()
+
+
+def test_lines_of_a_file_end_at_new_lines_alone(tmp_path):
+    records = [{"step": i, "answer": "a\u2028b\x85c\u2029"} for i in range(4)]
+    train.write_lines(tmp_path / "x.jsonl", records[::-1])
+    train.keep_lines(tmp_path / "x.jsonl", lambda r: r["step"] < 3, lambda r: r["step"])
+    assert [r for _, r in data.read_records(tmp_path / "x.jsonl")] == records[:3]
 
 
 def test_long_steps_are_saved_by_time(toy_run, tmp_path, monkeypatch):
@@ -2793,14 +2822,17 @@ def test_stage_2_and_evaluation_may_have_data_sets_of_their_own(toy_run, tmp_pat
     data.write_jsonl(labels, votes)
     gsm8k_folder(gsm, 40)
     flags = ["--model", toy_run / "base", "--data", f"dolly:{dolly}", *SHORT]
-    flags += ["--labels", labels, "--eval-data", f"gsm8k:{gsm}"]
+    flags += ["--labels", labels, "--eval-data", f"gsm8k:{gsm}/test.jsonl"]
     flags = [str(flag) for flag in [*flags, "--out", tmp_path / "out"]]
     assert "--rl-data or a --reward" in fails(capsys, *flags)  # RL could not be rewarded
     train.main([*flags, "--rl-data", f"gsm8k:{gsm}"])
     report = read(tmp_path / "out" / "report.json")
     assert report["data"]["S1"] == report["data"]["S2"] == "38 training examples"
     assert report["evaluation"]["rl"]["all"]["examples"] == 40
-    assert report["data"]["test"] == f"40 test examples of gsm8k:{gsm}"
+    assert report["data"]["test"] == f"40 test examples of gsm8k:{gsm}/test.jsonl"
+    capsys.readouterr()
+    train.main(["eval", str(tmp_path / "out")])  # asks as the run asks
+    assert '"examples": 40' in capsys.readouterr().out
     saved = load_file(tmp_path / "out" / "partition.safetensors")
     assert {k: int(v.sum()) for k, v in saved.items()} == report["partition"]["regions"]
 
@@ -2846,6 +2878,13 @@ def test_ones_own_file_and_reward_train_stage_2(toy_run, tmp_path, capsys):
     expected = statistics.fmean(-len(r["reply"]) / 100 for r in records)
     assert means["accuracy"] == pytest.approx(expected) and means["examples"] == 6
     assert "| reward | " in (tmp_path / "free" / "report.md").read_text()
+    capsys.readouterr()
+    train.main(["eval", str(tmp_path / "free")])
+    rows = json.loads(capsys.readouterr().out.partition("\n")[2].rpartition("}")[0] + "}")
+    assert rows["all"] == pytest.approx(means, rel=1e-4) and "S1" in rows
+    train.main(["compare", str(tmp_path / "free"), str(tmp_path / "free")])
+    assert f"| {means['accuracy']:.1f} |" in capsys.readouterr().out  # a reward is no per cent
+    assert "same questions" in fails(capsys, "compare", toy_run, tmp_path / "free")
     for name, error in (
         ("broken", "(line 6, on "),
         ("nothing", "TypeError"),
@@ -2932,7 +2971,9 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         holds training examples => {labelled} --eval-data gsm8k:{good}/train.jsonl
         longer than --max-prompt 2 => {toy} --max-prompt 2 --train-examples 70
         r = 999 does not fit => {toy} --r 999
-        sees no such device => --device cuda:7
+        sees no device cuda:7 => --device cuda:7
+        --seed: -1 is not from 0 => --seed -1
+        sft: no element is active: raise --alpha => {toy} --theta 1 --alpha 0
         Not a directory => --out {file}/run
         is not empty => {merge} {base}
         not a readable PEFT adapter => {merge} {tmp_path}/m --adapter nowhere
@@ -2942,7 +2983,6 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         the rows are SFT then RL, RL then SFT => sweep order --rows x
         has no validation split => {labelled} --eval-data {mine} --eval-split validation
         GSM8K's solutions alone => {owned} --labels steps:2
-        no label fits => eval --model {base} --data {mine} --labels {none}
         unknown data set 'gsm8K => eval --model x --data gsm8K:{file}
         eval needs => eval --data gsm8k
     """
@@ -3110,7 +3150,7 @@ def outcome(out):
     labels = files.pop("labels.jsonl").splitlines()  # its votes name files of the folder
     files["labels"] = [json.loads(line)["label"] for line in labels]
     lines = [json.loads(line) for line in files.pop("metrics.jsonl").splitlines()]
-    timed = ("seconds", "rollout_s", "update_s")
+    timed = ("seconds", "rollout_s", "reward_s", "update_s")
     files["metrics"] = [{k: v for k, v in r.items() if k not in timed} for r in lines]
     return files
 

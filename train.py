@@ -119,7 +119,7 @@ def score(c, model, encoded):
     CPU. Kept with the start of the factors, which a resumed run puts back."""
     path = Path(c.out) / "importance.safetensors"
     if path.exists():
-        saved = read_tensors(path)
+        saved = read_tensors(path, ("start", "s1", "s2"))
         if saved["start"].shape != lorapar.get_flat(model).shape:
             raise ValueError(f"{path}: of another model; delete it to score again")
         lorapar.set_flat(model, saved["start"])
@@ -154,6 +154,10 @@ def split_elements(c, model, s1, s2):
     }
     if c.select == "swapped":  # the control: each stage moves the other system's elements
         masks = {"sft": masks["rl"], "rl": masks["sft"]}
+    for stage in ORDERS[c.order]:
+        if not masks[stage].any():
+            share = "--alpha" if stage == "sft" else "--beta"
+            raise ValueError(f"{stage}: no element is active: raise {share} or change --theta")
     facts = partition_facts(model, part, masks)
     write_json(Path(c.out) / "partition.json", facts)
     write_tensors(Path(c.out) / "partition.safetensors", part._asdict())  # flat order
@@ -234,7 +238,8 @@ def rl(c, model, inputs, mask):
     )
     reference = lorapar.get_flat(model)  # of the KL: the policy as RL began, before any load
     if c.kl_reference == "base":
-        start = read_tensors(Path(c.out) / "importance.safetensors")["start"].to(c.device)
+        start = read_tensors(Path(c.out) / "importance.safetensors", ["start"])["start"]
+        start = start.to(c.device)
         reference = start if c.init in lorapar.ANCHORED else torch.zeros_like(start)
     settings = grpo.Settings(
         group=c.rl_group,
@@ -362,9 +367,8 @@ def end_step(c, stage, model, optimizer, inputs, step: int, steps: int, values: 
     if c.eval_every and ((step + 1) % c.eval_every == 0 or step + 1 == steps):
         values = values | validate(c, stage, model, inputs, step)
     late = time.monotonic() - STAGE["saved"] > 600  # steps may take minutes
-    asked = torch.tensor([STAGE["stop"], late], dtype=torch.float32, device=c.device)
-    stop, late = lorapar.sum_over_ranks(asked).tolist()  # all processes at the same step
-    saves = stop or late or (step + 1) % c.save_every == 0 or step + 1 == steps
+    saves = "accuracy" in values or (step + 1) % c.save_every == 0 or step + 1 == steps
+    saves = saves or in_any_process(c, STAGE["stop"] or late)
     if saves:  # elements can be finite and their product not
         with stop_if_diverged(c, stage, step), eval_mode(model), torch.no_grad():
             zeros = torch.zeros(1, 2, dtype=torch.long, device=c.device)
@@ -381,9 +385,14 @@ def end_step(c, stage, model, optimizer, inputs, step: int, steps: int, values: 
         lorapar.save_adapter(model, Path(c.out) / stage, c.model or "toy")
         STAGE["saved"] = time.monotonic()
     STAGE["running"] = step + 1 < steps
-    if stop:
+    if saves and in_any_process(c, STAGE["stop"]):  # also if asked while it saved
         print(f"saved after {stage} step {step + 1} of {steps} in {c.out}")
         raise KeyboardInterrupt
+
+
+def in_any_process(c, flag: bool) -> bool:
+    """The same answer in all processes, so that they stop at the same step."""
+    return bool(lorapar.sum_over_ranks(torch.tensor(float(flag), device=c.device)))
 
 
 def validate(c, stage: str, model, inputs, step: int) -> dict:
@@ -417,7 +426,7 @@ def load_state(c, stage: str, model, optimizer, steps: int) -> int:
     start = digest(lorapar.get_flat(model).cpu().numpy().tobytes())
     optimizer.origin = {"mask": optimizer.param_groups[0]["mask"], "start": start}
     if path.exists():
-        tensors = read_tensors(path)
+        tensors = read_tensors(path, ("flat", "step"))
         with open_tensors(path) as file:
             origin = (file.metadata() or {}).get("origin", "{}")
         refuse_changes(path, json.loads(origin), optimizer.origin)
@@ -444,7 +453,7 @@ def keep_lines(path: Path, wanted, key):
     if not path.exists():
         return
     records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         with suppress(json.JSONDecodeError, TypeError, KeyError):
             record = json.loads(line)
             if wanted(record):
@@ -570,13 +579,23 @@ def within(kind, low, high):
     return number
 
 
+def device(name: str) -> str:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):
+        raise argparse.ArgumentTypeError(f"this PyTorch sees no device {name}") from None
+    return name
+
+
 COUNT, SHARE, ABOVE_0 = within(int, 1, 10**9), within(float, 0, 1), within(float, 1e-37, 1e37)
 FROM_0 = within(float, 0, 1e37)  # float32 ends there
 STARTS = ("anchored", "gaussian", "lora", "pissa", "olora")
 METHODS = ("lora", *lorapar.METHODS)
 SELECT = ("importance", "random", "random-in-tensor", "swapped")
 
-# group: {flag: (type, default, help)}. Defaults are the paper's, where it gives them.
+SIZE_AND_SPEED = "size and speed (free to change when a run goes on)"
+# group: {flag: (type, default, help)}. Defaults are the paper's, where it gives them. The flags of
+# a stage may change until that stage begins.
 FLAGS = {
     "what goes in and out": {
         "model": (str, None, "a model folder or Hub id; without it the toy world runs"),
@@ -587,7 +606,9 @@ FLAGS = {
         "reward": (str, None, "FILE.py:FUNCTION(question, answer, completion) -> float or dict"),
         "prompt": (("plain", "chat", "authors"), "plain", "whose template asks the question"),
         "out": (str, None, "the run folder; default runs/toy or runs/MODEL-DATA"),
-        "seed": (int, 0, "seeds everything"),
+        "max_length": (COUNT, 512, "tokens of question and answer in SFT and scoring"),
+        "max_response": (COUNT, 256, "tokens an answer may have, in RL and evaluation"),
+        "seed": (within(int, 0, 10**9), 0, "seeds everything"),
         "dtype": (("auto", "float32", "bfloat16"), "auto", "of the base; auto: bfloat16 on a GPU"),
         "train_examples": (COUNT, None, "use at most this many training examples"),
         "eval_examples": (COUNT, None, "evaluate on at most this many examples"),
@@ -620,7 +641,6 @@ FLAGS = {
         "sft_warmup": (SHARE, 0.03, "share of the steps that warm up, then cosine"),
         "sft_weight_decay": (FROM_0, 0.0, "AdamW's decoupled weight decay"),
         "sft_grad_norm": (ABOVE_0, 1.0, "clip the norm of the active gradient at this"),
-        "max_length": (COUNT, 512, "tokens of question and answer in SFT and scoring"),
     },
     "RL (GRPO)": {
         "rl_lr": (FROM_0, 5e-6, "learning rate"),
@@ -633,7 +653,6 @@ FLAGS = {
         "rl_weight_decay": (FROM_0, 0.1, "AdamW's decoupled weight decay"),
         "rl_grad_norm": (ABOVE_0, 0.1, "clip the norm of the active gradient at this"),
         "max_prompt": (COUNT, 128, "longer prompts are left out of RL, and counted"),
-        "max_response": (COUNT, 256, "tokens an answer may have, in RL and evaluation"),
         "temperature": (ABOVE_0, 0.9, "softmax temperature of rollouts and their log-probs"),
         "kl": (FROM_0, 0.04, "weight of the KL penalty; 0: none"),
         "kl_reference": (("start", "base"), "start", "the policy as RL begins, or the base"),
@@ -642,8 +661,8 @@ FLAGS = {
         "clip_high": (FROM_0, None, "its upper side, if another (DAPO: 0.28)"),
         "mask_truncated": (bool, False, "answers cut at --max-response do not train"),
     },
-    "size and speed (free to change when a run goes on)": {
-        "device": (str, "cuda" if torch.cuda.is_available() else "cpu", "torch device"),
+    SIZE_AND_SPEED: {
+        "device": (device, "cuda" if torch.cuda.is_available() else "cpu", "torch device"),
         "batch_rows": (COUNT, 64, "answers decoded together, in rollouts and evaluation"),
         "micro_batch": (COUNT, 8, "examples or answers a forward and backward"),
         "checkpointing": (bool, False, "recompute layers in the backward: less memory, slower"),
@@ -651,7 +670,6 @@ FLAGS = {
         "allow_unconfined_code": (bool, False, "run code answers where no sandbox can be had"),
     },
 }
-FREE = tuple(FLAGS["size and speed (free to change when a run goes on)"])
 TOY = {  # without --model these are the defaults
     "lora_alpha": 32.0, "dropout": 0.0,
     "sft_lr": 3e-3, "sft_epochs": 8, "max_length": 32,
@@ -711,10 +729,6 @@ def read_config(arguments):
         raise ValueError(f"--targets {c.targets}: letters of q k v o g u d")
     if c.data == "toy" and not re.fullmatch(TOY_LABELS, c.labels or "teachers:5"):
         raise ValueError(f'--labels {c.labels}: in the toy "teachers:1" to "teachers:5"')
-    try:
-        torch.empty(0, device=c.device)
-    except (RuntimeError, AssertionError):
-        raise ValueError(f"--device {c.device}: this PyTorch sees no such device") from None
     return c
 
 
@@ -773,7 +787,9 @@ def read_inputs(c, folder):
         words = [f"{len(encoded)} training examples", *(f"{n} {k}" for k, n in counts.items() if n)]
         facts[system] = ", ".join(words)
         if not encoded:
-            raise ValueError(f"{system}: {facts[system]}: check --labels and --max-length")
+            raise ValueError(
+                f"{system}: {facts[system]}: check --labels, --train-examples, --max-length"
+            )
         systems[system], inputs.encoded[system] = examples, encoded
     inputs.sft, rl_examples = inputs.encoded["S1"], systems["S2"]
     if c.stage_data == "all":  # an ablation: both stages train on both systems
@@ -785,12 +801,17 @@ def read_inputs(c, folder):
         parts = inputs.reward(example, example.answer, c.allow_unconfined_code)
         facts["reward"] = f"of the reference answer of {example.id}: {parts}"
     for name, limit in (("test", c.eval_examples), ("validation", c.eval_examples or 100)):
-        examples = [replace(e, label=label_of.get(e.id, e.label)) for e in sets[name]]
-        checked = [e for e in examples if e.kind != "text"] or examples  # or their reward tells
-        random.Random(c.seed).shuffle(checked)
-        setattr(inputs, name, checked[:limit])
+        setattr(inputs, name, evaluated(c, sets[name], label_of)[:limit])
     facts["test"] = f"{len(inputs.test)} {c.eval_split} examples of {c.eval_data or c.data}"
     return inputs, labels
+
+
+def evaluated(c, examples, label_of: dict) -> list:
+    """The examples whose answers can be checked (of none: all, whose reward tells), labelled."""
+    examples = [replace(e, label=label_of.get(e.id, e.label)) for e in examples]
+    checked = [e for e in examples if e.kind != "text"] or examples
+    random.Random(c.seed).shuffle(checked)
+    return checked
 
 
 def describe(c, model, linears, inputs):
@@ -1012,20 +1033,24 @@ def open_folder(c):
     lock = None
     if lorapar.rank_and_size()[0] == 0:
         lock = lock_folder(out)
-        for leftover in out.rglob("*.tmp"):  # of a save that was killed
-            leftover.unlink()
     config = out / "config.json"
     if not config.exists():
         if (out / "importance.safetensors").exists():
             raise ValueError(f"{config} is missing, but a run was there: name another --out")
         return lock
     old, new = read_json(config), settings(c)
+    free = list(FLAGS[SIZE_AND_SPEED])
+    for stage, group in (("sft", "SFT"), ("rl", "RL (GRPO)")):
+        if not (out / stage / "state.safetensors").exists():
+            free += FLAGS[group]
     for name in new:
-        stage = name.partition("_")[0]
-        begun = stage not in ("sft", "rl") or (out / stage / "state.safetensors").exists()
-        if name not in FREE and begun and new[name] != old.get(name):
+        if name not in free and new[name] != old.get(name):
             changed = f"{option(name)} {old.get(name)}, not {new[name]}"
             raise ValueError(f"{out} holds a run with {changed}: another --out, or delete it")
+    if lock:
+        for leftover in out.rglob("*.tmp"):  # of a save that was killed
+            if Path(leftover.stem).suffix in (".json", ".jsonl", ".md", ".safetensors"):
+                leftover.unlink()
     return lock
 
 
@@ -1047,8 +1072,8 @@ def write_json(path, value):
 
 
 def write_lines(path, records):
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-    lorapar.write_file(path, "".join(lines).encode())
+    if lorapar.rank_and_size()[0] == 0:
+        data.write_jsonl(path, records)
 
 
 def write_tensors(path, tensors: dict, metadata=None):
@@ -1056,9 +1081,11 @@ def write_tensors(path, tensors: dict, metadata=None):
     lorapar.write_file(path, safetensors_bytes(tensors, metadata or {"format": "pt"}))
 
 
-def read_tensors(path) -> dict[str, torch.Tensor]:
+def read_tensors(path, needed) -> dict[str, torch.Tensor]:
     try:
         mapped = load_file(path)
+        if not set(needed) <= mapped.keys():
+            raise OSError(f"it does not hold {', '.join(needed)}")
     except (SafetensorError, OSError) as error:
         why = str(error)[:100]
         raise ValueError(f"{path}: not readable ({why}); delete it to redo this part") from None
@@ -1129,7 +1156,7 @@ def write_report(c, rows, facts, inputs, s1, s2) -> dict:
         lines.append(f"- adapters: rank {2 * c.r}, twice --r: the difference from the base")
     text = "\n".join([*lines, ""])
     print("\n" + text)
-    report = {"evaluation": rows, "partition": facts, "data": inputs.facts}
+    report = {"evaluation": rows, "partition": facts, "data": inputs.facts, "metric": metric}
     write_json(Path(c.out) / "report.json", report)
     lorapar.write_file(Path(c.out) / "report.md", text.encode())
     return report
@@ -1148,6 +1175,7 @@ def run_baseline(c, model, inputs, rows) -> dict:
     """A baseline of the paper's table 6: the SFT stage alone, on all that its method trains."""
     n = 0 if c.method == "ia3" else c.virtual_tokens
     lorapar.add_baseline(model, c.method, n, torch.Generator().manual_seed(c.seed))
+    model.model.checkpointing = c.checkpointing
     virtual = inputs.tokenizer.virtual = virtual_ids(model)  # not counted in --max-length
     inputs.sft = [data.Encoded(virtual + e.ids, e.prompt_length + n) for e in inputs.sft]
     sft(c, model, inputs, None)
@@ -1161,37 +1189,28 @@ def run_eval(arguments):
     parser = Parser("train.py eval", description=run_eval.__doc__)
     parser.add_argument("run", nargs="?", help="a run folder: its model, last adapter and settings")
     parser.add_argument("--adapter", help="a folder in PEFT's format")
-    names = "model data labels prompt seed device dtype max_response eval_examples eval_split "
+    names = "model data prompt seed device dtype max_response eval_examples eval_split "
     add_flags(parser, (names + "batch_rows micro_batch allow_unconfined_code").split())
     said = vars(parser.parse_args(arguments))
     folder, adapter = said.pop("run"), said.pop("adapter")
     old = read_json(Path(folder) / "config.json") if folder else {}
-    old["data"] = old.get("eval_data") or old.get("data")
+    old = {name: old[name] for name in old if name not in FLAGS[SIZE_AND_SPEED]}
     c = argparse.Namespace(**defaults() | old | said | {"out": folder or "."})
-    if not folder and (not c.model or not c.data):
+    if not folder and not (c.model and "data" in said):
         raise ValueError("eval needs a run folder (the toy's too), or --model and --data")
     if folder and not adapter:
-        written = ("adapter_config.json", "baseline.json")
-        stages = [
-            s
-            for s in ORDERS[c.order]
-            if any((Path(folder) / s / name).exists() for name in written)
-        ]
-        if not stages:
-            raise ValueError(f"{folder}: no adapter there yet")
-        adapter = Path(folder) / stages[-1]
-    path = source(c, c.data)
-    whole = data.in_one_file(*path) and (not folder or "data" in said)
-    examples = data.load_dataset(*path, "all" if whole else c.eval_split)
-    if not c.reward:
-        examples = [e for e in examples if e.kind != "text"]
-    if not examples:
+        adapter = last_adapter(c)
+    if folder and "data" not in said:  # what the run itself evaluates
+        labels = data.read_records(Path(folder) / "labels.jsonl")
+        label_of = {record["id"]: record["label"] for _, record in labels}
+        c.data, examples = c.eval_data or c.data, evaluated(c, read_sets(c)["test"], label_of)
+    else:
+        path = source(c, c.data)
+        whole = data.in_one_file(*path)
+        examples = evaluated(c, data.load_dataset(*path, "all" if whole else c.eval_split), {})
+    if all(e.kind == "text" for e in examples) and not c.reward:
         raise ValueError(f"answers of {c.data} cannot be checked")
-    if "labels" in said:
-        labelled = {e.id: e for e in data.label_examples(examples, c.labels)}
-        examples = [labelled.get(e.id, e) for e in examples]
-    random.Random(c.seed).shuffle(examples)
-    name = f"eval-{Path(path[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    name = f"eval-{Path(source(c, c.data)[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     out = Path(folder) / "answers" / name if folder else Path(name)
     data.write_jsonl(out, [])  # a folder that cannot be written fails now
     checkpoint = find_model(c.model) if c.model else Path(folder) / "base"
@@ -1208,6 +1227,15 @@ def run_eval(arguments):
     print(f"every answer is in {out}")
 
 
+def last_adapter(c) -> Path:
+    """The folder of a run's last stage that has one."""
+    for stage in reversed(ORDERS[c.order]):
+        for name in ("adapter_config.json", "baseline.json"):
+            if (Path(c.out) / stage / name).exists():
+                return Path(c.out) / stage
+    raise ValueError(f"{c.out}: no adapter there yet")
+
+
 def run_compare(arguments):
     """Two finished runs: their last rows, the paired difference of their answers with its standard
     error, percent active, and the hours of training."""
@@ -1222,12 +1250,16 @@ def run_compare(arguments):
         last = list(report["evaluation"])[-1]
         records = data.read_records(folder / "answers" / f"{last}.jsonl")
         answers.append({record["id"]: record for _, record in records})
-    both = [(answers[0][i], answers[1][i]) for i in answers[0] if i in answers[1]]
+    metric = reports[0]["metric"]
+    if answers[0].keys() != answers[1].keys() or metric != reports[1]["metric"]:
+        raise ValueError(f"{folders[0]} and {folders[1]} were not evaluated on the same questions")
+    scale = 1 if metric == "reward" else 100
+    both = [(answers[0][i], answers[1][i]) for i in answers[0]]
     for system in ("S1", "S2", "all"):
         pairs = [(a["correct"], b["correct"]) for a, b in both if system in ("all", a["label"])]
         if pairs:
-            means = [f"{100 * statistics.fmean(side):.1f}" for side in zip(*pairs)]
-            gaps = [100 * (float(b) - float(a)) for a, b in pairs]
+            means = [f"{scale * statistics.fmean(side):.1f}" for side in zip(*pairs)]
+            gaps = [scale * (float(b) - float(a)) for a, b in pairs]
             lines.append([f"{system} ({len(pairs)})", *means, mean_and_error(gaps)])
     for stage in ("sft", "rl"):
         shares = [report["partition"]["active_percent"].get(stage, 0) for report in reports]
@@ -1237,7 +1269,7 @@ def run_compare(arguments):
         seconds = sum(r.get("seconds", 0) for _, r in data.read_records(folder / "metrics.jsonl"))
         hours.append(f"{seconds / 3600:.2f}")
     lines.append(["hours of training", *hours, ""])
-    print("\n".join(table(["", *map(str, folders), "difference"], lines)))
+    print("\n".join(table([metric, *map(str, folders), "difference"], lines)))
 
 
 def run_merge(arguments):
@@ -1303,7 +1335,8 @@ def draw_figures(out: Path):
 
 
 def draw_importance(out: Path, figure):
-    scores, regions = (read_tensors(out / f"{n}.safetensors") for n in ("importance", "partition"))
+    scores = read_tensors(out / "importance.safetensors", ("s1", "s2"))
+    regions = read_tensors(out / "partition.safetensors", lorapar.Partition._fields)
     s1_only, s2_only, shared = (regions[name] for name in lorapar.Partition._fields)
     axes = figure.subplots()
     some = torch.randperm(len(shared), generator=torch.Generator().manual_seed(0))[:20_000]
