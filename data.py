@@ -512,19 +512,20 @@ def vote(labels: list[str]) -> str:
 
 
 VERDICT = re.compile(
-    r"(?:(?<![A-Za-z0-9])system[\W_]{0,3}(?:no\W{0,2}|number )?|系统|系統|システム|(?<![\w'’])s)"
-    r"([12１２]|one|two)(?![A-Za-z0-9]| ?(?:or|/) ?[12])",  # not the s of "It's 1 step"
+    r"(?<!not )(?<!not a )(?:(?<![A-Za-z0-9])system[\W_]{0,3}(?:no\W{0,2}|number )?"
+    r"|(?:系统|系統|システム) ?|(?<![\w'’])s)"  # not the s of "It's 1 step"
+    r"([12]|one|two)(?![A-Za-z0-9]| ?(?:or|and|/) ?[12])",
     re.IGNORECASE,
 )
 
 
 def verdict(text: str) -> str | None:
-    """The system a teacher's free text names: on its last line if that names one alone, else in the
-    whole text if it names one alone, else None (not guessed)."""
+    """The system a teacher's free text names: on its last line if that is short and names one
+    alone, else in the whole text if it names one alone, else None (not guessed)."""
     text = final_part(text).strip()
-    for part in (text.rpartition("\n")[2], text):
-        words = {word.lower() for word in VERDICT.findall(part)}
-        systems = {"S2" if word in ("2", "２", "two") else "S1" for word in words}
+    last_line = text.rpartition("\n")[2]
+    for part in (last_line if len(last_line) < 40 else text, text):
+        systems = {"S2" if word.lower() in ("2", "two") else "S1" for word in VERDICT.findall(part)}
         if len(systems) == 1:
             return systems.pop()
     return None
@@ -535,7 +536,8 @@ def read_teacher(path) -> dict[str, str]:
     "refused" (or filtered), "cut" (the text ended at its length limit), "error" (no text).
 
     Lines are {"id", "label"}, or answers of a batch service: joined by custom_id, never by order. A
-    failed request may stand before its repetition. ValueError on a second answer, on requests.
+    failed request may stand before its repetition. ValueError on a second answer, on requests, on
+    the result of a vote.
     """
     statuses = {}
     for where, record in read_records(path):
@@ -544,8 +546,9 @@ def read_teacher(path) -> dict[str, str]:
             name, status = record.get("custom_id"), status_of(record)
         elif status not in ("S1", "S2"):
             raise ValueError(f'{where}: "label" is {status!r}, not S1 or S2')
-        if not isinstance(name, str) or "url" in record:
+        if type(name) not in (str, int) or "url" in record or "votes" in record:
             raise ValueError(f'{where}: not a teacher\'s answer with "custom_id", or "id", "label"')
+        name = str(name)
         if {status, statuses.get(name)} <= {"S1", "S2"}:
             raise ValueError(f"{where}: second answer for {name}")
         if statuses.get(name) not in ("S1", "S2"):
@@ -565,13 +568,14 @@ def status_of(record: dict) -> str:
             content = "".join(
                 p["text"] for p in content if p.get("type") in ("text", "output_text")
             )
-        if message.get("refusal") or end in ("content_filter", "safety", "refusal"):
-            return "refused"
+        failed = "response" in record and record["response"].get("status_code", 200) != 200
     except (TypeError, KeyError, IndexError, AttributeError):
         return "error"
-    if end in ("length", "max_tokens"):
+    if end in ("length", "max_tokens", "model_length"):
         return "cut"
-    if not isinstance(content, str) or record.get("error"):
+    if message.get("refusal") or end not in ("none", "stop", "eos", "end_turn", "stop_sequence"):
+        return "refused"
+    if failed or not isinstance(content, str) or record.get("error"):
         return "error"
     return verdict(content) or "unclear"
 
@@ -740,7 +744,7 @@ def batches(encoded, size: int, device="cpu"):
 # --------------------------------------------------------------- what the answer of a reply is
 
 # Models run on into thousands of spaces and digits, so no pattern here backtracks over them.
-THOUGHT = r"(?:\w+:)?(?:think|thinking|thoughts?|reflection|scratchpad|analysis) ?"
+THOUGHT = r"(?:\w+:)?(?:think|thinking|thoughts?) ?"
 THOUGHT_END = re.compile(
     rf"</{THOUGHT}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>"
     r"|<\|channel\|>final<\|message\|>",
@@ -752,10 +756,12 @@ THOUGHT_BEGIN = re.compile(
 TURN = re.compile(
     r"<\|start_header_id\|>\w+<\|end_header_id\|>|<[|｜][^|｜\s]{1,40}[|｜]>|</?s>|<(?:eos|unk|pad)>"
     r"|<(?:end|start)_of_turn>|\[/?INST\]"
-    r"|^(?:> ?)?(?:#+ *|\**)(?:human|user|instructions?|input|response|question|q|problem"
-    r"|用户|问题|问|問題|質問)(?: ?#?\d{1,3})?[. *]{0,4}(?:[:：]|\n|\Z)",
+    r"|^(?:> ?)?(?:#+ *|\**)(?:human|user|instructions?|用户"
+    r"|(?P<task>input|response|question|q|problem|问题|问|問題|質問))"
+    r"(?: ?#?\d{1,3})?[. *]{0,4}(?:[:：]|\n|\Z)",
     re.MULTILINE | re.IGNORECASE,
 )
+ANSWERED = re.compile(r"\d|\b[A-D]\b|</answer>")  # before it a reply only repeats its task
 
 
 def behind_thoughts(reply: str) -> str:
@@ -769,11 +775,15 @@ def behind_thoughts(reply: str) -> str:
 def final_part(reply: str) -> str:
     """The part of a reply that answers: behind its last thought, before the next turn into which a
     base model runs on. All that reads a reply begins here."""
-    reply, begin = behind_thoughts(reply), 0
+    reply = behind_thoughts(reply)
+    begin, answered = 0, ANSWERED.search(reply)
     for turn in TURN.finditer(reply):
+        repeats = turn["task"] and (not answered or turn.start() < answered.start())
         if reply[begin : turn.start()].strip():
-            return reply[begin : turn.start()]
-        begin = turn.end()  # it only opens the answer's own turn
+            if not repeats:
+                return reply[begin : turn.start()]
+        else:
+            begin = turn.end()  # it only opens the answer's own turn
     return reply[begin:]
 
 
@@ -783,15 +793,21 @@ def in_tags(text: str) -> str | None:
     return inside.partition("</answer>")[0] if opened else None
 
 
+# GSM8K's mark: a number or a letter behind it, and not "#### Step 2"
+HASHES = re.compile(
+    r"####(?!\s{0,9}(?i:step|part|case|method)\b)\s{0,9}(?=\W{0,9}[A-D]\b|[^\n\d]{0,99}\d)([^\n]*)"
+)
+
+
 def marked(text: str) -> str | None:
     """What a reply marks as its answer: inside the last <answer>, else in the last \\boxed{}, else
-    in the line of the last ####; None if it marks nothing."""
+    behind the last #### that is no heading; None if it marks nothing."""
     inside = in_tags(text)
     if inside is not None:
         return inside
     _, boxed, inside = text.rpartition("\\boxed{")
     if not boxed:
-        return text.rpartition("####")[2].lstrip().partition("\n")[0] if "####" in text else None
+        return (HASHES.findall(text) or [None])[-1]
     depth = 1
     for i, letter in enumerate(inside):
         depth += (letter == "{") - (letter == "}")
@@ -805,15 +821,18 @@ def marked(text: str) -> str | None:
 DECIMAL = r"(?:\d+(?:,\d+)*(?:\.\d+)?|\.\d+)"
 NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.^√\0])(?<![A-Za-z]-)(?:(?:[A-Z]{3}|US|Rs|Rp|RM|kr)\.? ?)?"
-    r"(?P<sign>[-+−–‐‑]|minus |negative )? ?[$€£¥₹]? ?"
+    # a sign is not the dash of "so - 18"
+    r"(?P<sign>[-+−–](?! )|(?<!\w )[-−–]|minus |negative )? ?[$€£¥₹]? ?"
     rf"(?:(?P<whole>\d{{1,3}}) (?=\d{{1,2}} ?/ ?\d))?(?P<top>{DECIMAL})"
     rf"(?: ?/ ?(?P<bottom>{DECIMAL}))?"
     # what makes it no plain number: 1e5, 12:30, 6x3, 10^2, 0.(3), 2√3, 5k, 1.2万
     r"(?P<spoiled>(?:[eE][-+]?|[.,:/xX]|\*\*)\d[\d.,:/]*|\.?\(\d|\^-?\d*|[_²³⁰-⁹]|[kKMBx]\b"
-    r"| 0\d\d\b|\.?\s?[½¼¾⅐-⅞√π∞万亿\0]|\s?(?:thousand|million|billion|dozen)\b)?"
+    r"|(?<!\d{4}) \d{3}\b|\.?\s?[½¼¾⅐-⅞√π∞万亿\0]|\s?(?:thousand|million|billion|dozen)\b)?"
 )
 GROUPED = re.compile(r"\d+|\d{1,3}(?:,\d{2,3})*,\d{3}")  # 1,000 and India's 1,00,000; not 3,5
-FORMULA = re.compile(r"[<>≤≥±!\0]|\d\(|[-+*/] ?[A-Za-z]|(?<![A-Za-z])[xyzn]\b")
+FORMULA = re.compile(  # 5!, 7(x + 3), 18 + x, 5x; not dollars/day
+    r"[<>≤≥±\0]|\d[!(]|(?<![A-Za-z])[-+*/] ?[A-Za-z]\b|\d ?[xyzn]\b|\b[xyzn] ?[-+*/^]"
+)
 BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.M)
 WIDE = str.maketrans("，．－／％＄￥~", ",.-/%$¥ ")
 WRAPPER = re.compile(
@@ -822,7 +841,7 @@ WRAPPER = re.compile(
 FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{ ?(-?[\d.,]+) ?\}|(\d)) ?(?:\{ ?([\d.,]+) ?\}|(\d))")
 SPACE = re.compile(  # LaTeX that changes how a number looks, not what it is
     r"\\(?:[,;:! ()\[\]]|(?:left|right|q?quad|approx|displaystyle|color ?\{[^{}]*\})(?![a-z]))|"
-    r"\^ ?(?:\\circ|\{ ?\\circ ?\})|(?<!\d)\*\*|\*\*(?!\d)|__|`|\$\$|<<[^<>]*>>"
+    r"\^ ?(?:\\circ|\{ ?\\circ ?\})|(?<!\d)\*\*|\*\*(?!\d)|`|\$\$|<<[^<>]*>>|</?[a-z]{1,9} ?/?>"
 )
 COMMAND = re.compile(r"\\[a-zA-Z]+ ?(?:\{[^{}]*\})*(?![{a-zA-Z])|\^\{[^{}]*\}")
 
@@ -833,8 +852,7 @@ def plain(text: str) -> str:
     text = text.replace("\0", " ").replace("{,}", ",").translate(WIDE)
     text = re.sub(r"\\\\(?:\[\w{0,9}\])?", "\n", text)
     text = re.sub(r"(?<=\d)(?:\\[,;:!]|,\\!|[\u00a0\u2009\u202f'’])(?=\d{3}(?!\d))", ",", text)
-    text = re.sub(r"\\(?:times|cdot|div)(?![a-zA-Z])", "*", SPACE.sub(" ", text))
-    text = re.sub(r"\\([$%#&])", r"\1", text)
+    text = re.sub(r"\\([$%#&])", r"\1", SPACE.sub(" ", text))
     text = FRACTION.sub(lambda m: f" {m[1] or m[2]}/{m[3] or m[4]}", text)
     for _ in range(6):  # the innermost commands first
         text, count = COMMAND.subn("\0", WRAPPER.sub(r"\1", text))
@@ -892,23 +910,28 @@ def final_number(reply: str):
     return value_of(numbers[-1]) if numbers else None
 
 
+# One of four letters; "A or B", "B, C" and "A. B. C." are none.
 LETTER = (
-    r"([A-D])(?![\w+'’])(?!\W{1,3}(?:or |and )?[A-D](?!\w))(?! is (?:not|wrong|incorrect|false))"
+    r"[\s:：*_(\[\"'‘“$]{0,6}([A-D])(?![A-Za-zÀ-ɏ0-9+]|['’]\w)"
+    r"(?!\W{0,3}(?:[,/]|or\b|and\b) ?\(?[A-D]\b)(?!\. [A-D]\.)"
 )
-SAID_LETTER = re.compile(
-    r"(?i:answer|correct|答案|答え)(?:\W{0,3}(?i:is|是|为|は|would be|option))?[\W_]{0,6}" + LETTER
+SAID_LETTER = re.compile(  # the last one counts
+    r"(?:(?<!wrong )(?<!incorrect )(?i:\banswer|\b(?:correct|right|best) (?:option|choice)|choose)"
+    r"|答案|正确选项|选|正解)(?i: is| would be| should be|是|为|选|は)?(?i:[: ]*(?:option|choice))?"
+    rf"{LETTER}|(?<![A-Za-z0-9]){LETTER}[)\]*]{{0,3}} is (?:the )?(?:correct|right)"
+    rf"|(?:[:：]|, option){LETTER}\W*\Z"
 )
-FIRST_LETTER = re.compile(
-    r"[\W_]{0,3}(?:(?i:option|choice|选择?)[\W_]{0,2})?(?!A (?!is\b)[a-z])" + LETTER
-)
+FIRST_LETTER = re.compile(rf"(?:(?i:option|choice) ?)?(?![\s*_(]*A (?!is\b)[a-z]){LETTER}")
 
 
 def final_letter(reply: str):
     """The one choice that a reply says is its answer, or begins with: "Answer: B", "(B)"."""
     text = final_part(reply)
     text = plain(text if marked(text) is None else marked(text))
-    letter = SAID_LETTER.search(text) or FIRST_LETTER.match(text)
-    return letter[1] if letter else None
+    said = list(SAID_LETTER.finditer(text)) or [FIRST_LETTER.match(text)]
+    if said[-1]:
+        return next(letter for letter in said[-1].groups() if letter)
+    return text.strip("().").upper() if re.fullmatch(r"\(?[a-d][).]?", text) else None
 
 
 def is_correct(example: Example, reply: str, unconfined=False) -> bool:
@@ -925,7 +948,7 @@ def is_correct(example: Example, reply: str, unconfined=False) -> bool:
     if example.kind == "exact":
         text = final_part(reply)
         inside = in_tags(text)
-        replies = [text, reply, text if inside is None else inside]
+        replies = [text, reply, TURN.split(text, 1)[0], text if inside is None else inside]
         return example.gold.strip() in [text.strip() for text in replies]
     if example.kind == "toy":  # the last state of the string machine decides, spaces do not
         return reply.rpartition(";")[2].split() == example.gold.rpartition(";")[2].split()
@@ -1105,6 +1128,8 @@ def main():
     args = parser.parse_args()
     try:
         if args.command == "vote":
+            if Path(args.out).resolve() in [Path(path).resolve() for path in args.answers]:
+                raise ValueError(f"--out {args.out} is one of the answers")
             records, lines = count_votes(args.answers)
             if args.shuffle is not None:
                 records = shuffle_labels(records, args.shuffle)
@@ -1113,13 +1138,19 @@ def main():
             return
         name, path = split_spec(args.data)
         examples = load_dataset(name, path, "all" if in_one_file(name, path) else "train")
+        examples = list({e.id: e for e in examples}.values())[: args.examples]
         teachers = [teacher.strip() for teacher in args.teachers.split(",")]
-        if not all(teachers) or len(set(teachers)) < len(teachers):
+        names = {teacher.replace("/", "_") for teacher in teachers}
+        if not all(teachers) or len(names) < len(teachers):
             raise ValueError(f"--teachers {args.teachers}: an empty name, or one named twice")
+        if not args.target.strip() or (args.examples or 1) < 1:
+            raise ValueError("--target needs a name, --examples a number from 1")
         for teacher in teachers:
             file = Path(args.out) / f"{teacher.replace('/', '_')}.jsonl"
+            if path and file.resolve() == Path(path).resolve():
+                raise ValueError(f"{file} would overwrite --data: name another --out")
             requests = []
-            for e in examples[: args.examples]:
+            for e in examples:
                 text = roleplay_prompt(e, args.target, not args.no_roleplay)
                 requests.append(batch_request(e.id, teacher, text))
             write_jsonl(file, requests)
@@ -1371,6 +1402,7 @@ class Reading(NamedTuple):
 
     defines: bool  # is all of it code that defines the function?
     whole: bool  # is all of it code?
+    gives: bool  # does it return anything? else it only uses the function
     kept: int  # characters up to a syntax error
     source: str
     head: int  # lines of the source before the text
@@ -1380,14 +1412,15 @@ def program(prompt: str, reply: str, entry: str) -> Reading:
     """The candidate's source, in whatever form a model answers: a body that continues the prompt, a
     whole function, or fenced blocks around either. The reply as it stands is tried first; of its
     blocks the last counts that is all code and defines the function, else what keeps most."""
-    reply = re.sub(r"\r+\n?", "\n", reply.lstrip("\ufeff"))
+    reply = re.sub(r"\r+\n?", "\n", reply.lstrip("\ufeff"))[:20_000]  # parsing takes time
     name = re.escape(entry)
     defines = re.compile(rf"^[ \t]*(?:async )?def {name}\b|^{name} *(?::[^=\n]+)?=(?!=)", re.M)
     readings = [read_code(prompt, code, defines) for code in ("", behind_thoughts(reply))]
     for text in (final_part(reply), reply):  # the second for code whose strings look like a turn
         if not readings[-1].whole and not any(r.defines for r in readings):
             readings += [read_code(prompt, code, defines) for code in codes_of(text, defines)]
-    return max(reversed(readings), key=lambda r: (r.defines, r.whole, 0 if r.defines else r.kept))
+    readings.reverse()
+    return max(readings, key=lambda r: (r.defines, r.whole, r.gives, 0 if r.defines else r.kept))
 
 
 def codes_of(text: str, defines: re.Pattern) -> list[str]:
@@ -1414,13 +1447,15 @@ def read_code(prompt: str, text: str, defines: re.Pattern) -> Reading:
         first = FIRST_CODE.search(text) or definition
         starts = textwrap.dedent(text), text.lstrip(), text[first.start() :]
         ways = [(stub, code) for code in (*starts, text[definition.start() :])] + ways[:1]
-    best = Reading(False, False, 0, stub, stub.count("\n"))
+    gives = bool(re.search(r"\b(?:return|yield|lambda)\b", text))
+    best = Reading(False, False, False, 0, stub, stub.count("\n"))
     for front, code in ways:
         source = longest_that_parses(front + code)
         kept = len("".join(source[len(front) :].split()))
-        whole = kept == len("".join(text.split()))
+        whole = gives and kept == len("".join(text.split()))
         if kept > best.kept:
-            best = Reading(whole and bool(definition), whole, kept, source, front.count("\n"))
+            defined = whole and bool(definition)
+            best = Reading(defined, whole, gives, kept, source, front.count("\n"))
     return best
 
 

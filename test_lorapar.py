@@ -1500,6 +1500,13 @@ FINAL_NUMBERS = {  # a reply, and the number it gives
     "18\n\n### Instruction:\nAdd 20": 18, "18\n## Question 20": 18, "18\n> **Q2.**: 20": 18,
     "18<|im_end|>\n<|im_start|>user\n20": 18, "18<｜User｜>20": 18, "18</s> 20": 18,
     "18 [INST] 20": 18, "<|im_start|>assistant\n18": 18,
+    "Let me see.\n\n**Problem:** 9 eggs\nIt is 18": 18,
+    "<reasoning>\nQuestion: 9 eggs\n</reasoning>\n<answer>\n18\n</answer>": 18, "#### 18 km/h": 18,
+    "#### Step 1\n9\n#### Step 2\nThe answer is 18.": 18, "#### Final Answer\n18": 18,
+    "#### 18<br>": 18,
+    "#### 18 dollars/day": 18, "#### 18-year-old": 18, "<answer>18 dollars!</answer>": 18,
+    "<answer>The value of x is 18</answer>": 18, "Final answer - 18": 18, "#### 5-x": None,
+    "La réponse est 12 500 €": None,
 }  # fmt: skip
 
 
@@ -1515,7 +1522,17 @@ def test_letters_and_texts_are_read_from_the_same_part_of_a_reply():
     right += "|答案：B|答案是B|The answer is: **B**|A is wrong. The answer is B|<think>A</think>\nB"
     for reply in [*right.split("|"), "B\nQuestion: next?\nA"]:
         assert data.is_correct(letter, reply), reply
-    for reply in ("A", "Both", "Also B", "<think>B</think> A", "be", "Answer: A or B", "B, C",
+    right = (
+        "The correct option is B.|B. A decrease|The answer is B. C is wrong.|B. A and C|(b)|故选B"
+    )
+    right += "|A: incorrect.\nB: correct.\nThe answer is B|I choose B.|Respuesta: B|B\n\nA"
+    right += (
+        "|The answer is A. No: the answer is B.|To find the answer:\nA) 1\nB is the correct one"
+    )
+    for reply in right.split("|"):
+        assert data.is_correct(letter, reply), reply
+    for reply in ("A", "Both", "The answer is not B", "Also B",
+                  "<think>B</think> A", "be", "Answer: A or B", "B, C",
                   "Béton", "B or C", "A. B. C. D."):  # fmt: skip
         assert not data.is_correct(letter, reply), reply
     for reply in (
@@ -1581,9 +1598,11 @@ def test_verdicts_and_votes():
     for expected, replies in {
         "S1": "System1|system-1.|Not System 2, for it is recalled.\nSystem1|System #1|System One"
         "|<think>System2?</think>System1|System (1)|System No. 1",
-        "S2": "I would chain two facts.\nSystem 2|S2|**System2**|System‑2|System: 2",
+        "S2": "系统 2|Let me think.\nResponse: System2|I would chain two facts.\nSystem 2|S2"
+        "|**System2**|System‑2|System: 2",
         None: "It is System1 or System2|I cannot help with that.|System3|It's 1 step."
-        "|The System's 2 steps|",
+        "|The System's 2 steps||It is not System1.|System 1 and 2"
+        "|System2\n\nFor it takes several steps, which System1 cannot do.",
     }.items():
         for reply in replies.split("|"):
             assert data.verdict(reply) == expected, reply
@@ -1643,11 +1662,16 @@ def test_teacher_answers_are_joined_by_id_and_counted_and_a_random_split_keeps_s
         "shares no example": [spoken("elsewhere", "System1")],
         "custom_id": [{"x": 1}],
         "not S1 or S2": [{"id": "q1", "label": "maybe"}],
+        'with "custom_id"': [{"id": "q1", "label": "S1", "votes": {}}],
     }.items():
         data.write_jsonl(other, records or [])
         refuses(
             named, data.count_votes, [file, other if records else file.parent / "." / file.name]
         )
+    assert "one of the answers" in python("data.py", "vote", file, "--out", file).stderr
+    ends = {"model_length": "cut", "sensitive": "refused", "end_turn": "S1"}
+    data.write_jsonl(other, [spoken(end, "System1", finish_reason=end) for end in ends])
+    assert data.read_teacher(other) == ends
     data.write_jsonl(other, [spoken("q1", "who knows")])
     done = python("data.py", "vote", other, "--out", tmp_path / "none")
     assert done.returncode == 2 and "no labels" in done.stderr and not (tmp_path / "none").exists()
@@ -1907,8 +1931,13 @@ def test_requests_hold_the_roleplay_prompt_in_the_batch_format(tmp_path):
     assert records[0]["body"]["model"] == "org/B" and message["role"] == "user"
     assert "LLaMA2 7B" in message["content"] and "How many?" in message["content"]
     assert "5 requests" in python("data.py", *flags, "--teachers", "A", "--examples", "5").stdout
-    for teachers in ("A,,B", "A,A"):
+    for teachers in ("A,,B", "A,A", "org/B,org_B"):
         assert "--teachers" in python("data.py", *flags, "--teachers", teachers).stderr
+    own = tmp_path / "own.jsonl"
+    data.write_jsonl(own, [{"question": "q", "answer": str(i)} for i in range(2)])
+    flags = ["prompts", "--data", own, "--target", "x", "--out", tmp_path]
+    assert "would overwrite" in python("data.py", *flags, "--teachers", "own").stderr
+    assert "1 requests" in python("data.py", *flags, "--teachers", "A").stdout  # one an id
     e = data.Example("x", "What is {target}?", "{answer} 42", "number")
     prompt = data.roleplay_prompt(e, "LLaMA2 7B")
     for part in ("LLaMA2 7B", e.question, e.answer, "System1", "System2", "recall"):
@@ -2009,6 +2038,9 @@ comment like a turn =>     # User input\nBODY
 docstring like a turn => Sure:\n```python\ndef add(a, b):\n    '''\n    Problem: add\n    Example:\n    '''\nBODY```\n
 strings like a turn => ```python\ndef add(a, b):\n    s = '[INST] </s>'\nBODY```\n
 string like a thought => def add(a, b):\n    s = '</think>'\nBODY
+body, then its use => BODY\nExample:\n\n```python\nprint(add(1.0, 2.0), add(2.0, 3.0), 5.0)\n```
+whole, then its output => WHOLE\nOutput:\n```\nFalse\n```
+fence, then a stub => FENCE\nwhere\n```python\ndef add(a, b): ...\n```
 last of two tries => ```python\nWRONG# longer than the other one\n```\nWait:\n```python\nWHOLE```
 """)  # noqa: E501
 
