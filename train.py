@@ -1250,8 +1250,8 @@ def run_compare(arguments):
         last = list(report["evaluation"])[-1]
         records = data.read_records(folder / "answers" / f"{last}.jsonl")
         answers.append({record["id"]: record for _, record in records})
-    metric = reports[0]["metric"]
-    if answers[0].keys() != answers[1].keys() or metric != reports[1]["metric"]:
+    metric = reports[0].get("metric", "accuracy, %")
+    if answers[0].keys() != answers[1].keys() or metric != reports[1].get("metric", "accuracy, %"):
         raise ValueError(f"{folders[0]} and {folders[1]} were not evaluated on the same questions")
     scale = 1 if metric == "reward" else 100
     both = [(answers[0][i], answers[1][i]) for i in answers[0]]
