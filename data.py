@@ -514,19 +514,21 @@ def vote(labels: list[str]) -> str:
 VERDICT = re.compile(
     r"(?<!not )(?<!not a )(?:(?<![A-Za-z0-9])system[\W_]{0,3}(?:no\W{0,2}|number )?"
     r"|(?:系统|系統|システム) ?|(?<![\w'’])s)"  # not the s of "It's 1 step"
-    r"([12]|one|two)(?![A-Za-z0-9]| ?(?:or|and|/) ?[12])",
+    r"([12１２]|one|two)(?![A-Za-z0-9]| ?(?:or|and|/) ?[12])",
     re.IGNORECASE,
 )
 
 
 def verdict(text: str) -> str | None:
-    """The system a teacher's free text names: on its last line if that is short and names one
-    alone, else in the whole text if it names one alone, else None (not guessed)."""
+    """The system a teacher's free text names: on its last line if that names one alone and is
+    short or ends with it, else in the whole text if it names one alone, else None (not guessed)."""
     text = final_part(text).strip()
     last_line = text.rpartition("\n")[2]
-    for part in (last_line if len(last_line) < 40 else text, text):
-        systems = {"S2" if word.lower() in ("2", "two") else "S1" for word in VERDICT.findall(part)}
-        if len(systems) == 1:
+    for part in (last_line, text):
+        found = list(VERDICT.finditer(part))
+        systems = {"S2" if m[1].lower() in ("2", "２", "two") else "S1" for m in found}
+        ends = part is text or len(part) < 40 or len(part) - found[-1].end() < 3
+        if len(systems) == 1 and ends:
             return systems.pop()
     return None
 
@@ -546,7 +548,9 @@ def read_teacher(path) -> dict[str, str]:
             name, status = record.get("custom_id"), status_of(record)
         elif status not in ("S1", "S2"):
             raise ValueError(f'{where}: "label" is {status!r}, not S1 or S2')
-        if type(name) not in (str, int) or "url" in record or "votes" in record:
+        if "votes" in record:
+            raise ValueError(f"{where}: the result of a vote is no teacher's answer")
+        if type(name) not in (str, int) or "url" in record:
             raise ValueError(f'{where}: not a teacher\'s answer with "custom_id", or "id", "label"')
         name = str(name)
         if {status, statuses.get(name)} <= {"S1", "S2"}:
@@ -568,14 +572,19 @@ def status_of(record: dict) -> str:
             content = "".join(
                 p["text"] for p in content if p.get("type") in ("text", "output_text")
             )
-        failed = "response" in record and record["response"].get("status_code", 200) != 200
+        code = str(record["response"].get("status_code") or 200) if "response" in record else "200"
     except (TypeError, KeyError, IndexError, AttributeError):
         return "error"
     if end in ("length", "max_tokens", "model_length"):
         return "cut"
-    if message.get("refusal") or end not in ("none", "stop", "eos", "end_turn", "stop_sequence"):
+    if message.get("refusal") or end in ("content_filter", "safety", "refusal", "sensitive"):
         return "refused"
-    if failed or not isinstance(content, str) or record.get("error"):
+    if (
+        end in ("error", "abort")
+        or code[0] != "2"
+        or not isinstance(content, str)
+        or record.get("error")
+    ):
         return "error"
     return verdict(content) or "unclear"
 
@@ -744,7 +753,7 @@ def batches(encoded, size: int, device="cpu"):
 # --------------------------------------------------------------- what the answer of a reply is
 
 # Models run on into thousands of spaces and digits, so no pattern here backtracks over them.
-THOUGHT = r"(?:\w+:)?(?:think|thinking|thoughts?) ?"
+THOUGHT = r"(?:\w+:)?(?:think|thinking|thoughts?|reflection|scratchpad|analysis) ?"
 THOUGHT_END = re.compile(
     rf"</{THOUGHT}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|<\|END_THINKING\|>"
     r"|<\|channel\|>final<\|message\|>",
@@ -761,7 +770,7 @@ TURN = re.compile(
     r"(?: ?#?\d{1,3})?[. *]{0,4}(?:[:：]|\n|\Z)",
     re.MULTILINE | re.IGNORECASE,
 )
-ANSWERED = re.compile(r"\d|\b[A-D]\b|</answer>")  # before it a reply only repeats its task
+LEAD_IN = re.compile(r"\s*(?:<reasoning>|(?i:let|sure|okay|given|first|we|to|i'll|i will|here)\b)")
 
 
 def behind_thoughts(reply: str) -> str:
@@ -776,12 +785,12 @@ def final_part(reply: str) -> str:
     """The part of a reply that answers: behind its last thought, before the next turn into which a
     base model runs on. All that reads a reply begins here."""
     reply = behind_thoughts(reply)
-    begin, answered = 0, ANSWERED.search(reply)
+    begin, digit = 0, re.search(r"\d", reply)
     for turn in TURN.finditer(reply):
-        repeats = turn["task"] and (not answered or turn.start() < answered.start())
         if reply[begin : turn.start()].strip():
-            if not repeats:
-                return reply[begin : turn.start()]
+            answered = digit and digit.start() < turn.start()
+            if answered or not turn["task"] or not LEAD_IN.match(reply, begin):
+                return reply[begin : turn.start()]  # else it only repeats its task
         else:
             begin = turn.end()  # it only opens the answer's own turn
     return reply[begin:]
@@ -793,9 +802,10 @@ def in_tags(text: str) -> str | None:
     return inside.partition("</answer>")[0] if opened else None
 
 
-# GSM8K's mark: a number or a letter behind it, and not "#### Step 2"
+# GSM8K's mark, which is also Markdown's heading: "#### 18", not "#### Step 2"
 HASHES = re.compile(
-    r"####(?!\s{0,9}(?i:step|part|case|method)\b)\s{0,9}(?=\W{0,9}[A-D]\b|[^\n\d]{0,99}\d)([^\n]*)"
+    r"####(?!\s{0,9}(?i:step|part|case|method|solution|conclusion|explanation|reasoning)\b)"
+    r"(?!\s{0,9}(?i:final )?(?i:answer)\W{0,4}\n)\s{0,9}([^\n]*)"
 )
 
 
@@ -822,7 +832,7 @@ DECIMAL = r"(?:\d+(?:,\d+)*(?:\.\d+)?|\.\d+)"
 NUMBER = re.compile(
     r"(?<![A-Za-z0-9_.^√\0])(?<![A-Za-z]-)(?:(?:[A-Z]{3}|US|Rs|Rp|RM|kr)\.? ?)?"
     # a sign is not the dash of "so - 18"
-    r"(?P<sign>[-+−–](?! )|(?<!\w )[-−–]|minus |negative )? ?[$€£¥₹]? ?"
+    r"(?P<sign>[-+–](?! )|−|(?:(?<=is )|(?<!\w ))[-–]|minus |negative )? ?[$€£¥₹]? ?"
     rf"(?:(?P<whole>\d{{1,3}}) (?=\d{{1,2}} ?/ ?\d))?(?P<top>{DECIMAL})"
     rf"(?: ?/ ?(?P<bottom>{DECIMAL}))?"
     # what makes it no plain number: 1e5, 12:30, 6x3, 10^2, 0.(3), 2√3, 5k, 1.2万
@@ -841,7 +851,7 @@ WRAPPER = re.compile(
 FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{ ?(-?[\d.,]+) ?\}|(\d)) ?(?:\{ ?([\d.,]+) ?\}|(\d))")
 SPACE = re.compile(  # LaTeX that changes how a number looks, not what it is
     r"\\(?:[,;:! ()\[\]]|(?:left|right|q?quad|approx|displaystyle|color ?\{[^{}]*\})(?![a-z]))|"
-    r"\^ ?(?:\\circ|\{ ?\\circ ?\})|(?<!\d)\*\*|\*\*(?!\d)|`|\$\$|<<[^<>]*>>|</?[a-z]{1,9} ?/?>"
+    r"\^ ?(?:\\circ|\{ ?\\circ ?\})|(?<!\d)\*\*|\*\*(?!\d)|`|\$\$|<<[^<>]*>>|__|</?[a-z]{1,9}>"
 )
 COMMAND = re.compile(r"\\[a-zA-Z]+ ?(?:\{[^{}]*\})*(?![{a-zA-Z])|\^\{[^{}]*\}")
 
@@ -910,27 +920,36 @@ def final_number(reply: str):
     return value_of(numbers[-1]) if numbers else None
 
 
-# One of four letters; "A or B", "B, C" and "A. B. C." are none.
+# One of four letters, alone: "A or B", "B, C" and "A. B. C." are none.
 LETTER = (
-    r"[\s:：*_(\[\"'‘“$]{0,6}([A-D])(?![A-Za-zÀ-ɏ0-9+]|['’]\w)"
-    r"(?!\W{0,3}(?:[,/]|or\b|and\b) ?\(?[A-D]\b)(?!\. [A-D]\.)"
+    r"([A-D])(?![A-Za-zÀ-ɏ0-9+]|['’]\w)(?!\W{0,3}(?:[,/]|or\b|and\b) ?\(?[A-D]\b)(?!\. [A-D]\.)"
+    r"(?! is (?:not|wrong|incorrect|false)|ではなく)"
 )
-SAID_LETTER = re.compile(  # the last one counts
-    r"(?:(?<!wrong )(?<!incorrect )(?i:\banswer|\b(?:correct|right|best) (?:option|choice)|choose)"
-    r"|答案|正确选项|选|正解)(?i: is| would be| should be|是|为|选|は)?(?i:[: ]*(?:option|choice))?"
-    rf"{LETTER}|(?<![A-Za-z0-9]){LETTER}[)\]*]{{0,3}} is (?:the )?(?:correct|right)"
-    rf"|(?:[:：]|, option){LETTER}\W*\Z"
+MARKS = r"(?:[^\w\n]|_){0,6}"
+SAID_LETTER = re.compile(  # "The answer is B", "Answer:" and the letter alone on the next line
+    r"(?:(?<!wrong )(?<!incorrect )(?i:\banswer|\b(?:correct|right|best) (?:option|choice)"
+    r"|\bcorrect(?= is|[:：])|\bI (?:would )?choose)|答案|答え|正解|正确选项|选择?)"
+    r"(?:(?i: is| would be| should be)\W{0,6}|是|为|选|は)?(?i:[: ]*(?:option|choice))?"
+    rf"{MARKS}(?:\n\W{{0,3}}(?=[A-D]\W{{0,3}}(?:\n|\Z)))?{LETTER}"
 )
-FIRST_LETTER = re.compile(rf"(?:(?i:option|choice) ?)?(?![\s*_(]*A (?!is\b)[a-z]){LETTER}")
+FIRST_LETTER = re.compile(rf"{MARKS}(?:(?i:option|choice) ?)?{MARKS}(?!A (?!is\b)[a-z]){LETTER}")
+LAST_LETTER = re.compile(
+    rf"(?s:.*)(?<![A-Za-z0-9]){LETTER}[)\]*]{{0,3}} is (?:the )?(?:correct|right)"
+    rf"|(?s:.*), option {LETTER}\W*\Z|[^\n]{{0,40}}[:：]{MARKS}{LETTER}\W*\Z"
+)
+RETRACTED = re.compile(r"(?s).*\b(?:[Ww]ait|[Aa]ctually|[Nn]o[,:.])")
 
 
 def final_letter(reply: str):
-    """The one choice that a reply says is its answer, or begins with: "Answer: B", "(B)"."""
+    """The one choice that a reply says is its answer, or begins with, or names as correct."""
     text = final_part(reply)
     text = plain(text if marked(text) is None else marked(text))
-    said = list(SAID_LETTER.finditer(text)) or [FIRST_LETTER.match(text)]
-    if said[-1]:
-        return next(letter for letter in said[-1].groups() if letter)
+    retracted = RETRACTED.match(text)
+    letter = SAID_LETTER.search(text, retracted.end()) if retracted else None
+    letter = letter or SAID_LETTER.search(text)
+    letter = letter or FIRST_LETTER.match(text) or LAST_LETTER.match(text)
+    if letter:
+        return next(group for group in letter.groups() if group)
     return text.strip("().").upper() if re.fullmatch(r"\(?[a-d][).]?", text) else None
 
 
@@ -1412,7 +1431,7 @@ def program(prompt: str, reply: str, entry: str) -> Reading:
     """The candidate's source, in whatever form a model answers: a body that continues the prompt, a
     whole function, or fenced blocks around either. The reply as it stands is tried first; of its
     blocks the last counts that is all code and defines the function, else what keeps most."""
-    reply = re.sub(r"\r+\n?", "\n", reply.lstrip("\ufeff"))[:20_000]  # parsing takes time
+    reply = re.sub(r"\r+\n?", "\n", reply.lstrip("\ufeff"))
     name = re.escape(entry)
     defines = re.compile(rf"^[ \t]*(?:async )?def {name}\b|^{name} *(?::[^=\n]+)?=(?!=)", re.M)
     readings = [read_code(prompt, code, defines) for code in ("", behind_thoughts(reply))]
@@ -1448,9 +1467,10 @@ def read_code(prompt: str, text: str, defines: re.Pattern) -> Reading:
         starts = textwrap.dedent(text), text.lstrip(), text[first.start() :]
         ways = [(stub, code) for code in (*starts, text[definition.start() :])] + ways[:1]
     gives = bool(re.search(r"\b(?:return|yield|lambda)\b", text))
+    gives = gives or bool(definition and not re.search(r":\s*(?:\.\.\.|pass)\s*\Z", text))
     best = Reading(False, False, False, 0, stub, stub.count("\n"))
     for front, code in ways:
-        source = longest_that_parses(front + code)
+        source = longest_that_parses(front + code[:20_000])  # it takes quadratic time
         kept = len("".join(source[len(front) :].split()))
         whole = gives and kept == len("".join(text.split()))
         if kept > best.kept:

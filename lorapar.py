@@ -801,8 +801,9 @@ def add_baseline(model, method: str, n=20, generator=None):
         if type(module) is nn.Linear and name.rpartition(".")[2] in named:
             named[name.rpartition(".")[2]].append(module)
     embedding = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
-    if type(embedding) is not nn.Embedding or not all(named.values()):
-        raise ValueError(f"{method} needs an nn.Embedding and linears named {', '.join(named)}")
+    needed = {"prefix": ["k_proj", "v_proj"], "ia3": list(named)}.get(method, [])
+    if type(embedding) is not nn.Embedding or not all(named[name] for name in needed):
+        raise ValueError(f"{method} needs an nn.Embedding and linears named {needed}")
     model.requires_grad_(False)
     model.baseline = {"method": method, "virtual_tokens": n}
     keys_and_values = named["k_proj"] + named["v_proj"]

@@ -1221,7 +1221,8 @@ def test_baselines_start_as_their_papers_say(method):
         assert abs(float(model.model.embed_tokens.virtual.detach().std()) - 1) < 0.2
     refuses("unknown method", lorapar.add_baseline, plain, "lora")
     refuses("a baseline already", lorapar.add_baseline, model, method)
-    refuses("needs an nn.Embedding and linears", lorapar.add_baseline, Foreign(), method)
+    if method in ("prefix", "ia3"):
+        refuses("needs an nn.Embedding and linears", lorapar.add_baseline, Foreign(), method)
 
 
 # ------------------------------------------------------------------------------------------- data
@@ -1504,6 +1505,9 @@ FINAL_NUMBERS = {  # a reply, and the number it gives
     "<reasoning>\nQuestion: 9 eggs\n</reasoning>\n<answer>\n18\n</answer>": 18, "#### 18 km/h": 18,
     "#### Step 1\n9\n#### Step 2\nThe answer is 18.": 18, "#### Final Answer\n18": 18,
     "#### 18<br>": 18,
+    "9 eggs\n#### unknown": None, "I do not know.\n\nQuestion: 9?\nAnswer: 18": None,
+    "9\n__18__": 18,
+    "The temperature is - 18 degrees": -18, "so − 18": -18, "<reflection>12</reflection>18": 18,
     "#### 18 dollars/day": 18, "#### 18-year-old": 18, "<answer>18 dollars!</answer>": 18,
     "<answer>The value of x is 18</answer>": 18, "Final answer - 18": 18, "#### 5-x": None,
     "La réponse est 12 500 €": None,
@@ -1528,6 +1532,12 @@ def test_letters_and_texts_are_read_from_the_same_part_of_a_reply():
     right += "|A: incorrect.\nB: correct.\nThe answer is B|I choose B.|Respuesta: B|B\n\nA"
     right += (
         "|The answer is A. No: the answer is B.|To find the answer:\nA) 1\nB is the correct one"
+    )
+    right += (
+        "|The answer is B.\n\nWhat next?\nA. x\nAnswer: C|Answer: B\nRejected: C|- B|答案是（B）"
+    )
+    right += (
+        "|The answer is B. One might think C is correct.|Answer -> B|The answer is Rome, option B"
     )
     for reply in right.split("|"):
         assert data.is_correct(letter, reply), reply
@@ -1599,7 +1609,8 @@ def test_verdicts_and_votes():
         "S1": "System1|system-1.|Not System 2, for it is recalled.\nSystem1|System #1|System One"
         "|<think>System2?</think>System1|System (1)|System No. 1",
         "S2": "系统 2|Let me think.\nResponse: System2|I would chain two facts.\nSystem 2|S2"
-        "|**System2**|System‑2|System: 2",
+        "|**System2**|System‑2|System: 2|系统２"
+        "|No System1 recall.\nSo this question should be answered by System2.",
         None: "It is System1 or System2|I cannot help with that.|System3|It's 1 step."
         "|The System's 2 steps||It is not System1.|System 1 and 2"
         "|System2\n\nFor it takes several steps, which System1 cannot do.",
@@ -1662,7 +1673,7 @@ def test_teacher_answers_are_joined_by_id_and_counted_and_a_random_split_keeps_s
         "shares no example": [spoken("elsewhere", "System1")],
         "custom_id": [{"x": 1}],
         "not S1 or S2": [{"id": "q1", "label": "maybe"}],
-        'with "custom_id"': [{"id": "q1", "label": "S1", "votes": {}}],
+        "result of a vote": [{"id": "q1", "label": "S1", "votes": {}}],
     }.items():
         data.write_jsonl(other, records or [])
         refuses(
@@ -2039,6 +2050,7 @@ docstring like a turn => Sure:\n```python\ndef add(a, b):\n    '''\n    Problem:
 strings like a turn => ```python\ndef add(a, b):\n    s = '[INST] </s>'\nBODY```\n
 string like a thought => def add(a, b):\n    s = '</think>'\nBODY
 body, then its use => BODY\nExample:\n\n```python\nprint(add(1.0, 2.0), add(2.0, 3.0), 5.0)\n```
+long thought => <think>\nTHOUGHTS</think>\nFENCE
 whole, then its output => WHOLE\nOutput:\n```\nFalse\n```
 fence, then a stub => FENCE\nwhere\n```python\ndef add(a, b): ...\n```
 last of two tries => ```python\nWRONG# longer than the other one\n```\nWait:\n```python\nWHOLE```
@@ -2124,6 +2136,7 @@ def test_without_a_filter_code_runs_only_where_it_is_allowed(monkeypatch):
 @pytest.mark.parametrize("form", RIGHT)
 def test_right_code_passes_in_every_form_models_write_it(form):
     text = RIGHT[form]
+    text = text.replace("THOUGHTS", "Let me add them. " * 2000)
     for name, meant in (("FENCE", FENCE), ("WHOLE", WHOLE), ("BODY", BODY), ("WRONG", WRONG)):
         text = text.replace(name, meant)
     example = task(CHECK, 'def add(a, b):\n    """Add."""\n')
