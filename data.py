@@ -527,9 +527,9 @@ def verdict(text: str) -> str | None:
     for part in (last_line, text):
         found = list(VERDICT.finditer(part))
         systems = {"S2" if m[1].lower() in ("2", "２", "two") else "S1" for m in found}
-        ends = part is text or len(part) < 40 or len(part) - found[-1].end() < 3
-        if len(systems) == 1 and ends:
-            return systems.pop()
+        if len(systems) == 1:
+            if part is text or len(part) < 40 or len(part) - found[-1].end() < 3:
+                return systems.pop()
     return None
 
 
@@ -572,19 +572,15 @@ def status_of(record: dict) -> str:
             content = "".join(
                 p["text"] for p in content if p.get("type") in ("text", "output_text")
             )
-        code = str(record["response"].get("status_code") or 200) if "response" in record else "200"
+        code = record["response"].get("status_code") if "response" in record else None
     except (TypeError, KeyError, IndexError, AttributeError):
         return "error"
     if end in ("length", "max_tokens", "model_length"):
         return "cut"
     if message.get("refusal") or end in ("content_filter", "safety", "refusal", "sensitive"):
         return "refused"
-    if (
-        end in ("error", "abort")
-        or code[0] != "2"
-        or not isinstance(content, str)
-        or record.get("error")
-    ):
+    failed = end in ("error", "abort") or not str(code or 200).startswith("2")
+    if failed or not isinstance(content, str) or record.get("error"):
         return "error"
     return verdict(content) or "unclear"
 
@@ -925,7 +921,7 @@ LETTER = (
     r"([A-D])(?![A-Za-zÀ-ɏ0-9+]|['’]\w)(?!\W{0,3}(?:[,/]|or\b|and\b) ?\(?[A-D]\b)(?!\. [A-D]\.)"
     r"(?! is (?:not|wrong|incorrect|false)|ではなく)"
 )
-MARKS = r"(?:[^\w\n]|_){0,6}"
+MARKS = r"(?:[^\w\n]|_){0,6}"  # what may stand around a letter
 SAID_LETTER = re.compile(  # "The answer is B", "Answer:" and the letter alone on the next line
     r"(?:(?<!wrong )(?<!incorrect )(?i:\banswer|\b(?:correct|right|best) (?:option|choice)"
     r"|\bcorrect(?= is|[:：])|\bI (?:would )?choose)|答案|答え|正解|正确选项|选择?)"
@@ -937,6 +933,7 @@ LAST_LETTER = re.compile(
     rf"(?s:.*)(?<![A-Za-z0-9]){LETTER}[)\]*]{{0,3}} is (?:the )?(?:correct|right)"
     rf"|(?s:.*), option {LETTER}\W*\Z|[^\n]{{0,40}}[:：]{MARKS}{LETTER}\W*\Z"
 )
+# up to the last word that takes back what was said before
 RETRACTED = re.compile(r"(?s).*\b(?:[Ww]ait|[Aa]ctually|[Nn]o[,:.])")
 
 
@@ -1420,7 +1417,7 @@ class Reading(NamedTuple):
     """A text of a reply, read as code behind the prompt."""
 
     defines: bool  # is all of it code that defines the function?
-    whole: bool  # is all of it code?
+    whole: bool  # is all of it code that gives a result?
     gives: bool  # does it return anything? else it only uses the function
     kept: int  # characters up to a syntax error
     source: str

@@ -614,11 +614,10 @@ def save_adapter(model, folder, base_model=""):
     named = [m for n, m in model.named_modules() if n.rpartition(".")[2] in ends]
     all_adapted = all(isinstance(m, LoRALinear) for m in named)
     rank = len(A)  # every layer has the same, and the same scale
+    task = "CAUSAL_LM" if hasattr(model, "config") else None  # None: a model of one's own
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM"
-        if hasattr(model, "config")
-        else None,  # None: a model of one's own
+        "task_type": task,
         "base_model_name_or_path": str(base_model),
         "r": rank,
         "lora_alpha": layer.scale * rank,

@@ -1609,7 +1609,8 @@ def test_verdicts_and_votes():
     for expected, replies in {
         "S1": "System1|system-1.|Not System 2, for it is recalled.\nSystem1|System #1|System One"
         "|<think>System2?</think>System1|System (1)|System No. 1",
-        "S2": "系统 2|Let me think.\nResponse: System2|I would chain two facts.\nSystem 2|S2"
+        "S2": "System2\nThis line is longer than forty characters and names no system"
+        "|系统 2|Let me think.\nResponse: System2|I would chain two facts.\nSystem 2|S2"
         "|**System2**|System‑2|System: 2|系统２"
         "|No System1 recall.\nSo this question should be answered by System2.",
         None: "It is System1 or System2|I cannot help with that.|System3|It's 1 step."
