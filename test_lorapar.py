@@ -3216,7 +3216,7 @@ def phase_of(log):
 def kill_and_go_on(out, whole, rng, seconds):
     """Kills a run at random until it ends -> the phases of the kills; it ends as the whole one."""
     phases = []
-    for kill in ("by time", "at a file event", "by time", None):
+    for kill in ("at a file event", "by time", "by time", None):
         run = start(out, rng.randrange(1, 60) if kill == "at a file event" else 0)
         try:
             log, _ = run.communicate(timeout=rng.uniform(2, seconds) if kill == "by time" else None)
