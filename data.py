@@ -798,16 +798,13 @@ def in_tags(text: str) -> str | None:
     return inside.partition("</answer>")[0] if opened else None
 
 
-# GSM8K's mark, which is also Markdown's heading: "#### 18", not "#### Step 2"
-HASHES = re.compile(
-    r"####(?!\s{0,9}(?i:step|part|case|method|solution|conclusion|explanation|reasoning)\b)"
-    r"(?!\s{0,9}(?i:final )?(?i:answer)\W{0,4}\n)\s{0,9}([^\n]*)"
-)
+# GSM8K's mark "#### 18"; before a word it is Markdown's heading
+HASHES = re.compile(r"####([^\w\n]{0,9}\d[^\n]*)")
 
 
 def marked(text: str) -> str | None:
     """What a reply marks as its answer: inside the last <answer>, else in the last \\boxed{}, else
-    behind the last #### that is no heading; None if it marks nothing."""
+    behind the last ####; None if it marks nothing."""
     inside = in_tags(text)
     if inside is not None:
         return inside
@@ -916,38 +913,21 @@ def final_number(reply: str):
     return value_of(numbers[-1]) if numbers else None
 
 
-# One of four letters, alone: "A or B", "B, C" and "A. B. C." are none.
-LETTER = (
-    r"([A-D])(?![A-Za-zÀ-ɏ0-9+]|['’]\w)(?!\W{0,3}(?:[,/]|or\b|and\b) ?\(?[A-D]\b)(?!\. [A-D]\.)"
-    r"(?! is (?:not|wrong|incorrect|false)|ではなく)"
+# One of four letters, alone: "A or B", "B, C" and "A. B. C. D." are none.
+LETTER = r"([A-D])(?![\w'’+]|\W{0,3}(?:[,/]|or\b|and\b) ?\(?[A-D]\b|\. [A-D]\.| is (?:wrong|not)\b)"
+SAID_LETTER = re.compile(  # "The answer is B"
+    r"(?:(?i:\banswer|\bchoose|\b(?:correct|right|best) (?:option|choice))|答案|正解|选)"
+    rf"(?:(?i: is| would be)|是|为)?\W{{0,6}}(?:(?i:option|choice) )?{LETTER}"
 )
-MARKS = r"(?:[^\w\n]|_){0,6}"  # what may stand around a letter
-SAID_LETTER = re.compile(  # "The answer is B", "Answer:" and the letter alone on the next line
-    r"(?:(?<!wrong )(?<!incorrect )(?i:\banswer|\b(?:correct|right|best) (?:option|choice)"
-    r"|\bcorrect(?= is|[:：])|\bI (?:would )?choose)|答案|答え|正解|正确选项|选择?)"
-    r"(?:(?i: is| would be| should be)\W{0,6}|是|为|选|は)?(?i:[: ]*(?:option|choice))?"
-    rf"{MARKS}(?:\n\W{{0,3}}(?=[A-D]\W{{0,3}}(?:\n|\Z)))?{LETTER}"
-)
-FIRST_LETTER = re.compile(rf"{MARKS}(?:(?i:option|choice) ?)?{MARKS}(?!A (?!is\b)[a-z]){LETTER}")
-LAST_LETTER = re.compile(
-    rf"(?s:.*)(?<![A-Za-z0-9]){LETTER}[)\]*]{{0,3}} is (?:the )?(?:correct|right)"
-    rf"|(?s:.*), option {LETTER}\W*\Z|[^\n]{{0,40}}[:：]{MARKS}{LETTER}\W*\Z"
-)
-# up to the last word that takes back what was said before
-RETRACTED = re.compile(r"(?s).*\b(?:[Ww]ait|[Aa]ctually|[Nn]o[,:.])")
+FIRST_LETTER = re.compile(rf"\W{{0,6}}(?:(?i:option|choice) )?(?!A [a-z]){LETTER}")
 
 
 def final_letter(reply: str):
-    """The one choice that a reply says is its answer, or begins with, or names as correct."""
+    """The one choice that a reply says is its answer, or begins with."""
     text = final_part(reply)
     text = plain(text if marked(text) is None else marked(text))
-    retracted = RETRACTED.match(text)
-    letter = SAID_LETTER.search(text, retracted.end()) if retracted else None
-    letter = letter or SAID_LETTER.search(text)
-    letter = letter or FIRST_LETTER.match(text) or LAST_LETTER.match(text)
-    if letter:
-        return next(group for group in letter.groups() if group)
-    return text.strip("().").upper() if re.fullmatch(r"\(?[a-d][).]?", text) else None
+    letter = SAID_LETTER.search(text) or FIRST_LETTER.match(text)
+    return letter[1] if letter else None
 
 
 def is_correct(example: Example, reply: str, unconfined=False) -> bool:
