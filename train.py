@@ -1072,8 +1072,8 @@ def write_json(path, value):
 
 
 def write_lines(path, records):
-    if lorapar.rank_and_size()[0] == 0:
-        data.write_jsonl(path, records)
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    lorapar.write_file(path, "".join(lines).encode())
 
 
 def write_tensors(path, tensors: dict, metadata=None):
