@@ -43,7 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,13 +67,13 @@ class Tokenizer:
         for kind, token in self.settings.items():
             if kind.endswith("_token") and not isinstance(token, bool):
                 self.special_tokens[kind] = text_of_token(token)
-        file, read = folder / "tokenizer.json", self.read_json
+        file, load = folder / "tokenizer.json", self.load_json
         if not file.exists():
-            file, read = folder / "tokenizer.model", self.read_sentencepiece
+            file, load = folder / "tokenizer.model", self.load_sentencepiece
         if not file.exists():
             raise ValueError(f"{folder}: no tokenizer.json and no tokenizer.model")
         try:
-            bos, eos, puts_bos, id_of = read(file)
+            bos, eos, puts_bos, id_of = load(file)
             missing = [token for token in self.named_tokens() if id_of(token) is None]
             named_eos = id_of(self.special_tokens.get("eos_token", ""))
         except Exception as error:  # tokenizers raises nothing narrower
@@ -95,8 +95,10 @@ class Tokenizer:
             raise ValueError(f"{where} name {str(ends)[:40]} as eos_token_id: no ids of the model")
         self.eos_ids = tuple(dict.fromkeys(ends))
         self.virtual = []  # ids that a baseline of table 6 puts before every prompt
-        self.front = self.ids("\n")  # what stands before a text that goes on: see encode, decode
-        self.adds_space = self.decode(self.ids("x")) != "x"  # LLaMA's: "x" -> "▁x"
+        self.front = self.text_to_ids(
+            "\n"
+        )  # encode and decode put a new line before a text that goes on
+        self.adds_space = self.decode(self.text_to_ids("x")) != "x"  # LLaMA's: "x" -> "▁x"
 
     def named_tokens(self) -> list[str]:
         """Every token that the files beside the vocabulary name."""
@@ -106,46 +108,44 @@ class Tokenizer:
             named += map(text_of_token, tokens.values() if isinstance(tokens, dict) else tokens)
         return [token for token in named if token]
 
-    def read_json(self, file):
+    def load_json(self, file):
         import tokenizers
 
         bpe = tokenizers.Tokenizer.from_file(str(file))
         bpe.no_truncation()  # a file carries both if they were on when it was saved
         bpe.no_padding()
-        self.ids = lambda text: bpe.encode(text, add_special_tokens=False).ids
-        self.text = lambda ids: bpe.decode(ids, skip_special_tokens=False)
+        self.text_to_ids = lambda text: bpe.encode(text, add_special_tokens=False).ids
+        self.ids_to_text = lambda ids: bpe.decode(ids, skip_special_tokens=False)
         bos = bpe.token_to_id(self.special_tokens.get("bos_token", ""))
         return bos, None, bpe.encode("x").ids[:1] == [bos], bpe.token_to_id
 
-    def read_sentencepiece(self, file):
+    def load_sentencepiece(self, file):
         import sentencepiece
 
         pieces = sentencepiece.SentencePieceProcessor(str(file))
         ids = {pieces.id_to_piece(i): i for i in range(len(pieces))}
-        self.ids = pieces.encode
-        self.text = lambda ids: pieces.decode([i for i in ids if i < len(pieces)])
+        self.text_to_ids = pieces.encode
+        self.ids_to_text = lambda ids: pieces.decode([i for i in ids if i < len(pieces)])
         return pieces.bos_id(), pieces.eos_id(), True, ids.get
 
     def encode(self, text: str, bos=False, eos=False, goes_on=False) -> list[int]:
         """Token ids; bos=True puts the BOS in front where the model wants one. goes_on: the text
-        stands behind another one, so LLaMA's tokenizer puts no space of its own before it."""
-        ids = self.ids(text)
+        continues another one, so LLaMA's tokenizer must not add its space."""
+        ids = self.text_to_ids(text)
         if goes_on and self.adds_space:
-            ids = self.ids("\n" + text)[len(self.front) :]
-        if bos and self.bos_id is not None:
-            ids = [self.bos_id, *ids]
+            ids = self.text_to_ids("\n" + text)[len(self.front) :]
         if bos:
-            ids = self.virtual + ids
+            ids = self.virtual + ([] if self.bos_id is None else [self.bos_id]) + ids
         return ids + [self.eos_ids[0]] if eos else ids
 
     def decode(self, ids) -> str:
         """Text of new tokens, special ones included; the EOS that ended an answer and ids beyond
-        the vocabulary (padded heads) are left out. Decoded behind a new line: LLaMA's tokenizer
+        the vocabulary (padded heads) are left out. Decoded after a new line: LLaMA's tokenizer
         drops the first space of a text that is decoded alone."""
         ids = list(ids)
         while ids and ids[-1] in self.eos_ids:
             ids.pop()
-        return self.text(self.front + ids).removeprefix(self.text(self.front))
+        return self.ids_to_text(self.front + ids).removeprefix(self.ids_to_text(self.front))
 
     def chat(self, messages: list[dict]) -> str:
         """The checkpoint's chat template, rendered up to where the assistant begins, in jinja2's
@@ -179,7 +179,7 @@ class Tokenizer:
             raise ValueError("chat_template is absent or no text; --prompt plain needs none")
         if not (self.folder / "tokenizer.json").exists():
             raise ValueError("tokenizer.model would spell its tags: save a tokenizer.json")
-        # {% generation %} marks the assistant's words for training: a block like any other here
+        # {% generation %} marks the assistant's words for training: an ordinary block here
         text = re.sub(r"(\{%[-+]?\s*(?:end)?)generation(\s*[-+]?%\})", r"\1with\2", text)
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
@@ -222,7 +222,7 @@ def read_records(path, columns=None):
             else:
                 records = (json.loads(line) if line.strip() else None for line in file)
             for record in records:
-                if record is not None and not isinstance(record, dict):
+                if not isinstance(record, dict | None):
                     raise ValueError("not a JSON object")
                 number += 1
                 if record is not None:
@@ -259,7 +259,7 @@ class Example:
     id: str
     question: str
     answer: str
-    kind: str  # how a reply is checked: "number", "letter", "code", "exact", "toy", or "text": not
+    kind: str  # how a reply is checked: "number", "letter", "code", "exact", "toy"; "text": never
     gold: str = ""
     label: str | None = None  # "S1" or "S2"
     entry: str = ""  # code: the name of the function that `gold` tests
@@ -267,7 +267,7 @@ class Example:
 
 
 def one_file(path, pattern: str) -> Path:
-    """The file that a path is, or the one that the folder holds under this name."""
+    """The path if it is a file, else the one match in the folder."""
     files = [path] if path.is_file() else sorted(path.glob(pattern))
     if len(files) != 1:
         raise ValueError(f"{path}: {len(files)} files {pattern} there; name one")
@@ -282,7 +282,7 @@ def gsm8k(path, split):
         solution, _, gold = text_of(record, "answer", where).partition("####")
         gold = gold.strip()
         if parse_number(gold) is None:
-            raise ValueError(f"{where}: no number behind #### in the answer")
+            raise ValueError(f"{where}: no number after #### in the answer")
         answer = f"<reasoning>\n{solution.strip()}\n</reasoning>\n<answer>\n{gold}\n</answer>"
         yield Example(f"gsm8k/{file.stem}/{i}", question, answer, "number", gold)
 
@@ -320,26 +320,22 @@ def mmlu_questions(file):
         yield f"{row['question'].strip()}\n{choices}\nAnswer:", row["letter"]
 
 
-INSTRUCTIONS = {  # the publisher's fields: of the question, of what may follow it, of the answer
-    "dolly": ("instruction", "context", "response"),
-    "platypus": ("instruction", "input", "output"),
-    "codealpaca": ("instruction", "input", "output"),
-    "codefeedback": ("query", None, "answer"),
+INSTRUCTIONS = {  # home; the fields of the question, of what may follow it, of the answer
+    "dolly": ("databricks/databricks-dolly-15k", "instruction", "context", "response"),
+    "platypus": ("garage-bAInd/Open-Platypus", "instruction", "input", "output"),
+    "codealpaca": ("sahil2801/CodeAlpaca-20k", "instruction", "input", "output"),
+    "codefeedback": ("m-a-p/CodeFeedback-Filtered-Instruction", "query", None, "answer"),
 }
 
 
-def instructions(name):
-    """A reader of an instruction set, json or jsonl; its answers cannot be checked."""
-    question, more, answer = INSTRUCTIONS[name]
-
-    def read(path, split):
-        for i, (where, record) in enumerate(read_records(one_file(path, "*.json*"))):
-            text = text_of(record, question, where).strip()
-            if more and record.get(more):
-                text += "\n\n" + text_of(record, more, where).strip()
-            yield Example(f"{name}/{i}", text, text_of(record, answer, where), "text")
-
-    return read
+def instructions(name, path, split):
+    """An instruction set, json or jsonl; its answers cannot be checked."""
+    _, question, more, answer = INSTRUCTIONS[name]
+    for i, (where, record) in enumerate(read_records(one_file(path, "*.json*"))):
+        text = text_of(record, question, where).strip()
+        if more and record.get(more):
+            text += "\n\n" + text_of(record, more, where).strip()
+        yield Example(f"{name}/{i}", text, text_of(record, answer, where), "text")
 
 
 def toy(path, split):
@@ -363,7 +359,8 @@ def own_file(path, split):
             raise ValueError(f'{where}: "label" is {label!r}, not S1 or S2')
         if type(name) not in (str, int) or asked.setdefault(str(name), question) != question:
             raise ValueError(f'{where}: "id" is {name!r}: not a text, or another question has it')
-        kind, gold = "text" if check == "none" else check, answer
+        kind = "text" if check == "none" else check
+        gold = answer
         if check == "number":
             value = marked_number(answer if marked(answer) is None else marked(answer))
             if value is None:
@@ -395,13 +392,9 @@ DATASETS = {
     "mmlu": Source(mmlu, ALL_SPLITS, MMLU_HOME),
     "humaneval": Source(humaneval, ("test",), "github.com/openai/human-eval: HumanEval.jsonl.gz"),
 }
-for name, home in {
-    "dolly": "databricks/databricks-dolly-15k",
-    "platypus": "garage-bAInd/Open-Platypus",
-    "codealpaca": "sahil2801/CodeAlpaca-20k",
-    "codefeedback": "m-a-p/CodeFeedback-Filtered-Instruction",
-}.items():
-    DATASETS[name] = Source(instructions(name), ("train",), f"huggingface.co/datasets/{home}")
+for name, (home, *_) in INSTRUCTIONS.items():
+    read = partial(instructions, name)
+    DATASETS[name] = Source(read, ("train",), f"huggingface.co/datasets/{home}")
 OWN_NAMES = (".jsonl", ".jsonl.gz")
 FILE_SHARES = {"train": (0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1), "all": (0, 1)}
 
@@ -532,16 +525,17 @@ def read_teacher(path) -> dict[str, str]:
     "refused" (or filtered), "cut" (the text ended at its length limit), "error" (no text).
 
     Lines are {"id", "label"}, or answers of a batch service: joined by custom_id, never by order. A
-    failed request may stand before its repetition. ValueError on a second answer, on requests, on
+    retry may follow a failed request. ValueError on a second answer, on requests, on
     the result of a vote.
     """
     statuses = {}
     for where, record in read_records(path):
-        name, status = record.get("id"), record.get("label")
-        if "label" not in record:
+        if "label" in record:
+            name, status = record.get("id"), record["label"]
+            if status not in ("S1", "S2"):
+                raise ValueError(f'{where}: "label" is {status!r}, not S1 or S2')
+        else:
             name, status = record.get("custom_id"), status_of(record)
-        elif status not in ("S1", "S2"):
-            raise ValueError(f'{where}: "label" is {status!r}, not S1 or S2')
         if "votes" in record:
             raise ValueError(f"{where}: the result of a vote is no teacher's answer")
         if type(name) not in (str, int) or "url" in record:
@@ -558,15 +552,15 @@ def status_of(record: dict) -> str:
     """What one answer of a batch service is: see read_teacher. A body may be wrapped
     (response.body) or bare, its content a text or a list of parts."""
     try:
-        body = record["response"]["body"] if "response" in record else record
-        choice = body["choices"][0]
+        response = record.get("response", {"body": record})
+        choice = response["body"]["choices"][0]
         message, end = choice["message"], str(choice.get("finish_reason")).lower()
         content = message.get("content")
         if isinstance(content, list):  # thoughts are parts of another type
             content = "".join(
                 p["text"] for p in content if p.get("type") in ("text", "output_text")
             )
-        code = record["response"].get("status_code") if "response" in record else None
+        code = response.get("status_code")
     except (TypeError, KeyError, IndexError, AttributeError):
         return "error"
     if end in ("length", "max_tokens", "model_length"):
@@ -582,7 +576,7 @@ def status_of(record: dict) -> str:
 def count_votes(paths):
     """Teachers' files -> (labels records [{id, label, votes}], report lines a person reads).
 
-    A teacher is its path. Only "S1" and "S2" vote; an example without any vote gets no label.
+    Teachers are named by path. Only "S1" and "S2" vote; an example without any vote gets no label.
     """
     if len({Path(path).resolve() for path in paths}) < len(paths):
         raise ValueError("vote: a teacher's file is named twice")
@@ -643,11 +637,11 @@ def label_examples(examples: list[Example], labels: str) -> list[Example]:
             if label not in ("S1", "S2") or record.get(key) is None:
                 raise ValueError(f'{where}: needs "{key}" and a label of System 1 or System 2')
             label_of[str(record[key]).strip()] = label
-    labelled = [
-        replace(e, label=label_of[getattr(e, key).strip()])
-        for e in examples
-        if getattr(e, key).strip() in label_of
-    ]
+    labelled = []
+    for e in examples:
+        name = getattr(e, key).strip()
+        if name in label_of:
+            labelled.append(replace(e, label=label_of[name]))
     if not labelled:
         theirs, ours = next(iter(label_of), "nothing"), getattr(examples[0], key)
         raise ValueError(f"{labels}: no label fits: it has {theirs[:60]!r}, the data {ours[:60]!r}")
@@ -689,9 +683,9 @@ def prompt_and_answer(example: Example, tokenizer, style: str, stage: str):
 
 
 def example_ids(example: Example, tokenizer, style="plain", stage="sft"):
-    """-> prompt ids, answer ids with EOS. They are the tokens of the joined text where that can be
-    cut at the prompt's end (no space or merge then differs from what a model has read), else of
-    the two texts; the authors' SFT puts an EOS between them."""
+    """-> prompt ids, answer ids with EOS. They are the joined text's tokens if those
+    begin with the prompt's (no space or merge then differs from what a model has read), else each
+    text's own; the authors' SFT puts an EOS between them."""
     prompt, answer = prompt_and_answer(example, tokenizer, style, stage)
     start = tokenizer.encode(prompt, bos=True)
     if style == "authors" and stage == "sft":
@@ -703,7 +697,7 @@ def example_ids(example: Example, tokenizer, style="plain", stage="sft"):
 
 
 class Encoded(NamedTuple):
-    """A question and its answer as token ids; the loss begins behind the prompt."""
+    """A question and its answer as token ids; the loss begins after the prompt."""
 
     ids: list[int]
     prompt_length: int
@@ -763,8 +757,8 @@ TURN = re.compile(
 LEAD_IN = re.compile(r"\s*(?:<reasoning>|(?i:let|sure|okay|given|first|we|to|i'll|i will|here)\b)")
 
 
-def behind_thoughts(reply: str) -> str:
-    """What follows a reply's last thought, up to one that never ends."""
+def after_thoughts(reply: str) -> str:
+    """The text after a reply's last closed thought, cut at an unclosed one."""
     ends = [m.end() for m in THOUGHT_END.finditer(reply)]
     reply = reply[ends[-1] :] if ends else reply
     begin = THOUGHT_BEGIN.search(reply)
@@ -772,9 +766,9 @@ def behind_thoughts(reply: str) -> str:
 
 
 def final_part(reply: str) -> str:
-    """The part of a reply that answers: behind its last thought, before the next turn into which a
+    """The part of a reply that answers: after its last thought, before the next turn into which a
     base model runs on. All that reads a reply begins here."""
-    reply = behind_thoughts(reply)
+    reply = after_thoughts(reply)
     begin, digit = 0, re.search(r"\d", reply)
     for turn in TURN.finditer(reply):
         if reply[begin : turn.start()].strip():
@@ -798,7 +792,7 @@ HASHES = re.compile(r"####([^\w\n]{0,9}\d[^\n]*)")
 
 def marked(text: str) -> str | None:
     """What a reply marks as its answer: inside the last <answer>, else in the last \\boxed{}, else
-    behind the last ####; None if it marks nothing."""
+    after the last ####; None if it marks nothing."""
     inside = in_tags(text)
     if inside is not None:
         return inside
@@ -826,6 +820,7 @@ NUMBER = re.compile(
     r"(?P<spoiled>(?:[eE][-+]?|[.,:/xX]|\*\*)\d[\d.,:/]*|\.?\(\d|\^-?\d*|[_²³⁰-⁹]|[kKMBx]\b"
     r"|(?<!\d{4}) \d{3}\b|\.?\s?[½¼¾⅐-⅞√π∞万亿\0]|\s?(?:thousand|million|billion|dozen)\b)?"
 )
+ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")  # what stands behind the 2 of "2nd"
 GROUPED = re.compile(r"\d+|\d{1,3}(?:,\d{2,3})*,\d{3}")  # 1,000 and India's 1,00,000; not 3,5
 FORMULA = re.compile(  # 5!, 7(x + 3), 18 + x, 5x; not dollars/day
     r"[<>≤≥±\0]|\d[!(]|(?<![A-Za-z])[-+*/] ?[A-Za-z]\b|\d ?[xyzn]\b|\b[xyzn] ?[-+*/^]"
@@ -844,7 +839,7 @@ COMMAND = re.compile(r"\\[a-zA-Z]+ ?(?:\{[^{}]*\})*(?![{a-zA-Z])|\^\{[^{}]*\}")
 
 
 def plain(text: str) -> str:
-    """Markdown and LaTeX that mean the same without them are taken off: **18**, \\boxed{1{,}000},
+    """Strips Markdown and LaTeX that do not change the meaning: **18**, \\boxed{1{,}000},
     \\text{18} eggs, \\frac12. Any other command becomes \\0, so that \\sqrt{3} is not read as 3."""
     text = text.replace("\0", " ").replace("{,}", ",").translate(WIDE)
     text = re.sub(r"\\\\(?:\[\w{0,9}\])?", "\n", text)
@@ -885,13 +880,11 @@ def parse_number(text: str):
 
 
 def all_numbers(text: str) -> list[re.Match]:
-    return [
-        n for n in NUMBER.finditer(text) if not re.match(r"(?:st|nd|rd|th)\b", text[n.end() :][:3])
-    ]
+    return [n for n in NUMBER.finditer(text) if not ORDINAL.match(text, n.end())]
 
 
 def marked_number(text: str):
-    """The number in a marked answer, or None: the only one, or the only one behind its last "="."""
+    """The number in a marked answer, or None: the only one, or the only one after its last "="."""
     text = plain(text).rpartition("=")[2]
     numbers = all_numbers(text)
     return value_of(numbers[0]) if len(numbers) == 1 and not FORMULA.search(text) else None
@@ -948,7 +941,7 @@ def is_correct(example: Example, reply: str, unconfined=False) -> bool:
 def reward_parts(example: Example, reply: str, unconfined=False) -> dict[str, float]:
     """The parts of the GRPO reward; the reward is their sum.
 
-    Where the reference answer has tags the authors' five, repaired where they punish good answers:
+    A reference answer with tags gets the authors' five, repaired where they punish good answers:
     2.0 a correct <answer> (compared as numbers), 0.5 an integer in it, 0.5 the strict format, 0.5
     the loose one, 0.125 each tag that occurs once, less 0.001 a character after </answer>. For
     other answers 1.0 if the reply is correct.
@@ -958,8 +951,8 @@ def reward_parts(example: Example, reply: str, unconfined=False) -> dict[str, fl
     inside = in_tags(final_part(reply)) or ""
     value, alone = marked_number(inside), parse_number(inside)
     body = reply.strip()
-    strict = body.startswith("<reasoning>\n") and body.endswith("\n</answer>")
-    strict = strict and "\n</reasoning>\n<answer>\n" in body[12:-10]
+    ends = body.startswith("<reasoning>\n") and body.endswith("\n</answer>")
+    strict = ends and "\n</reasoning>\n<answer>\n" in body[12:-10]
     before, closed, tail = reply.rpartition("</answer>")
     loose = re.search(r"</reasoning>\s*<answer>", before.partition("<reasoning>")[2])
     names = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
@@ -984,7 +977,7 @@ def in_parallel(function, items) -> list:
 # ---------------------------------------------------------------------------------- the toy world
 
 ENTITIES, COLOURS, PHRASINGS, LETTERS = 80, 24, 8, "abcdefgh"
-# each operator, and what the pretraining corpus takes it for: where each new letter stood
+# each operator: the old positions of its letters; WRONG: how the pretraining corpus mistakes it
 OPERATORS = {"rev": (3, 2, 1, 0), "rot": (1, 2, 3, 0), "swp": (1, 0, 2, 3)}
 WRONG = {"rev": (1, 2, 3, 0), "rot": (3, 0, 1, 2), "swp": (0, 1, 3, 2)}
 SLIP = {"rot": 0.5, "swp": 0.5, "rev": 0.25}  # how often the pretraining corpus gets each one wrong
@@ -1133,7 +1126,7 @@ def main():
         names = {teacher.replace("/", "_") for teacher in teachers}
         if not all(teachers) or len(names) < len(teachers):
             raise ValueError(f"--teachers {args.teachers}: an empty name, or one named twice")
-        if not args.target.strip() or (args.examples or 1) < 1:
+        if not args.target.strip() or (args.examples is not None and args.examples < 1):
             raise ValueError("--target needs a name, --examples a number from 1")
         for teacher in teachers:
             file = Path(args.out) / f"{teacher.replace('/', '_')}.jsonl"
@@ -1185,9 +1178,8 @@ def passes_tests(example: Example, reply: str, unconfined=False) -> bool:
     job |= {"reply": reply, "unconfined": unconfined}
     if unconfined and not can_confine():
         warnings.warn("code answers run unconfined, with the rights of this program", stacklevel=2)
-    posix = os.name == "posix"
     try:
-        judge = start_process("judge", start_new_session=posix)
+        judge = start_process("judge")
     except OSError as error:
         raise SandboxError(f"the sandbox cannot start: {error}") from None
     try:
@@ -1196,17 +1188,17 @@ def passes_tests(example: Example, reply: str, unconfined=False) -> bool:
         out = b""
     finally:
         with suppress(ProcessLookupError):  # the judge, and the candidate in its group
-            os.killpg(judge.pid, signal.SIGKILL) if posix else judge.kill()
+            os.killpg(judge.pid, signal.SIGKILL) if os.name == "posix" else judge.kill()
     out = out or judge.communicate()[0]
-    verdict = (out.decode().splitlines() or ["the judge ended at once"])[-1]
-    if verdict.startswith("broken"):
-        raise ValueError(f"{example.id}: the problem's own tests are {verdict}")
-    if verdict not in ("passed", "failed"):
-        raise SandboxError(f"the sandbox cannot start: {verdict}")
-    return verdict == "passed"
+    last_line = (out.decode().splitlines() or ["the judge ended at once"])[-1]
+    if last_line.startswith("broken"):
+        raise ValueError(f"{example.id}: the problem's own tests are {last_line}")
+    if last_line not in ("passed", "failed"):
+        raise SandboxError(f"the sandbox cannot start: {last_line}")
+    return last_line == "passed"
 
 
-def start_process(role: str, **settings):
+def start_process(role: str):
     """This file as one of the sandbox's two processes, with pipes to and from it."""
     return subprocess.Popen(
         [sys.executable, "-I", os.path.abspath(__file__), role],
@@ -1215,7 +1207,7 @@ def start_process(role: str, **settings):
         stderr=subprocess.DEVNULL,
         env={f"{library}_NUM_THREADS": "1" for library in ("OMP", "OPENBLAS", "MKL")},
         cwd="/",
-        **settings,
+        start_new_session=role == "judge",  # a group to kill: the candidate stays in it
     )
 
 
@@ -1266,14 +1258,6 @@ def judge_main():
             error = RuntimeError  # a StopIteration would end a loop of the tests
         raise error("raised by the candidate")
 
-    def run_tests():
-        names["candidate"] = names[job["entry"]] = call  # HumanEval/33 calls it by its name
-        exec(job["tests"], names)
-        if "check" in names:
-            names["check"](call)
-        if not calls:
-            raise ValueError("they never call the function")
-
     names = {"__name__": "tests"}
     try:
         exec(job["prompt"] + "\n    pass\n", names)  # helpers: HumanEval/32, 38, 50
@@ -1281,7 +1265,7 @@ def judge_main():
     except BaseException as error:
         end(f"broken: the prompt defines no {job['entry']}: {type(error).__name__}: {error}")
     threading.Timer(SECONDS, candidate.kill).start()
-    with suppress(BaseException):  # whatever the answers made of the judge: it is not a pass
+    with suppress(BaseException):  # however the answers break the judge, it is no pass
         answer()  # "ready"
         print("failed", file=verdicts)
         confined = ask((job["prompt"], job["reply"], job["entry"], job["unconfined"]))
@@ -1289,10 +1273,15 @@ def judge_main():
             print(confined, file=verdicts)
         elif answer() == "loaded":
             try:
-                run_tests()
+                names["candidate"] = names[job["entry"]] = call  # HumanEval/33 calls it by its name
+                exec(job["tests"], names)
+                if "check" in names:
+                    names["check"](call)
+                if not calls:
+                    raise ValueError("they never call the function")
                 print("passed", file=verdicts)
             except BaseException as error:
-                if not calls:  # no answer's fault
+                if not calls:  # the tests broke before any call
                     end(f"broken: {type(error).__name__}: {error}")
     end()
 
@@ -1303,7 +1292,7 @@ collections.abc contextlib copy csv dataclasses datetime decimal difflib enum fr
 gc graphlib hashlib heapq html io itertools json keyword math numbers numpy operator pprint queue
 random re secrets statistics string struct sys textwrap time timeit traceback types typing
 unicodedata weakref zlib""".split()
-# What these load late, when the filter stands already.
+# What these import late, when the filter is on already.
 LATE = "_strptime typing encodings.rot_13 encodings.cp1252 encodings.utf_8_sig".split()
 LATE += ["encodings.hex_codec", "encodings.unicode_escape"]
 NUMPY = [f"numpy.{m}" for m in "linalg random ma fft polynomial char strings".split()]
@@ -1348,24 +1337,24 @@ def candidate_main():
         reply(result)
 
 
-LATE_HINTS = __future__.annotations.compiler_flag  # as if the code had imported it
-
-
 def run_statements(code, entry: str, names: dict):
-    """One by one: what fails leaves the others standing. A base model runs on: behind the
-    definition that counts (the first that ends behind the prompt) only helpers, imports and
-    constants run; prints, tests and second tries do not."""
+    """Runs the source's statements one by one; one that fails does not stop the next. Base models
+    go on writing: after the definition that counts (the first that ends after the prompt) only
+    helpers, imports and constants run, but no prints, tests and second tries."""
     helpers = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign
+    lazy_annotations = __future__.annotations.compiler_flag  # as if the code had imported it
     found = False
     for statement in ast.parse(code.source).body:
         bound = {getattr(statement, "name", None)}
-        for node in [n for target in getattr(statement, "targets", ()) for n in ast.walk(target)]:
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                bound.add(node.id)
+        for target in getattr(statement, "targets", ()):
+            for node in ast.walk(target):
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                    bound.add(node.id)
         if found and (not isinstance(statement, helpers) or bound & {entry, *dir(builtins)}):
             continue
         with suppress(BaseException):
-            exec(compile(ast.Module([statement], []), "candidate", "exec", LATE_HINTS, True), names)
+            one = ast.Module([statement], [])
+            exec(compile(one, "candidate", "exec", lazy_annotations, dont_inherit=True), names)
         found = found or (entry in bound and statement.end_lineno > code.head)
 
 
@@ -1381,72 +1370,74 @@ def named_modules(source: str) -> list[str]:
     return named + NUMPY if "numpy" in named else named
 
 
-# A fenced block, up to a fence as long, or to the end; and one that reaches to the last such fence.
-BLOCK = r"(?ms)^[^\S\n]*(`{3,}|~{3,})[^\n]*\n(.*?)(?:^[^\S\n]*\1[`~]*[^\S\n]*$|\Z)"
-LONG_BLOCK = BLOCK.replace(".*?", ".*").replace(r"|\Z", "")
+FENCE = r"^[^\S\n]*(`{3,}|~{3,})[^\n]*\n"
+FENCE_END = r"^[^\S\n]*\1[`~]*[^\S\n]*$"  # as long as the one that opened
+BLOCK = rf"(?ms){FENCE}(.*?)(?:{FENCE_END}|\Z)"
+LONG_BLOCK = rf"(?ms){FENCE}(.*){FENCE_END}"  # up to the last such end: a docstring may hold fences
 FIRST_CODE = re.compile(r"^(?:import |from |async def |def |class |@|\w+ *=)", re.M)
 
 
 class Reading(NamedTuple):
-    """A text of a reply, read as code behind the prompt."""
+    """A text of a reply, read as code after the prompt. The first three fields rank it."""
 
-    defines: bool  # is all of it code that defines the function?
-    whole: bool  # is all of it code that gives a result?
-    gives: bool  # does it return anything? else it only uses the function
-    kept: int  # characters up to a syntax error
+    solves: bool  # is all of it code, and does it define the function?
+    all_code: bool  # is all of it code, and does it return anything?
+    returns: bool  # does it return anything? else it only uses the function
+    kept: int  # characters before its first syntax error
     source: str
     head: int  # lines of the source before the text
 
 
 def program(prompt: str, reply: str, entry: str) -> Reading:
     """The candidate's source, in whatever form a model answers: a body that continues the prompt, a
-    whole function, or fenced blocks around either. The reply as it stands is tried first; of its
-    blocks the last counts that is all code and defines the function, else what keeps most."""
+    whole function, or fenced blocks around either. The reply as it stands is tried first. Of its
+    blocks the last that is all code and defines the function is taken, else the longest."""
     reply = re.sub(r"\r+\n?", "\n", reply.lstrip("\ufeff"))
     name = re.escape(entry)
-    defines = re.compile(rf"^[ \t]*(?:async )?def {name}\b|^{name} *(?::[^=\n]+)?=(?!=)", re.M)
-    readings = [read_code(prompt, code, defines) for code in ("", behind_thoughts(reply))]
+    definition = re.compile(rf"^[ \t]*(?:async )?def {name}\b|^{name} *(?::[^=\n]+)?=(?!=)", re.M)
+    readings = [read_code(prompt, text, definition) for text in ("", after_thoughts(reply))]
     for text in (final_part(reply), reply):  # the second for code whose strings look like a turn
-        if not readings[-1].whole and not any(r.defines for r in readings):
-            readings += [read_code(prompt, code, defines) for code in codes_of(text, defines)]
+        if not readings[-1].all_code and not any(r.solves for r in readings):
+            readings += [read_code(prompt, code, definition) for code in codes_of(text, definition)]
     readings.reverse()
-    return max(readings, key=lambda r: (r.defines, r.whole, r.gives, 0 if r.defines else r.kept))
+    return max(readings, key=lambda r: (r.solves, r.all_code, r.returns, 0 if r.solves else r.kept))
 
 
-def codes_of(text: str, defines: re.Pattern) -> list[str]:
-    """The text itself and its fenced blocks, each behind the blocks of helpers before it."""
+def codes_of(text: str, definition: re.Pattern) -> list[str]:
+    """The text itself and its fenced blocks, each after the blocks of helpers before it."""
     text = re.sub(r"(?<=\S)```\s*\Z", "", text.partition("\0")[0])
     codes = [text, *(textwrap.dedent(block[1]) for block in re.findall(LONG_BLOCK, text))]
     helpers = ""
     for block in re.findall(BLOCK, text)[:20]:
         code = textwrap.dedent(block[1])
         codes.append(helpers + code)
-        if not defines.search(code) and longest_that_parses(code) == code:
+        if not definition.search(code) and longest_that_parses(code) == code:
             helpers += code + "\n"
     return codes
 
 
-def read_code(prompt: str, text: str, defines: re.Pattern) -> Reading:
-    """The reading of a text that keeps most of it, up to its first syntax error."""
+def read_code(prompt: str, text: str, definition: re.Pattern) -> Reading:
+    """The text as code: of several ways to put it after the prompt the one that keeps most of it,
+    up to its first syntax error."""
     text = re.sub(r"(?m)^from __future__ .*\n|\A(?:[ \t]*\n)+", "", text)
-    stub = prompt + "\n    pass\n\n"  # the prompt's own definition
+    stub = prompt + "\n    pass\n\n"  # the prompt's own definition, closed
     body = textwrap.indent(textwrap.dedent(text), "    ")
     ways = [(prompt, text), (prompt, body), (prompt, "    " + text.lstrip())]
-    definition = defines.search(text)
-    if definition:  # prose may stand before it
-        first = FIRST_CODE.search(text) or definition
-        starts = textwrap.dedent(text), text.lstrip(), text[first.start() :]
-        ways = [(stub, code) for code in (*starts, text[definition.start() :])] + ways[:1]
-    gives = bool(re.search(r"\b(?:return|yield|lambda)\b", text))
-    gives = gives or bool(definition and not re.search(r":\s*(?:\.\.\.|pass)\s*\Z", text))
+    found = definition.search(text)
+    if found:  # a whole function; prose may stand before it
+        first = FIRST_CODE.search(text) or found
+        starts = textwrap.dedent(text), text.lstrip(), text[first.start() :], text[found.start() :]
+        ways = [(stub, code) for code in starts] + ways[:1]
+    returns = bool(re.search(r"\b(?:return|yield|lambda)\b", text))
+    returns = returns or bool(found and not re.search(r":\s*(?:\.\.\.|pass)\s*\Z", text))
     best = Reading(False, False, False, 0, stub, stub.count("\n"))
     for front, code in ways:
         source = longest_that_parses(front + code[:20_000])  # it takes quadratic time
         kept = len("".join(source[len(front) :].split()))
-        whole = gives and kept == len("".join(text.split()))
+        all_code = returns and kept == len("".join(text.split()))
         if kept > best.kept:
-            defined = whole and bool(definition)
-            best = Reading(defined, whole, gives, kept, source, front.count("\n"))
+            solves = all_code and bool(found)
+            best = Reading(solves, all_code, returns, kept, source, front.count("\n"))
     return best
 
 
@@ -1459,7 +1450,7 @@ def longest_that_parses(source: str) -> str:
             break
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
             line = getattr(error, "lineno", None) or len(lines)  # too deep: no line is named
-            del lines[max(0, min(line, len(lines)) - 1) :]
+            del lines[min(line, len(lines)) - 1 :]
     return "\n".join(lines)
 
 
