@@ -109,6 +109,7 @@ class Tokenizer:
         return [token for token in named if token]
 
     def load_json(self, file):
+        """-> BOS id, EOS id, does it put the BOS before a text, and (token -> its id)."""
         import tokenizers
 
         bpe = tokenizers.Tokenizer.from_file(str(file))
@@ -120,6 +121,7 @@ class Tokenizer:
         return bos, None, bpe.encode("x").ids[:1] == [bos], bpe.token_to_id
 
     def load_sentencepiece(self, file):
+        """-> the same as load_json."""
         import sentencepiece
 
         pieces = sentencepiece.SentencePieceProcessor(str(file))

@@ -7,7 +7,7 @@ function, so this file knows nothing of data sets.
 
 Left out: reward models, a value network, importance-sampling corrections for stale rollouts. The
 policy that samples is the policy that learns, and dropout is off in both, so the ratio starts at 1.
-In the update every answer carries its prompt, which is computed anew for each.
+The update computes the prompt anew for every answer.
 """
 
 import math
@@ -15,16 +15,10 @@ import time
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
-from lorapar import (
-    cached_factors,
-    gather_over_ranks,
-    get_flat,
-    rank_and_size,
-    set_flat,
-    sum_over_ranks,
-)
+from lorapar import cached_factors, get_flat, rank_and_size, set_flat, sum_over_ranks
 from model import generate, token_logprobs
 
 
@@ -40,7 +34,7 @@ class Settings:
     clip: float = 0.2  # PPO's ratio clip (epsilon)
     clip_high: float | None = None  # its upper side, where that is wider (DAPO)
     mask_truncated: bool = False  # answers without an end do not train (DAPO)
-    kl: float = 0.04  # weight of the KL penalty (beta); 0 computes no reference
+    kl: float = 0.04  # weight of the KL penalty (beta); 0: no reference is computed
     iterations: int = 1  # optimizer steps per batch of rollouts (mu)
     batch_rows: int = 64  # answers decoded together
     micro_batch: int = 8  # answers per forward and backward
@@ -53,7 +47,7 @@ class Rollout:
     prompt_index: int  # which of the step's prompts it answers
     prompt: list[int]
     answer: list[int]  # new tokens, the sampled EOS included
-    logprobs: list[float]  # what sampling said of each of them
+    logprobs: list[float]  # theirs, as they were sampled
     reward_parts: dict = field(default_factory=dict)  # their sum is the reward
     advantage: float = 0.0
     trains: bool = True
@@ -63,7 +57,7 @@ def grpo_step(model, optimizer, prompts, reward_parts, reference, s: Settings, g
     """One step: sample, reward, compare within groups, update -> (statistics, rollouts).
 
     prompts: P lists of ids. reward_parts(rollouts) gives a dict for each rollout. reference: the
-    flat vector (N,) of the policy that the KL holds on to. The model stays in eval mode,
+    flat vector (N,) of the KL's reference policy. The model stays in eval mode,
     without dropout. Of several processes each answers its share of the prompts and computes its
     share of the gradient; all return all P * G rollouts, a prompt's G in a row.
     """
@@ -87,7 +81,7 @@ def grpo_step(model, optimizer, prompts, reward_parts, reference, s: Settings, g
         "parts": {
             n: sum(r.reward_parts.get(n, 0.0) for r in rollouts) / len(rollouts) for n in names
         },
-        "equal_groups": int((rewards == rewards[:, :1]).all(1).sum()),  # nothing to learn there
+        "equal_groups": int((advantages == 0).all(1).sum()),  # nothing to learn there
         "length": sum(len(r.answer) for r in rollouts) / len(rollouts),
         "truncated": sum(r.answer[-1] not in s.eos_ids for r in rollouts) / len(rollouts),
         "grad_norm": optimizer.grad_norm.item(),
@@ -100,7 +94,7 @@ def grpo_step(model, optimizer, prompts, reward_parts, reference, s: Settings, g
 
 def sample_rollouts(model, prompts, s: Settings, generator=None) -> list[Rollout]:
     """s.group answers to each prompt (of this process's share), from softmax(logits / temperature).
-    The random numbers are drawn for all prompts, so they depend on no share."""
+    The random numbers are drawn for all prompts, so the split over processes changes nothing."""
     shape = len(prompts), s.group, s.max_new_tokens
     uniforms = torch.rand(shape, dtype=torch.float64, device="cpu", generator=generator)
     rank, size = rank_and_size()
@@ -124,6 +118,16 @@ def sample_rollouts(model, prompts, s: Settings, generator=None) -> list[Rollout
         for answer, logps in zip(group_answers, group_logprobs):
             rollouts.append(Rollout(i, prompts[i], answer, logps))
     return rollouts
+
+
+def gather_over_ranks(items: list) -> list:
+    """The lists of all processes, concatenated."""
+    size = rank_and_size()[1]
+    if size == 1:
+        return items
+    lists = [None] * size
+    dist.all_gather_object(lists, items)
+    return [item for part in lists for item in part]
 
 
 def group_advantages(rewards, by_std=True):
@@ -218,7 +222,7 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
                 logp, b.old, b.ref, b.advantages, b.mask, s.clip, s.kl,
                 clip_high=s.clip_high, loss=s.loss, max_new_tokens=s.max_new_tokens,
             )  # fmt: skip
-            share = len(b.tokens) / len(rollouts)
+            share = len(b.tokens) / len(rollouts)  # micro-batches add up to the batch's mean
             loss = loss * (b.mask.sum() / n_tokens if s.loss == "token" else share)
             loss.backward()
             means["loss"] += loss.detach() / s.iterations
@@ -233,14 +237,14 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
 
 @dataclass
 class MicroBatch:
-    """A few rollouts as rows, each answer behind its prompt, right padded."""
+    """A few rollouts as rows, each answer after its prompt, right padded."""
 
     tokens: torch.Tensor  # (B, T) int64
     labels: torch.Tensor  # (B, T), -100 outside the answers
     mask: torch.Tensor  # (B, T-1) bool: the answers' tokens, the sampled EOS included
     advantages: torch.Tensor  # (B,)
-    sampled: torch.Tensor  # (B, T-1): sampling's own log-probs at the answers, 0 elsewhere
-    old: torch.Tensor | None = None  # (B, T-1): log-probs of the policy that sampled
+    sampled: torch.Tensor  # (B, T-1): log-probs at the answers as decoding computed them, else 0
+    old: torch.Tensor | None = None  # (B, T-1): the same as the update's first pass computes them
     ref: torch.Tensor | None = None  # (B, T-1): log-probs of the reference
 
 

@@ -106,6 +106,18 @@ def lora_factors(model) -> dict[str, nn.Parameter]:
     return factors
 
 
+def unwrapped(model):
+    """The model inside torch.compile, DataParallel and their kind."""
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while True:
+        if isinstance(model, (*parallel, torch.optim.swa_utils.AveragedModel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        else:
+            return model
+
+
 def is_baseline(model) -> bool:
     """Does it hold a baseline of table 6 (the last chapter) in place of LoRA layers?"""
     return any(isinstance(m, BASELINES) for m in model.modules())
@@ -147,7 +159,7 @@ def start_factors(weight, init: str, r: int, scale: float, std: float, generator
     if init == "lora":  # Hu et al. 2021: A Kaiming-uniform, B zero
         bound = 1 / math.sqrt(in_features)
         A = (2 * torch.rand(r, in_features, **on_cpu) - 1) * bound
-        return A, torch.zeros(out_features, r, dtype=torch.float32, device="cpu")
+        return A, A.new_zeros(out_features, r)
     if init == "pissa":  # Meng et al. 2024: scale * B A is the best rank-r approximation of W
         U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
         root = (S[:r] / scale).sqrt()
@@ -163,27 +175,27 @@ def target_linears(model, targets, r: int) -> list[nn.Linear]:
     something that a LoRA layer cannot stand in for."""
     modules = dict(model.named_modules(remove_duplicate=False))  # one linear may have two names
     named = {}
-    if isinstance(targets, str):
-        if targets != "all-linear":
-            raise ValueError(f'targets {targets!r}: a sequence of module names, or "all-linear"')
+    if targets == "all-linear":
         head = getattr(model, "get_output_embeddings", lambda: None)()
-        targets = []
         for name, module in modules.items():
             is_head = module is head or name.rpartition(".")[2] in ("lm_head", "head")
             if isinstance(module, nn.Linear) and not is_head:  # a subclass is refused below
                 named[name] = module
-    if not named and not targets:
+    elif isinstance(targets, str):
+        raise ValueError(f'targets {targets!r}: a sequence of module names, or "all-linear"')
+    else:
+        for target in targets or ():
+            found = {n: m for n, m in modules.items() if f".{n}".endswith(f".{target}")}
+            if not found:
+                ends = {n.rpartition(".")[2] for n, m in modules.items() if type(m) is nn.Linear}
+                known = ", ".join(sorted(ends)) or "none"
+                raise ValueError(f"no module is named {target}; the model's linears are {known}")
+            named |= found
+    if not named:
         raise ValueError("no targets: there is nothing to adapt")
-    for target in targets:
-        found = {n: m for n, m in modules.items() if f".{n}".endswith(f".{target}")}
-        if not found:
-            ends = {n.rpartition(".")[2] for n, m in modules.items() if type(m) is nn.Linear}
-            known = ", ".join(sorted(ends)) or "none"
-            raise ValueError(f"no module is named {target}; the model's linears are {known}")
-        named |= found
-    unfit = {name: why for name, module in named.items() if (why := why_unfit(module, r))}
+    unfit = [(name, why) for name, module in named.items() if (why := why_unfit(module, r))]
     if unfit:
-        name, why = next(iter(unfit.items()))
+        name, why = unfit[0]
         raise ValueError(f"{len(unfit)} of {len(named)} targets cannot get LoRA: {name} {why}")
     for name in named:
         if isinstance(modules.get(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
@@ -262,6 +274,7 @@ def lora_buffers(model, kind: str) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def write_flat(tensors, vector, what: str):
+    """Copies the pieces of a vector (N,) into tensors, in order; `what` it is, for the error."""
     total = sum(t.numel() for t in tensors)
     if vector.shape != (total,):
         raise ValueError(f"the {what} has shape {tuple(vector.shape)}, the model needs ({total},)")
@@ -310,16 +323,6 @@ def sum_over_ranks(tensor):
     return tensor
 
 
-def gather_over_ranks(items: list) -> list:
-    """The lists of all processes behind each other."""
-    size = rank_and_size()[1]
-    if size == 1:
-        return items
-    lists = [None] * size
-    dist.all_gather_object(lists, items)
-    return [item for part in lists for item in part]
-
-
 # ------------------------------------------------------------------------------------- importance
 
 
@@ -346,11 +349,12 @@ def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
     model.eval()
     try:
         for tokens, labels in batches:
-            lengths = (labels[:, 1:] != -100).sum(1)
-            if not lengths.all():
-                raise ValueError(f"example {count + int(lengths.argmin())} has no answer token")
-            examples = max(1, chunk_tokens // tokens.shape[1])
-            for t, y in zip(tokens.split(examples), labels.split(examples)):
+            answer_tokens = (labels[:, 1:] != -100).sum(1)  # (B,)
+            if not answer_tokens.all():
+                first = count + int(answer_tokens.argmin())
+                raise ValueError(f"example {first} has no answer token")
+            chunk = max(1, chunk_tokens // tokens.shape[1])  # examples at once
+            for t, y in zip(tokens.split(chunk), labels.split(chunk)):
                 gradients = per_example_gradients(model, t, y)  # (E, N)
                 g += gradients.sum(0)
                 fisher += gradients.square().sum(0)
@@ -386,10 +390,11 @@ def per_example_gradients(model, tokens, labels) -> torch.Tensor:
         for name, p in lora_factors(model).items()
     }
 
-    def loss(factors, tokens, labels):  # of one example, (T,): mean cross-entropy of its answer
-        output = functional_call(model, factors, (tokens[None, :-1],), tie_weights=False)
+    def loss(factors, t, y):  # of one example, t, y (T,): mean cross-entropy of its answer
+        # tie_weights=False: one layer may have two names
+        output = functional_call(model, factors, (t[None, :-1],), tie_weights=False)
         logits = logits_of(output)  # (1, T-1, V)
-        return F.cross_entropy(logits[0].float(), labels[1:])  # leaves out labels of -100
+        return F.cross_entropy(logits[0].float(), y[1:])  # leaves out labels of -100
 
     with warnings.catch_warnings():  # the CPU's fused attention has no batching rule and says so
         warnings.filterwarnings("ignore", message=".*_flash_attention_for_cpu")
@@ -439,7 +444,7 @@ def partition(s1, s2, theta: float) -> Partition:
     """
     if not 0 < theta <= 1:
         raise ValueError(f"theta = {theta} is outside (0, 1]")
-    if s1.shape != s2.shape or s1.ndim != 1 or not len(s1):
+    if s1.shape != s2.shape or s1.ndim != 1:
         raise ValueError(f"importance scores have shapes {tuple(s1.shape)} and {tuple(s2.shape)}")
     region1, region2 = cumulative_region(s1, theta), cumulative_region(s2, theta)
     return Partition(region1 & ~region2, region2 & ~region1, region1 & region2)
@@ -485,8 +490,8 @@ class MaskedAdamW(torch.optim.AdamW):
     frozen elements. Here the optimizer owns `packed`, the (n_active,) elements under the mask that
     the layers hold at construction; step() gathers their gradients, clips their norm, updates them
     and writes them back between the frozen ones, whose bits stay. Adam's state is 8 bytes per
-    active element. No GradScaler is needed: the factors are float32. sum_gradients: the gradient
-    is summed over the processes of torch.distributed, |active| numbers a step.
+    active element. No GradScaler is needed: the factors are float32. sum_gradients: the packed
+    gradient, |active| numbers, is summed over all processes of torch.distributed.
     Raises ValueError if the mask selects nothing, where the factors are not float32, or if
     max_grad_norm is not above 0 (inf: no clipping).
     """
@@ -539,7 +544,7 @@ class MaskedAdamW(torch.optim.AdamW):
         if not torch.equal(get_mask(self.model), self.mask):
             raise ValueError("set_mask was called after this optimizer was made; make a new one")
         factors = trainable(self.model).values()
-        alone = not self.sum_gradients or rank_and_size()[1] == 1  # others may have gradients
+        alone = not self.sum_gradients or rank_and_size()[1] == 1  # else others may have gradients
         if alone and all(p.grad is None for p in factors):
             raise ValueError("step() without gradients: call backward() first")
         gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in factors]
@@ -551,7 +556,7 @@ class MaskedAdamW(torch.optim.AdamW):
         self.grad_norm = nn.utils.clip_grad_norm_(self.packed, self.max_grad_norm)
         if not self.grad_norm.isfinite():
             raise FloatingPointError(f"the norm of the gradient is {self.grad_norm}")
-        inspect.unwrap(torch.optim.AdamW.step)(self)  # without hooks: this step's have run already
+        inspect.unwrap(torch.optim.AdamW.step)(self)  # not super().step(): hooks would run twice
         if not self.packed.isfinite().all():
             raise FloatingPointError("an updated element is not finite")
         flat[self.index] = self.packed
@@ -577,18 +582,6 @@ def write_file(path, content: bytes):
     os.replace(temporary, path)
 
 
-def unwrapped(model):
-    """The model inside torch.compile, DataParallel and their kind."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        if isinstance(model, (*parallel, torch.optim.swa_utils.AveragedModel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
-
-
 def own_name(name: str) -> str:
     """A module's name without what torch.compile, FSDP and checkpoint_wrapper put into it."""
     wrappers = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
@@ -600,7 +593,7 @@ def save_adapter(model, folder, base_model=""):
 
     An anchored adapter is written as the rank-2r pair of `LoRALinear.factors` with lora_alpha
     doubled: exactly our model on the untouched base, whatever the start was. It cannot be trained
-    on as it was here; for that keep `model.state_dict()`.
+    on as it was here; for that keep `model.state_dict()`. A baseline is written by `save_baseline`.
     """
     model, tensors = unwrapped(model), {}
     if is_baseline(model):
@@ -634,7 +627,7 @@ def save_adapter(model, folder, base_model=""):
 
 
 def is_number(x) -> bool:
-    return type(x) in (int, float) and math.isfinite(x)
+    return type(x) in (int, float) and abs(x) < 1e300
 
 
 # field of adapter_config.json: what stands for an absent one, what it must be, the test of that
@@ -741,8 +734,8 @@ def merge(model):
 # stay as they are. What they train is float32, and all of it moves: `MaskedAdamW` sees one mask.
 
 
-def put(vectors, ids, x):
-    """x (B, T, ..) with vectors[ids] where ids (B, T) is not negative."""
+def put_virtual(vectors, ids, x):
+    """x (B, T, ..), replaced by vectors[ids] where ids (B, T) >= 0."""
     return torch.where((ids >= 0)[..., None], vectors[ids.clamp(min=0)].to(x.dtype), x)
 
 
@@ -755,7 +748,8 @@ class VirtualEmbedding(nn.Embedding):
         words = F.embedding(tokens.clamp(max=self.num_embeddings - 1), self.weight)
         if self.virtual is None:
             return words
-        return put(self.virtual if self.mlp is None else self.mlp(self.virtual), self.ids, words)
+        virtual = self.virtual if self.mlp is None else self.mlp(self.virtual)  # (n, H)
+        return put_virtual(virtual, self.ids, words)
 
 
 class PrefixLinear(nn.Linear):
@@ -764,7 +758,7 @@ class PrefixLinear(nn.Linear):
 
     def forward(self, x):
         (embedding,) = self.source  # in a tuple, so that it is no submodule of this one
-        return put(self.prefix, embedding.ids, F.linear(x, self.weight, self.bias))
+        return put_virtual(self.prefix, embedding.ids, F.linear(x, self.weight, self.bias))
 
 
 class ScaledLinear(nn.Linear):
@@ -817,10 +811,11 @@ def add_baseline(model, method: str, n=20, generator=None):
     words = torch.randint(V, (1, n), **on_cpu).to(device)  # n random tokens
     if method == "prefix":
         outputs = {}
-        hooks = [
-            linear.register_forward_hook(lambda module, _, y: outputs.update({module: y[0]}))
-            for linear in keys_and_values
-        ]
+
+        def keep(linear, inputs, output):  # output (1, n, out)
+            outputs[linear] = output[0]
+
+        hooks = [linear.register_forward_hook(keep) for linear in keys_and_values]
         model(words)
         for hook in hooks:
             hook.remove()
@@ -837,12 +832,11 @@ def add_baseline(model, method: str, n=20, generator=None):
         embedding.mlp = nn.Sequential(*layers).to(device, torch.float32)
         for p in embedding.mlp.parameters():  # PyTorch's own start, from our generator
             p.copy_((2 * torch.rand(p.shape, **on_cpu) - 1) / math.sqrt(H))
-            p.requires_grad_(True)
     return model
 
 
 def save_baseline(model, folder):
-    """Writes what a baseline trains under our names; other programs do not read it."""
+    """Writes what a baseline trains, in a format of our own."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
     about = json.dumps(model.baseline) + "\n"
     write_file(Path(folder) / "baseline.json", about.encode())
@@ -856,7 +850,7 @@ def load_baseline(model, folder):
         about = json.loads((Path(folder) / "baseline.json").read_text())
         tensors = load_file(Path(folder) / "baseline.safetensors")
         add_baseline(model, about["method"], about["virtual_tokens"])
-    except (OSError, LookupError, TypeError, RecursionError, RuntimeError, SafetensorError) as why:
+    except (OSError, LookupError, TypeError, RuntimeError, SafetensorError) as why:
         raise ValueError(f"{folder}: not a readable baseline ({str(why)[:100]})") from None
     for name, p in trainable(model).items():
         if name not in tensors or tensors[name].shape != p.shape:

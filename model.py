@@ -49,7 +49,7 @@ def is_count(x) -> bool:
 
 
 def is_positive(x) -> bool:
-    return type(x) in (int, float) and 0 < x < math.inf
+    return type(x) in (int, float) and 0 < x < 1e300
 
 
 FIELD_TYPES = {  # type of a field below: what its value must be, and the test of that
@@ -90,7 +90,7 @@ class ModelConfig:
         if model_type in ("qwen2", "qwen3") and not raw.get("use_sliding_window"):
             window = None  # Qwen files carry a window that is switched off
         layer_type = raw.get("layer_types")
-        if isinstance(layer_type, list):  # the first that is another
+        if isinstance(layer_type, list):  # the first that we lack
             layer_type = next((kind for kind in layer_type if kind != "full_attention"), None)
         for field, value, supported in (
             ("model_type", model_type, tuple(ARCHITECTURES)),
@@ -123,7 +123,7 @@ class ModelConfig:
             if needed and not fits(value):
                 raise ValueError(f"{source}: {f.name} is {repr(value)[:40]}, not {needed}")
         if values["num_hidden_layers"] > 1000:
-            raise ValueError(f"{source}: num_hidden_layers is {values['num_hidden_layers']}")
+            raise ValueError(f"{source}: num_hidden_layers is above 1000")
         if heads % values["num_key_value_heads"] or values["head_dim"] % 2:
             raise ValueError(f"{source}: key-value heads must divide the heads, head_dim be even")
         return cls(**values)
@@ -142,7 +142,7 @@ def read_rope(raw: dict, source) -> dict:
         kind = "one for each kind of layer"
     if rope.get("partial_rotary_factor", raw.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ValueError(f"{source}: a partial_rotary_factor is not supported")
-    if kind not in tuple(ROPE_FIELDS):
+    if kind not in tuple(ROPE_FIELDS):  # a tuple: kind may be a list
         only = ", ".join(ROPE_FIELDS)
         raise ValueError(f"{source}: rope_type {kind!r} is not supported (only {only})")
     for name in ROPE_FIELDS[kind]:
@@ -193,15 +193,15 @@ class KVCache:
 
     First a row is a prompt, kept as the forward over whole prompts gives it (`positions` None).
     After `start_decoding` a row is one answer: its prompt, then its own tokens, token t in slot t.
-    `positions` (rows,) is the slot that the next token of each row takes. What stands in slots
-    behind it (zeros, a prompt's padding) is masked.
+    `positions` (rows,) is the slot that the next token of each row takes. Later slots
+    (zeros, or a prompt's padding) are masked.
     """
 
     def __init__(self):
         self.keys, self.values, self.positions = {}, {}, None
 
     def update(self, layer: int, k, v):
-        """Takes the keys and values of the tokens that come now, gives all that they may see."""
+        """Takes the new tokens' keys and values, gives all that these tokens may see."""
         if self.positions is None:  # whole prompts
             self.keys[layer], self.values[layer] = k, v
         else:  # one token a row: k, v (rows, kv heads, 1, head_dim)
@@ -213,12 +213,12 @@ class KVCache:
     def start_decoding(self, owner, lengths, max_new_tokens: int):
         """From here on row r is an answer to prompt owner[r]; lengths (P,) are the prompts'."""
         for kept in (self.keys, self.values):
-            for layer, x in kept.items():  # one old layer at a time
+            for layer, x in kept.items():  # so only one layer is held twice
                 kept[layer] = F.pad(x[owner], (0, 0, 0, max_new_tokens))
         self.positions = lengths[owner]
 
     def mask(self, dtype):
-        """(rows, 1, 1, slots): 0 up to each row's newest token, -inf behind it."""
+        """(rows, 1, 1, slots): 0 up to each row's newest token, -inf after it."""
         slots = torch.arange(self.keys[0].shape[2], device=self.positions.device)
         seen = slots <= self.positions[:, None, None, None]
         return torch.where(seen, 0.0, -torch.inf).to(dtype)
@@ -256,10 +256,12 @@ class Attention(nn.Module):
         if mask is None:  # whole rows
             grouped = q.shape[1] != k.shape[1]
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        else:  # one token a row: the query heads of a key head become its rows, T = 1 becomes heads
+        else:  # one token a row: the query heads that share a key head become its queries
             q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, kv heads, group, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            y = y.reshape(B, -1, 1, self.head_dim)  # (B, heads, 1, D); CUDA has a layout of its own
+            y = y.reshape(
+                B, -1, 1, self.head_dim
+            )  # (B, heads, 1, D); on CUDA y may not be contiguous
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, heads * D)
 
 
@@ -362,8 +364,8 @@ class HeadLogprobs(torch.autograd.Function):
     """log softmax(h W^T / temperature) at the target tokens, without ever holding all logits.
 
     For a small model with a large vocabulary the logits are most of the memory and time. But a
-    row's log-prob depends on its own hidden state h alone, and where the head W is frozen its
-    gradient is known at once: (onehot - p) W / temperature. So the forward takes a few rows at a
+    row's log-prob depends on its own hidden state h alone, and with a frozen head W the gradient in
+    h is known at once: (onehot - p) W / temperature. So the forward takes a few rows at a
     time and keeps this one vector a row; the backward only scales it. The error onehot - p is taken
     in float32 before it is rounded to W's dtype, for the target as -expm1(log p), which keeps its
     digits where p is near 1.
@@ -494,7 +496,7 @@ def generate_rows(model, prompts, owner, uniforms, temperature, top_p, eos):
         counts += ~ended  # the EOS itself counts
         ended |= torch.isin(token, eos)
         if step + 1 == max_new_tokens or (step % 8 == 7 and ended.all()):
-            break  # looked at now and then: each check synchronises with the GPU
+            break  # every 8th step only: the check synchronises with the GPU
         logits = decode_one_token(model, token, cache)
     return tokens, logps, counts
 
@@ -513,7 +515,7 @@ def prefill(model, prompts, cache=None):
 def decode_one_token(model, token, cache):
     """token (R,), the newest of each row -> the logits (R, V) that follow.
 
-    Every shape is static and nothing branches on data, so that a GPU can replay a recorded step.
+    Every shape is static and nothing branches on data, so a CUDA graph can hold the step.
     """
     hidden = model.model(token[:, None], cache)  # (R, 1, H)
     cache.positions += 1
@@ -641,10 +643,10 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = torch.float32) ->
                 if not tensor.isfinite().all():
                     raise ValueError(f"{file}: {name} holds numbers that are not finite")
                 weights[name] = tensor.to(dtype or tensor.dtype)
-    if config.tie_word_embeddings:
-        head = weights.pop("lm_head.weight", None)
+    if config.tie_word_embeddings and "lm_head.weight" in weights:
+        head = weights.pop("lm_head.weight")
         embedding = weights.setdefault("model.embed_tokens.weight", head)
-        if head is not None and not torch.equal(head, embedding):
+        if not torch.equal(head, embedding):
             warnings.warn(
                 f"{folder}: lm_head.weight differs from the embedding: not tied", stacklevel=2
             )
@@ -652,7 +654,7 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = torch.float32) ->
     with torch.device("meta"):
         model = Transformer(config)
     for name, expected in model.named_parameters():
-        if weights.get(name) is None:
+        if name not in weights:
             raise ValueError(f"{folder}: the tensor {name} is missing")
         if weights[name].shape != expected.shape:
             shapes = f"{tuple(weights[name].shape)}, config.json says {tuple(expected.shape)}"

@@ -67,7 +67,7 @@ def run(c) -> dict:
     """The whole method on one run folder. c: the flags, one attribute each (`read_config`). Returns
     the report, also report.json."""
     lock = open_folder(c)  # noqa: F841  held until this function ends
-    model, inputs = prepare(c)  # the votes are in the examples
+    model, inputs = prepare(c)  # each example carries its voted label
     rows = {}
     if c.order != "none":
         rows["base"] = evaluate(c, "base", model, inputs)
@@ -78,12 +78,13 @@ def run(c) -> dict:
         rows["init"] = evaluate(c, "init", model, inputs)
     s1, s2 = score(c, model, inputs.encoded)  # importance on S1, importance on S2: eq. 1-3
     masks, facts = split_elements(c, model, s1, s2)  # Algorithm 1, step 1
-    model.model.checkpointing = c.checkpointing  # from here on: it does not mix with vmap
+    model.model.checkpointing = c.checkpointing  # only now: the vmap of scoring cannot recompute
     for stage in ORDERS[c.order]:
+        lorapar.set_mask(model, masks[stage])
         if stage == "sft":  # step 2: moves S1-only and the top alpha of shared
-            sft(c, model, inputs, masks["sft"])
+            sft(c, model, inputs)
         else:  # step 3: moves S2-only and the top beta of shared
-            rl(c, model, inputs, masks["rl"])
+            rl(c, model, inputs)
         rows[stage] = evaluate(c, stage, model, inputs)
     return write_report(c, rows, facts, inputs, s1, s2)
 
@@ -116,7 +117,7 @@ def add_adapters(c, model):
 
 def score(c, model, encoded):
     """Importance of every LoRA element for both systems, before any training -> s1, s2 (N,) on the
-    CPU. Kept with the start of the factors, which a resumed run puts back."""
+    CPU. Saved with the start of the factors; a resumed run restores both."""
     path = Path(c.out) / "importance.safetensors"
     if path.exists():
         saved = read_tensors(path, ("start", "s1", "s2"))
@@ -128,16 +129,17 @@ def score(c, model, encoded):
         print(f"score: reused from {path}")
         return saved["s1"], saved["s2"]
     saved = {"start": lorapar.get_flat(model)}
-    for system in ("S1", "S2"):
-        if c.theta == 1 and c.alpha in (0, 1) and c.beta in (0, 1):
-            saved[system.lower()] = torch.ones_like(saved["start"])  # all or none: nothing to rank
+    all_or_none = c.theta == 1 and c.alpha in (0, 1) and c.beta in (0, 1)
+    for name, system in (("s1", "S1"), ("s2", "S2")):
+        if all_or_none:  # nothing to rank
+            saved[name] = torch.ones_like(saved["start"])
             continue
         examples = encoded[system]
         examples = random.Random(c.seed).sample(examples, min(c.score_examples, len(examples)))
         rank, size = lorapar.rank_and_size()
         batches = data.batches(examples[rank::size], c.micro_batch, c.device)
         batches = bar(batches, f"score {system}")
-        saved[system.lower()] = lorapar.importance(model, batches)
+        saved[name] = lorapar.importance(model, batches)
         print(f"score: {system} on {len(examples)} examples")
     write_tensors(path, saved)
     return saved["s1"].cpu(), saved["s2"].cpu()
@@ -180,10 +182,8 @@ def permuted(model, s1, s2, select: str, generator):
     return s1[order], s2[order]
 
 
-def sft(c, model, inputs, mask):
+def sft(c, model, inputs):
     """Supervised fine-tuning of the masked elements. inputs.sft: questions with their answers."""
-    if mask is not None:  # None: a baseline of table 6 trains all it has
-        lorapar.set_mask(model, mask)
     optimizer = lorapar.MaskedAdamW(
         model,
         lr=c.sft_lr,
@@ -192,7 +192,7 @@ def sft(c, model, inputs, mask):
         sum_gradients=True,
     )
     plan = step_indices(len(inputs.sft), c.sft_batch, c.sft_epochs, c.sft_steps, c.seed)
-    first = load_state(c, "sft", model, optimizer, len(plan))  # 0 but where a run goes on
+    first = load_state(c, "sft", model, optimizer, len(plan))  # 0 unless a run goes on
     model.train()  # dropout acts in this stage alone
     for step in range(first, len(plan)):
         started = time.perf_counter()
@@ -209,12 +209,14 @@ def sft(c, model, inputs, mask):
         values |= {"seconds": time.perf_counter() - started}
         end_step(c, "sft", model, optimizer, inputs, step, len(plan), values)
     model.eval()
-    lorapar.save_adapter(model, Path(c.out) / "sft", c.model or "toy")  # a killed run may lack it
+    lorapar.save_adapter(
+        model, Path(c.out) / "sft", c.model or "toy"
+    )  # missing if killed between two saves
 
 
 def backward(model, encoded, batch_size: int, micro_batch: int, device):
-    """These examples' part of a batch's loss, the mean over its examples of the mean cross-entropy
-    of each answer's tokens; adds its gradient. At most micro_batch examples at a time; the gradient
+    """Backward on these examples -> their share of the batch's loss: the mean over its examples of
+    each answer's mean token cross-entropy. At most micro_batch examples at a time; the gradient
     does not depend on it."""
     total = torch.zeros((), device=device)
     for tokens, labels in data.batches(encoded, micro_batch, device):
@@ -225,9 +227,8 @@ def backward(model, encoded, batch_size: int, micro_batch: int, device):
     return total
 
 
-def rl(c, model, inputs, mask):
+def rl(c, model, inputs):
     """GRPO on the masked elements. inputs.rl: (example, the ids of its prompt)."""
-    lorapar.set_mask(model, mask)
     optimizer = lorapar.MaskedAdamW(
         model,
         lr=c.rl_lr,
@@ -236,10 +237,11 @@ def rl(c, model, inputs, mask):
         max_grad_norm=c.rl_grad_norm,
         sum_gradients=True,
     )
-    reference = lorapar.get_flat(model)  # of the KL: the policy as RL began, before any load
+    reference = lorapar.get_flat(model)  # of the KL: RL's start, before load_state changes it
     if c.kl_reference == "base":
         start = read_tensors(Path(c.out) / "importance.safetensors", ["start"])["start"]
         start = start.to(c.device)
+        # an adapter at its anchor, or of zeros, is the untouched base
         reference = start if c.init in lorapar.ANCHORED else torch.zeros_like(start)
     settings = grpo.Settings(
         group=c.rl_group,
@@ -339,7 +341,7 @@ def stop_if_diverged(c, stage: str, step: int):
         raise Diverged(f"{stage} step {step + 1}: {error}: {cure}") from None
 
 
-SHOWN = {  # of a step's values
+SHOWN = {  # the values in a step's line of the log
     "sft": ("loss", "grad_norm"),
     "rl": ("reward", "length", "truncated", "kl", "gap", "equal_groups", "rollout_s", "update_s"),
 }
@@ -349,7 +351,7 @@ LEGEND = {
     "the\n    reference; gap: of sampling's log-probs to training's (rounding alone); "
     "equal_groups:\n    prompts whose answers all earn the same, so nothing is learned from them",
 }
-STAGE = {"running": False, "stop": False, "saved": 0.0}  # a loop's; when it was saved last
+STAGE = {"running": False, "stop": False, "saved": 0.0}  # of a loop; saved: when last
 
 
 def ask_to_stop(signum, frame):
@@ -369,7 +371,7 @@ def end_step(c, stage, model, optimizer, inputs, step: int, steps: int, values: 
     late = time.monotonic() - STAGE["saved"] > 600  # steps may take minutes
     saves = "accuracy" in values or (step + 1) % c.save_every == 0 or step + 1 == steps
     saves = saves or in_any_process(c, STAGE["stop"] or late)
-    if saves:  # elements can be finite and their product not
+    if saves:  # finite A and B can still overflow in B A
         with stop_if_diverged(c, stage, step), eval_mode(model), torch.no_grad():
             zeros = torch.zeros(1, 2, dtype=torch.long, device=c.device)
             if not token_logprobs(model, zeros, zeros).isfinite().all():
@@ -482,8 +484,7 @@ def answer_all(c, model, inputs, examples, what: str) -> list[dict]:
     order = sorted(range(len(examples)), key=lambda i: encoded[i].prompt_length)  # little padding
     order = order[rank::size]
     batches = []
-    for reply_to in (reply_texts, reply_letters):
-        is_letter = reply_to is reply_letters
+    for is_letter, reply_to in ((False, reply_texts), (True, reply_letters)):
         rows = [i for i in order if (examples[i].kind == "letter") == is_letter]
         for start in range(0, len(rows), c.batch_rows):
             batches.append((reply_to, rows[start : start + c.batch_rows]))
@@ -499,7 +500,7 @@ def answer_all(c, model, inputs, examples, what: str) -> list[dict]:
             for i, reply, correct, (p, loss) in zip(rows, replies, verdicts, likelihoods):
                 records[i] |= {"gold": examples[i].gold, "reply": reply, "correct": correct}
                 records[i] |= {"probability": p, "loss": loss}
-    for i, record in lorapar.gather_over_ranks([(i, records[i]) for i in order]):
+    for i, record in grpo.gather_over_ranks([(i, records[i]) for i in order]):
         records[i] = record
     return records
 
@@ -520,7 +521,7 @@ def reply_texts(c, model, tokenizer, examples, prompts) -> list[str]:
 
 @torch.no_grad()
 def reply_letters(c, model, tokenizer, examples, prompts) -> list[str]:
-    """The most likely of A, B, C and D behind each prompt."""
+    """The most likely of A, B, C and D after each prompt."""
     letters = []
     for letter in "ABCD":
         example = replace(examples[0], answer=f" {letter}")
@@ -540,7 +541,8 @@ def likelihood(c, model, encoded, what: str) -> list[tuple[float, float]]:
         if not logp.isfinite().all():
             raise Diverged(f"evaluate {what}: the model's log-probs are not finite")
         counts = (labels[:, 1:] != -100).sum(1)
-        pairs += [(math.exp(p), -p / n) for p, n in zip(logp.tolist(), counts.tolist())]
+        for log_p, n in zip(logp.tolist(), counts.tolist()):
+            pairs.append((math.exp(log_p), -log_p / n))
     return pairs
 
 
@@ -579,7 +581,7 @@ def within(kind, low, high):
     return number
 
 
-def device(name: str) -> str:
+def device_name(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):
@@ -662,7 +664,7 @@ FLAGS = {
         "mask_truncated": (bool, False, "answers cut at --max-response do not train"),
     },
     SIZE_AND_SPEED: {
-        "device": (device, "cuda" if torch.cuda.is_available() else "cpu", "torch device"),
+        "device": (device_name, "cuda" if torch.cuda.is_available() else "cpu", "torch device"),
         "batch_rows": (COUNT, 64, "answers decoded together, in rollouts and evaluation"),
         "micro_batch": (COUNT, 8, "examples or answers a forward and backward"),
         "checkpointing": (bool, False, "recompute layers in the backward: less memory, slower"),
@@ -737,7 +739,7 @@ def read_config(arguments):
 
 @dataclass
 class Inputs:
-    """What a run reads: training examples by system, as the stages take them, and the test."""
+    """What a run reads: training data by system and by stage, and what it is evaluated on."""
 
     tokenizer: data.Tokenizer
     encoded: dict  # system -> its training examples as token ids, for scoring
@@ -746,7 +748,7 @@ class Inputs:
     test: list  # of examples
     validation: list  # of examples, for --eval-every
     reward: object  # (example, reply, unconfined) -> its parts
-    facts: dict  # what of it -> how many, in words
+    notes: dict  # name -> a line of the report
     made_from: dict = field(default_factory=dict)
 
 
@@ -760,7 +762,7 @@ def prepare(c):
     if config.exists():
         refuse_changes(config, read_json(config).get("made_from", {}), inputs.made_from)
     write_lines(Path(c.out) / "labels.jsonl", labels)
-    write_json(config, settings(c) | {"made_from": inputs.made_from})
+    write_json(config, flags_of(c) | {"made_from": inputs.made_from})
     describe(c, model, linears, inputs)
     if inputs.rl:  # one rollout and its reward are tried too
         example, prompt = inputs.rl[0]
@@ -772,11 +774,12 @@ def prepare(c):
 
 def read_inputs(c, folder):
     """-> Inputs, and the label records."""
-    sets, facts = read_sets(c), {}
-    labels = read_labels(c, sets, facts)
+    sets, notes = read_sets(c), {}
+    labels = read_labels(c, sets, notes)
     label_of = {r["id"]: r["label"] for r in labels}
     tokenizer = data.Tokenizer(folder)
-    inputs, systems = Inputs(tokenizer, {}, [], [], [], [], reward_function(c), facts), {}
+    inputs = Inputs(tokenizer, {}, [], [], [], [], reward_function(c), notes)
+    examples_of = {}  # system -> its training examples
     inputs.made_from = made_from(c, folder, sets, labels)
     for system in ("S1", "S2"):
         labelled = [replace(e, label=label_of[e.id]) for e in sets[system] if e.id in label_of]
@@ -785,29 +788,29 @@ def read_inputs(c, folder):
         encoded, counts = data.tokenize(examples, tokenizer, c.max_length, c.prompt, "sft")
         counts["without a label"] = len(sets[system]) - len(labelled)
         words = [f"{len(encoded)} training examples", *(f"{n} {k}" for k, n in counts.items() if n)]
-        facts[system] = ", ".join(words)
+        notes[system] = ", ".join(words)
         if not encoded:
             raise ValueError(
-                f"{system}: {facts[system]}: check --labels, --train-examples, --max-length"
+                f"{system}: {notes[system]}: check --labels, --train-examples, --max-length"
             )
-        systems[system], inputs.encoded[system] = examples, encoded
-    inputs.sft, rl_examples = inputs.encoded["S1"], systems["S2"]
+        examples_of[system], inputs.encoded[system] = examples, encoded
+    inputs.sft, rl_examples = inputs.encoded["S1"], examples_of["S2"]
     if c.stage_data == "all":  # an ablation: both stages train on both systems
         inputs.sft = inputs.encoded["S1"] + inputs.encoded["S2"]
-        rl_examples = systems["S2"] + systems["S1"]
+        rl_examples = examples_of["S2"] + examples_of["S1"]
     if "rl" in ORDERS[c.order]:
-        inputs.rl = rl_prompts(c, tokenizer, rl_examples, facts)
+        inputs.rl = rl_prompts(c, tokenizer, rl_examples, notes)
         example = inputs.rl[0][0]  # the reward is tried before hours of work
         parts = inputs.reward(example, example.answer, c.allow_unconfined_code)
-        facts["reward"] = f"of the reference answer of {example.id}: {parts}"
-    for name, limit in (("test", c.eval_examples), ("validation", c.eval_examples or 100)):
-        setattr(inputs, name, evaluated(c, sets[name], label_of)[:limit])
-    facts["test"] = f"{len(inputs.test)} {c.eval_split} examples of {c.eval_data or c.data}"
+        notes["reward"] = f"of the reference answer of {example.id}: {parts}"
+    inputs.test = checkable(c, sets["test"], label_of)[: c.eval_examples]
+    inputs.validation = checkable(c, sets["validation"], label_of)[: c.eval_examples or 100]
+    notes["test"] = f"{len(inputs.test)} {c.eval_split} examples of {c.eval_data or c.data}"
     return inputs, labels
 
 
-def evaluated(c, examples, label_of: dict) -> list:
-    """The examples whose answers can be checked (of none: all, whose reward tells), labelled."""
+def checkable(c, examples, label_of: dict) -> list:
+    """The examples whose answers can be checked (all, if none can: the reward judges), labelled."""
     examples = [replace(e, label=label_of.get(e.id, e.label)) for e in examples]
     checked = [e for e in examples if e.kind != "text"] or examples
     random.Random(c.seed).shuffle(checked)
@@ -824,7 +827,7 @@ def describe(c, model, linears, inputs):
         "model": f"{c.model or 'toy base'}: {parameters:,} parameters, {model.head_weight.dtype}",
         "device": f"{c.device}, {torch.get_num_threads()} threads",
         "LoRA": f"{elements:,} elements in {len(linears)} linears, r {c.r}, start {c.init}",
-        **inputs.facts,
+        **inputs.notes,
         "steps": f"sft {sft_steps}, rl {rl_steps}; order {c.order}",
         "folder": c.out,
     }
@@ -833,27 +836,27 @@ def describe(c, model, linears, inputs):
 
 
 def source(c, spec: str):
-    """--data and its kind -> (name, path)."""
+    """A data set's flag -> (name, path)."""
     return ("toy", str(Path(c.out) / "world")) if spec == "toy" else data.split_spec(spec)
 
 
 def read_sets(c) -> dict:
     """{"S1", "S2", "test", "validation"}: the examples of both stages and of the evaluation. One
-    file without splits is taken whole unless it both trains and tests. ValueError where answers
+    file without splits is cut only where it both trains and tests. ValueError where answers
     could not be checked, or where the evaluation holds training examples."""
     specs = {"S1": c.data, "S2": c.rl_data or c.data, "test": c.eval_data or c.data}
     sets, described = {"validation": []}, set()
     for name, spec in specs.items():
-        path, split = source(c, spec), c.eval_split if name == "test" else "train"
+        place, split = source(c, spec), c.eval_split if name == "test" else "train"
         trains_and_tests = spec == specs["test"] and spec in (specs["S1"], specs["S2"])
-        if data.in_one_file(*path):
+        if data.in_one_file(*place):
             if (split == "validation" or c.eval_every) and not trains_and_tests and name == "test":
                 raise ValueError(f"{spec} is evaluated whole: it has no validation split")
             split = split if trains_and_tests else "all"
             if spec not in described:
-                print(split_words(path, trains_and_tests))
+                print(split_words(place, trains_and_tests))
             described.add(spec)
-        sets[name] = data.load_dataset(*path, split)
+        sets[name] = data.load_dataset(*place, split)
     if c.eval_every:
         sets["validation"] = data.load_dataset(*source(c, specs["test"]), "validation")
     if all(e.kind == "text" for e in sets["S2"]) and "rl" in ORDERS[c.order] and not c.reward:
@@ -867,26 +870,28 @@ def read_sets(c) -> dict:
     return sets
 
 
-def split_words(path, is_cut: bool) -> str:
+def split_words(place, is_cut: bool) -> str:
     """How one file was cut, in one line."""
-    everything, parts = data.load_dataset(*path, "all"), ["taken whole"]
+    everything, parts = data.load_dataset(*place, "all"), ["taken whole"]
     if is_cut:
-        shares = {split: data.FILE_SHARES[split] for split in data.ALL_SPLITS}
-        parts = [f"{len(data.take_share(everything, *shares[s]))} {s}" for s in shares]
+        parts = []
+        for split in data.ALL_SPLITS:
+            examples = data.take_share(everything, *data.FILE_SHARES[split])
+            parts.append(f"{len(examples)} {split}")
     unchecked = sum(e.kind == "text" for e in everything)
     if unchecked:
         parts.append(f"{unchecked} cannot be checked")
-    return f"{path[1]}: {len(everything)} examples: {', '.join(parts)}"
+    return f"{place[1]}: {len(everything)} examples: {', '.join(parts)}"
 
 
-def read_labels(c, sets, facts) -> list[dict]:
+def read_labels(c, sets, notes) -> list[dict]:
     """The label records of all examples: the teachers' votes in the toy, what --labels says, or the
     labels of one's own file."""
     if not c.model:
         teachers, shuffled = re.fullmatch(TOY_LABELS, c.labels or "teachers:5").groups()
         files = sorted((Path(c.out) / "world" / "answers").glob("*.jsonl"))[: int(teachers)]
         records, lines = data.count_votes(files)
-        facts["votes"] = lines[-1].removeprefix("votes: ")
+        notes["votes"] = lines[-1].removeprefix("votes: ")
         return data.shuffle_labels(records, c.seed) if shuffled else records
     examples = list({e.id: e for part in sets.values() for e in part}.values())
     labelled = data.label_examples(examples, c.labels) if c.labels else examples
@@ -900,7 +905,7 @@ def read_labels(c, sets, facts) -> list[dict]:
 
 
 def digest(*parts) -> str:
-    """A hash of bytes, and of what prints alike."""
+    """A hash of bytes, or of anything's repr."""
     total = hashlib.sha256()
     for part in parts:
         total.update(part if isinstance(part, bytes) else repr(part).encode())
@@ -929,17 +934,17 @@ def refuse_changes(path, old: dict, new: dict):
             )
 
 
-def rl_prompts(c, tokenizer, examples, facts) -> list:
+def rl_prompts(c, tokenizer, examples, notes) -> list:
     """[(example, its prompt's ids)] of what a reward can check and --max-prompt lets in."""
     checked = [e for e in examples if e.kind != "text" or c.reward]
     prompts = [(e, data.example_ids(e, tokenizer, c.prompt, "rl")[0]) for e in checked]
     short = [(e, prompt) for e, prompt in prompts if len(prompt) <= c.max_prompt]
-    facts["rl"] = (
+    notes["rl"] = (
         f"{len(short)} of {len(examples)} prompts ({len(prompts) - len(short)} longer than "
         f"--max-prompt {c.max_prompt}, {len(examples) - len(checked)} cannot be checked)"
     )
     if not short:
-        raise ValueError(f"rl: {facts['rl']}")
+        raise ValueError(f"rl: {notes['rl']}")
     return short
 
 
@@ -972,8 +977,8 @@ def reward_function(c):
 
 
 def load(c, folder) -> Transformer:
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-    return load_model(folder, c.device, dtypes.get(c.dtype) or auto_dtype(folder, c.device))
+    dtype = auto_dtype(folder, c.device) if c.dtype == "auto" else getattr(torch, c.dtype)
+    return load_model(folder, c.device, dtype)
 
 
 def toy_base(c) -> Path:
@@ -981,14 +986,14 @@ def toy_base(c) -> Path:
     folder = Path(c.out) / "base"
     if lorapar.rank_and_size()[0] == 0 and not (folder / "model.safetensors").exists():
         make_toy_base(c, folder)  # the weights are written last
-    lorapar.gather_over_ranks([])  # the others wait here
+    grpo.gather_over_ranks([])  # the others wait here
     return folder
 
 
 def make_toy_base(c, folder: Path):
     """The toy's data and its tiny base, trained on the unreliable corpus: a Hugging Face folder."""
     steps, batch = TOY_BASE["steps"], TOY_BASE["batch"]
-    write_json(Path(c.out) / "config.json", settings(c))
+    write_json(Path(c.out) / "config.json", flags_of(c))
     world = data.make_toy(Path(c.out) / "world", c.seed)
     data.save_toy_tokenizer(folder)
     write_json(folder / "config.json", {"eos_token_id": 0})  # the tokenizer reads it here
@@ -1020,8 +1025,8 @@ def make_toy_base(c, folder: Path):
 # ---------------------------------------------------------------------------------- the run folder
 
 
-def settings(c) -> dict:
-    return {name: value for name, value in vars(c).items() if name in defaults() and name != "out"}
+def flags_of(c) -> dict:
+    return {name: getattr(c, name) for name in defaults() if name != "out"}
 
 
 def open_folder(c):
@@ -1030,15 +1035,13 @@ def open_folder(c):
     size and speed always."""
     out = Path(c.out)
     out.mkdir(parents=True, exist_ok=True)
-    lock = None
-    if lorapar.rank_and_size()[0] == 0:
-        lock = lock_folder(out)
+    lock = lock_folder(out) if lorapar.rank_and_size()[0] == 0 else None
     config = out / "config.json"
     if not config.exists():
         if (out / "importance.safetensors").exists():
             raise ValueError(f"{config} is missing, but a run was there: name another --out")
         return lock
-    old, new = read_json(config), settings(c)
+    old, new = read_json(config), flags_of(c)
     free = list(FLAGS[SIZE_AND_SPEED])
     for stage, group in (("sft", "SFT"), ("rl", "RL (GRPO)")):
         if not (out / stage / "state.safetensors").exists():
@@ -1141,22 +1144,21 @@ def write_report(c, rows, facts, inputs, s1, s2) -> dict:
         lines += table([metric, *head, "loss"], cells)
         lines += ["", "Greedy answers, ± one standard error. loss: mean over examples of the"]
         lines += ["cross-entropy a token of the reference answer.", ""]
-    thetas = []
-    ranked = s1 is not None and bool((s1 != s1[0]).any())  # not a baseline, nor theta 1
-    for theta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9) if ranked else ():
-        part = lorapar.partition(s1, s2, theta)
-        shares = [100 * float((own | part.shared).double().mean()) for own in part[:2]]
-        thetas.append([theta, *(f"{share:.2f}" for share in shares), f"{jaccard(part):.3f}"])
-    if thetas:
+    if s1 is not None and (s1 != s1[0]).any():  # not a baseline, nor theta 1
+        thetas = []
+        for theta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9):
+            part = lorapar.partition(s1, s2, theta)
+            shares = [100 * float((own | part.shared).double().mean()) for own in part[:2]]
+            thetas.append([theta, *(f"{share:.2f}" for share in shares), f"{jaccard(part):.3f}"])
         lines += [*table(["theta", "% S1 region", "% S2 region", "Jaccard"], thetas), ""]
     regions = [f"{name} {size}" for name, size in facts["regions"].items()]
     lines.append(f"- elements: {', '.join([str(facts['elements']), *regions])}")
-    lines += [f"- {name}: {text}" for name, text in inputs.facts.items()]
+    lines += [f"- {name}: {text}" for name, text in inputs.notes.items()]
     if rows and c.method == "lora" and c.init in lorapar.ANCHORED:
         lines.append(f"- adapters: rank {2 * c.r}, twice --r: the difference from the base")
     text = "\n".join([*lines, ""])
     print("\n" + text)
-    report = {"evaluation": rows, "partition": facts, "data": inputs.facts, "metric": metric}
+    report = {"evaluation": rows, "partition": facts, "data": inputs.notes, "metric": metric}
     write_json(Path(c.out) / "report.json", report)
     lorapar.write_file(Path(c.out) / "report.md", text.encode())
     return report
@@ -1166,7 +1168,7 @@ def write_report(c, rows, facts, inputs, s1, s2) -> dict:
 
 
 def virtual_ids(model) -> list[int]:
-    """The ids of a baseline's virtual tokens, behind those of the vocabulary."""
+    """The ids of a baseline's virtual tokens, after those of the vocabulary."""
     first = model.config.vocab_size
     return list(range(first, first + model.baseline["virtual_tokens"]))
 
@@ -1178,7 +1180,7 @@ def run_baseline(c, model, inputs, rows) -> dict:
     model.model.checkpointing = c.checkpointing
     virtual = inputs.tokenizer.virtual = virtual_ids(model)  # not counted in --max-length
     inputs.sft = [data.Encoded(virtual + e.ids, e.prompt_length + n) for e in inputs.sft]
-    sft(c, model, inputs, None)
+    sft(c, model, inputs)
     rows["sft"] = evaluate(c, "sft", model, inputs)
     facts = {"elements": len(lorapar.get_flat(model)), "regions": {}, "jaccard": None}
     return write_report(c, rows, facts | {"active_percent": {"sft": 100.0}}, inputs, None, None)
@@ -1203,11 +1205,11 @@ def run_eval(arguments):
     if folder and "data" not in said:  # what the run itself evaluates
         labels = data.read_records(Path(folder) / "labels.jsonl")
         label_of = {record["id"]: record["label"] for _, record in labels}
-        c.data, examples = c.eval_data or c.data, evaluated(c, read_sets(c)["test"], label_of)
+        c.data, examples = c.eval_data or c.data, checkable(c, read_sets(c)["test"], label_of)
     else:
-        path = source(c, c.data)
-        whole = data.in_one_file(*path)
-        examples = evaluated(c, data.load_dataset(*path, "all" if whole else c.eval_split), {})
+        place = source(c, c.data)
+        split = "all" if data.in_one_file(*place) else c.eval_split
+        examples = checkable(c, data.load_dataset(*place, split), {})
     if all(e.kind == "text" for e in examples) and not c.reward:
         raise ValueError(f"answers of {c.data} cannot be checked")
     name = f"eval-{Path(source(c, c.data)[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
@@ -1220,7 +1222,7 @@ def run_eval(arguments):
         tokenizer.virtual = virtual_ids(model)
     elif adapter:
         lorapar.load_adapter(model, adapter)
-    inputs = Inputs(tokenizer, {}, [], [], [], [], reward_function(c), {})
+    inputs = argparse.Namespace(tokenizer=tokenizer, reward=reward_function(c))
     records = answer_all(c, model, inputs, examples[: c.eval_examples], c.data)
     print(json.dumps(averages(records), indent=2))
     data.write_jsonl(out, records)
@@ -1323,7 +1325,7 @@ def draw_figures(out: Path):
     lines = [record for _, record in data.read_records(metrics)] if metrics.exists() else []
     shown = [("sft", "loss"), ("rl", "reward"), ("rl", "kl"), ("rl", "length")]
     validated = {r["stage"] for r in lines if "accuracy" in r}
-    shown += [(stage, "accuracy") for stage in sorted(validated, reverse=True)]
+    shown += [(stage, "accuracy") for stage in ("sft", "rl") if stage in validated]
     figure = new_figure(3.5 * len(shown), 3)
     for axes, (stage, name) in zip(figure.subplots(1, len(shown)), shown):
         points = [r for r in lines if r["stage"] == stage and name in r]
@@ -1437,6 +1439,7 @@ def run_sweep(arguments):
     if args.name == "resample":
         return resample(base, args.seeds)
     rows = sweep_rows(args.name)
+    # every row may set the order
     own_flags = ["--order", *" ".join(flags for flags, _ in rows.values()).split()]
     for flag in [word.partition("=")[0] for word in said if word.startswith("--")]:
         if flag in own_flags:
@@ -1451,11 +1454,11 @@ def run_sweep(arguments):
 
     def cell(row, **changes):
         nonlocal done
-        facts = run_cell(base, argparse.Namespace(**vars(configs[row]) | changes))
+        numbers = run_cell(base, argparse.Namespace(**vars(configs[row]) | changes))
         done += 1
         left = int((time.time() - began) / done * (cells - done))
         print(f"cell {done} of {cells}, left {left // 60}:{left % 60:02d}")
-        return facts
+        return numbers
 
     records, rates = [], {}
     for row, c in configs.items():
@@ -1475,28 +1478,29 @@ def run_sweep(arguments):
 
 
 def run_cell(base, c) -> dict:
-    """One ordinary run in a folder named after what it changes, a finished one only read -> what a
-    sweep shows of it, in percent."""
-    changed = {k: v for k, v in settings(c).items() if k == "seed" or v != getattr(base, k)}
+    """One ordinary run in a folder named after what it changes, a finished one only read -> its
+    numbers, accuracies in percent."""
+    changed = {k: v for k, v in flags_of(c).items() if k == "seed" or v != getattr(base, k)}
     folder = Path(base.out) / "cells" / ",".join(f"{k}={v}" for k, v in sorted(changed.items()))
     folder.mkdir(parents=True, exist_ok=True)
     c.out = str(folder)
     done = (folder / "report.md").exists()
-    if done and settings(c).items() <= read_json(folder / "config.json").items():
+    if done and flags_of(c).items() <= read_json(folder / "config.json").items():
         report = read_json(folder / "report.json")
     else:
         with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
             share_toy(base, c)
             report = run(c)
-    facts = {name: report["partition"][name] for name in ("elements", "jaccard")}
-    facts |= {f"% active in {k}": v for k, v in report["partition"]["active_percent"].items()}
-    stages = list(report["evaluation"])
-    for stage, when in [*((s, f"after {s}") for s in stages), (stages[-1], "at the end")]:
-        for system, row in report["evaluation"][stage].items():
-            facts[f"{system} {when}"] = 100 * row["accuracy"]
-            facts[f"{system} p(answer) {when}"] = row["probability"]
-            facts[f"{system} loss {when}"] = row["loss"]
-    return facts
+    numbers = {name: report["partition"][name] for name in ("elements", "jaccard")}
+    numbers |= {f"% active in {k}": v for k, v in report["partition"]["active_percent"].items()}
+    rows = {f"after {stage}": row for stage, row in report["evaluation"].items()}
+    rows["at the end"] = list(rows.values())[-1]
+    for when, row in rows.items():
+        for system, means in row.items():
+            numbers[f"{system} {when}"] = 100 * means["accuracy"]
+            numbers[f"{system} p(answer) {when}"] = means["probability"]
+            numbers[f"{system} loss {when}"] = means["loss"]
+    return numbers
 
 
 def share_toy(base, c):
@@ -1521,8 +1525,8 @@ def best_rates(c, cell) -> dict:
             rate = float(f"{rate:.3g}")
             trial = best | {name: rate, "seed": RATES_SEED, "eval_split": "validation"}
             try:
-                facts = cell(**trial)
-                ends[rate] = facts["all at the end"], -facts["all loss at the end"]
+                numbers = cell(**trial)
+                ends[rate] = numbers["all at the end"], -numbers["all loss at the end"]
             except Diverged:
                 ends[rate] = -1.0, -math.inf
         best[name] = max(ends, key=ends.get)
@@ -1560,10 +1564,13 @@ def spread(values: list, digits=1) -> str:
 
 
 def mean_and_error(gaps: list, digits=1) -> str:
-    """Mean ± its standard error, which one value does not tell."""
-    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0
-    shown = f" ± {error:.{digits}f}" if len(gaps) > 1 else ""
-    return f"{statistics.mean(gaps):+.{digits}f}{shown}" if gaps else ""
+    """Mean ± its standard error; the mean alone of one value."""
+    if not gaps:
+        return ""
+    mean = f"{statistics.mean(gaps):+.{digits}f}"
+    if len(gaps) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.{digits}f}"
 
 
 def write_sweep(base, name: str, records: list[dict], lines: list[str]):
@@ -1591,7 +1598,7 @@ def resample(base, seeds: int):
         S1, S2 = inputs.encoded["S1"], inputs.encoded["S2"]
         for n in [n for n in (25, 50, 100, 200) if 2 * n <= min(len(S1), len(S2))]:
             half = n // 2
-            draws = S1[:n], S1[n : 2 * n], S2[:n], S2[n : 2 * n]  # two disjoint ones of a system
+            draws = S1[:n], S1[n : 2 * n], S2[:n], S2[n : 2 * n]  # two disjoint draws a system
             draws += S1[:half] + S2[:half], S1[half:n] + S2[half:n]
             scores = []
             for encoded in bar(draws, f"resample {n}"):
@@ -1653,7 +1660,7 @@ def main(arguments=None):
     handlers = {name: signal.signal(name, ask_to_stop) for name in (signal.SIGINT, signal.SIGTERM)}
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # torchrun says so
     try:
-        if arguments[:1] and arguments[0] in COMMANDS:
+        if arguments and arguments[0] in COMMANDS:
             COMMANDS[arguments[0]](arguments[1:])
             return
         c = read_config(arguments)
