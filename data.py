@@ -822,7 +822,7 @@ NUMBER = re.compile(
     r"(?P<spoiled>(?:[eE][-+]?|[.,:/xX]|\*\*)\d[\d.,:/]*|\.?\(\d|\^-?\d*|[_²³⁰-⁹]|[kKMBx]\b"
     r"|(?<!\d{4}) \d{3}\b|\.?\s?[½¼¾⅐-⅞√π∞万亿\0]|\s?(?:thousand|million|billion|dozen)\b)?"
 )
-ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")  # what stands behind the 2 of "2nd"
+ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")  # after the 2 of "2nd"
 GROUPED = re.compile(r"\d+|\d{1,3}(?:,\d{2,3})*,\d{3}")  # 1,000 and India's 1,00,000; not 3,5
 FORMULA = re.compile(  # 5!, 7(x + 3), 18 + x, 5x; not dollars/day
     r"[<>≤≥±\0]|\d[!(]|(?<![A-Za-z])[-+*/] ?[A-Za-z]\b|\d ?[xyzn]\b|\b[xyzn] ?[-+*/^]"
