@@ -903,12 +903,17 @@ def final_number(reply: str):
 
 
 # One of four letters, alone: "A or B", "B, C" and "A. B. C. D." are none.
-LETTER = r"([A-D])(?![\w'’+]|\W{0,3}(?:[,/]|or\b|and\b) ?\(?[A-D]\b|\. [A-D]\.| is (?:wrong|not)\b)"
-SAID_LETTER = re.compile(  # "The answer is B"
-    r"(?:(?i:\banswer|\bchoose|\b(?:correct|right|best) (?:option|choice))|答案|正解|选)"
-    rf"(?:(?i: is| would be)|是|为)?\W{{0,6}}(?:(?i:option|choice) )?{LETTER}"
+LETTER = (
+    r"(?<![A-Za-z0-9])([A-D])(?![A-Za-zÀ-ɏ0-9+]|['’]\w| is (?:wrong|not)\b|\. [A-D]\."
+    r"|\W{0,3}(?:[,/]|or\b|and\b) ?\(?[A-D]\b)"
 )
-FIRST_LETTER = re.compile(rf"\W{{0,6}}(?:(?i:option|choice) )?(?!A [a-z]){LETTER}")
+BEFORE = r"(?:(?!\n\n)\W){0,6}(?:(?i:option|choice) )?"  # what may stand before it
+SAID_LETTER = re.compile(  # "The answer is B", "B is correct"
+    r"(?:(?i:\banswer|\bchoose|\b(?:correct|right|best) (?:option|choice))|答案|正解|选项?)"
+    rf"(?:(?i: is| would be| should be)|是|为|は)?{BEFORE}{LETTER}"
+    rf"|{LETTER}\W{{0,3}} is (?:the )?(?:correct|right)\b"
+)
+FIRST_LETTER = re.compile(rf"{BEFORE}(?!A (?!is\b)[a-z]){LETTER}")
 
 
 def final_letter(reply: str):
@@ -916,7 +921,7 @@ def final_letter(reply: str):
     text = final_part(reply)
     text = plain(text if marked(text) is None else marked(text))
     letter = SAID_LETTER.search(text) or FIRST_LETTER.match(text)
-    return letter[1] if letter else None
+    return letter[letter.lastindex] if letter else None
 
 
 def is_correct(example: Example, reply: str, unconfined=False) -> bool:

@@ -1528,6 +1528,8 @@ def test_letters_and_texts_are_read_from_the_same_part_of_a_reply():
     right += "|The answer is: **B**|A is wrong. The answer is B|B\n\nA|B. A decrease|B. A and C"
     right += "|The correct option is B.|I choose B.|Answer -> B|A: incorrect.\nThe answer is B"
     right += "|The answer is B, since C is false.|**B**\n\nOption D fails.|Answer: B\nRejected: C"
+    right += "|Therefore, option B is correct.|The answer should be 'B'|正解はBです|正确选项是B"
+    right += "|To find the answer:\n\nA) is less.\nSo the answer is B"
     right += "|The answer is B.\n\nWhat next?\nA. x\nAnswer: C|B\nQuestion: next?\nA"
     for reply in right.split("|"):
         assert data.is_correct(letter, reply), reply
