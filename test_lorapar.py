@@ -3289,7 +3289,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(toy_run, tmp_pat
     script = f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({200_000}, {200_000}))\n"
     script += f"import train; train.main({[*QUICK, '--out', str(out)]!r})"
     done = python("-c", script)
-    assert done.returncode == 2 and "File too large" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "File too large: '" in done.stderr.splitlines()[-1]
     train.main([*QUICK, "--out", str(out)])
     assert not list(out.rglob("*.tmp"))
 
