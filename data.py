@@ -95,9 +95,7 @@ class Tokenizer:
             raise ValueError(f"{where} name {str(ends)[:40]} as eos_token_id: no ids of the model")
         self.eos_ids = tuple(dict.fromkeys(ends))
         self.virtual = []  # ids that a baseline of table 6 puts before every prompt
-        self.front = self.text_to_ids(
-            "\n"
-        )  # encode and decode put a new line before a text that goes on
+        self.front = self.text_to_ids("\n")  # encode and decode put it before what goes on
         self.adds_space = self.decode(self.text_to_ids("x")) != "x"  # LLaMA's: "x" -> "▁x"
 
     def named_tokens(self) -> list[str]:
@@ -395,8 +393,8 @@ DATASETS = {
     "humaneval": Source(humaneval, ("test",), "github.com/openai/human-eval: HumanEval.jsonl.gz"),
 }
 for name, (home, *_) in INSTRUCTIONS.items():
-    read = partial(instructions, name)
-    DATASETS[name] = Source(read, ("train",), f"huggingface.co/datasets/{home}")
+    reader = partial(instructions, name)
+    DATASETS[name] = Source(reader, ("train",), f"huggingface.co/datasets/{home}")
 OWN_NAMES = (".jsonl", ".jsonl.gz")
 FILE_SHARES = {"train": (0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1), "all": (0, 1)}
 
@@ -685,9 +683,9 @@ def prompt_and_answer(example: Example, tokenizer, style: str, stage: str):
 
 
 def example_ids(example: Example, tokenizer, style="plain", stage="sft"):
-    """-> prompt ids, answer ids with EOS. They are the joined text's tokens if those
-    begin with the prompt's (no space or merge then differs from what a model has read), else each
-    text's own; the authors' SFT puts an EOS between them."""
+    """-> prompt ids, answer ids with EOS. They are the joined text's tokens if those begin with the
+    prompt's (no space or merge then differs from what a model has read), else each text's own; the
+    authors' SFT puts an EOS between them."""
     prompt, answer = prompt_and_answer(example, tokenizer, style, stage)
     start = tokenizer.encode(prompt, bos=True)
     if style == "authors" and stage == "sft":

@@ -259,9 +259,7 @@ class Attention(nn.Module):
         else:  # one token a row: the query heads that share a key head become its queries
             q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, kv heads, group, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-            y = y.reshape(
-                B, -1, 1, self.head_dim
-            )  # (B, heads, 1, D); on CUDA y may not be contiguous
+            y = y.reshape(B, -1, 1, self.head_dim)  # (B, heads, 1, D); CUDA's y is not contiguous
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, heads * D)
 
 

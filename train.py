@@ -209,9 +209,8 @@ def sft(c, model, inputs):
         values |= {"seconds": time.perf_counter() - started}
         end_step(c, "sft", model, optimizer, inputs, step, len(plan), values)
     model.eval()
-    lorapar.save_adapter(
-        model, Path(c.out) / "sft", c.model or "toy"
-    )  # missing if killed between two saves
+    # again: a run killed between its last two saves lacks it
+    lorapar.save_adapter(model, Path(c.out) / "sft", c.model or "toy")
 
 
 def backward(model, encoded, batch_size: int, micro_batch: int, device):
@@ -793,7 +792,8 @@ def read_inputs(c, folder):
             raise ValueError(
                 f"{system}: {notes[system]}: check --labels, --train-examples, --max-length"
             )
-        examples_of[system], inputs.encoded[system] = examples, encoded
+        examples_of[system] = examples
+        inputs.encoded[system] = encoded
     inputs.sft, rl_examples = inputs.encoded["S1"], examples_of["S2"]
     if c.stage_data == "all":  # an ablation: both stages train on both systems
         inputs.sft = inputs.encoded["S1"] + inputs.encoded["S2"]
@@ -1439,7 +1439,7 @@ def run_sweep(arguments):
     if args.name == "resample":
         return resample(base, args.seeds)
     rows = sweep_rows(args.name)
-    # every row may set the order
+    # no table works with another order
     own_flags = ["--order", *" ".join(flags for flags, _ in rows.values()).split()]
     for flag in [word.partition("=")[0] for word in said if word.startswith("--")]:
         if flag in own_flags:
