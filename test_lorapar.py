@@ -3459,8 +3459,8 @@ def in_turns(works: dict, device, rounds=5) -> dict:
 
 
 def soak(arguments):
-    """python test_lorapar.py soak 100: kills runs so often, half of them at file events, and says
-    in which phase each fell and how many runs ended bit-identical."""
+    """python test_lorapar.py soak 100: kills so often, a run first at a file event, then by time,
+    and says in which phase each kill fell and how many runs ended bit-identical."""
     import tempfile
 
     wanted, phases, runs, identical = int(arguments[0]), Counter(), 0, 0

@@ -263,7 +263,9 @@ def rl(c, model, inputs):
         started = time.perf_counter()
         generator = seed_step(c, step)
         lr = set_lr(optimizer, c.rl_lr, step, len(plan), c.rl_warmup)
-        examples, prompts = zip(*[inputs.rl[i] for i in plan[step]])
+        batch = [inputs.rl[i] for i in plan[step]]
+        examples = [example for example, _ in batch]
+        prompts = [prompt for _, prompt in batch]
         reward_parts = partial(reward_rollouts, c, inputs, examples)
         with stop_if_diverged(c, "rl", step):
             stats, rollouts = grpo.grpo_step(
@@ -1252,17 +1254,20 @@ def run_compare(arguments):
         last = list(report["evaluation"])[-1]
         records = data.read_records(folder / "answers" / f"{last}.jsonl")
         answers.append({record["id"]: record for _, record in records})
-    metric = reports[0].get("metric", "accuracy, %")
-    if answers[0].keys() != answers[1].keys() or metric != reports[1].get("metric", "accuracy, %"):
+    metric = reports[0].get("metric")
+    if answers[0].keys() != answers[1].keys() or metric != reports[1].get("metric"):
         raise ValueError(f"{folders[0]} and {folders[1]} were not evaluated on the same questions")
     scale = 1 if metric == "reward" else 100
-    both = [(answers[0][i], answers[1][i]) for i in answers[0]]
     for system in ("S1", "S2", "all"):
-        pairs = [(a["correct"], b["correct"]) for a, b in both if system in ("all", a["label"])]
-        if pairs:
-            means = [f"{scale * statistics.fmean(side):.1f}" for side in zip(*pairs)]
-            gaps = [scale * (float(b) - float(a)) for a, b in pairs]
-            lines.append([f"{system} ({len(pairs)})", *means, mean_and_error(gaps)])
+        first, second = [], []
+        for name, record in answers[0].items():
+            if system in ("all", record["label"]):
+                first.append(scale * record["correct"])
+                second.append(scale * answers[1][name]["correct"])
+        if first:
+            means = f"{statistics.fmean(first):.1f}", f"{statistics.fmean(second):.1f}"
+            gaps = [b - a for a, b in zip(first, second)]
+            lines.append([f"{system} ({len(first)})", *means, mean_and_error(gaps)])
     for stage in ("sft", "rl"):
         shares = [report["partition"]["active_percent"].get(stage, 0) for report in reports]
         lines.append([f"% active in {stage}", *(f"{share:.1f}" for share in shares), ""])
