@@ -675,7 +675,8 @@ def prompt_and_answer(example: Example, tokenizer, style: str, stage: str):
             answer = f"{solution}\n#### {example.gold}"
         return question, answer
     if style == "plain":
-        return question + "\n" * (example.kind not in ("code", "letter")), answer
+        continues = example.kind in ("code", "letter")
+        return question if continues else question + "\n", answer
     if example.kind == "code":
         question = f"Complete this Python function.\n```python\n{question}```"
     system = [{"role": "system", "content": FORMAT}] if style == "authors" else []
@@ -684,8 +685,8 @@ def prompt_and_answer(example: Example, tokenizer, style: str, stage: str):
 
 def example_ids(example: Example, tokenizer, style="plain", stage="sft"):
     """-> prompt ids, answer ids with EOS. They are the joined text's tokens if those begin with the
-    prompt's (no space or merge then differs from what a model has read), else each text's own; the
-    authors' SFT puts an EOS between them."""
+    prompt's (as a model has read them in one text), else each text's own; the authors' SFT puts an
+    EOS between them."""
     prompt, answer = prompt_and_answer(example, tokenizer, style, stage)
     start = tokenizer.encode(prompt, bos=True)
     if style == "authors" and stage == "sft":
@@ -723,8 +724,10 @@ def collate(encoded, device="cpu"):
     import torch
     from torch.nn.utils.rnn import pad_sequence
 
-    tokens = [torch.tensor(ids) for ids, _ in encoded]
-    labels = [torch.tensor([-100] * start + ids[start:]) for ids, start in encoded]
+    tokens = [torch.tensor(e.ids) for e in encoded]
+    labels = []
+    for ids, prompt_length in encoded:
+        labels.append(torch.tensor([-100] * prompt_length + ids[prompt_length:]))
     return pad_sequence(tokens, True).to(device), pad_sequence(labels, True, -100).to(device)
 
 
@@ -957,7 +960,8 @@ def reward_parts(example: Example, reply: str, unconfined=False) -> dict[str, fl
     value, alone = marked_number(inside), parse_number(inside)
     body = reply.strip()
     ends = body.startswith("<reasoning>\n") and body.endswith("\n</answer>")
-    strict = ends and "\n</reasoning>\n<answer>\n" in body[12:-10]
+    body = body.removeprefix("<reasoning>\n").removesuffix("\n</answer>")
+    strict = ends and "\n</reasoning>\n<answer>\n" in body
     before, closed, tail = reply.rpartition("</answer>")
     loose = re.search(r"</reasoning>\s*<answer>", before.partition("<reasoning>")[2])
     names = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")

@@ -10,7 +10,6 @@ policy that samples is the policy that learns, and dropout is off in both, so th
 The update computes the prompt anew for every answer.
 """
 
-import math
 import time
 from dataclasses import dataclass, field
 
@@ -49,22 +48,23 @@ class Rollout:
     answer: list[int]  # new tokens, the sampled EOS included
     logprobs: list[float]  # theirs, as they were sampled
     reward_parts: dict = field(default_factory=dict)  # their sum is the reward
+    truncated: bool = False  # cut at max_new_tokens, without an EOS
     advantage: float = 0.0
     trains: bool = True
 
 
-def grpo_step(model, optimizer, prompts, reward_parts, reference, s: Settings, generator=None):
+def grpo_step(model, optimizer, prompts, reward, reference, s: Settings, generator=None):
     """One step: sample, reward, compare within groups, update -> (statistics, rollouts).
 
-    prompts: P lists of ids. reward_parts(rollouts) gives a dict for each rollout. reference: the
-    flat vector (N,) of the KL's reference policy. The model stays in eval mode,
-    without dropout. Of several processes each answers its share of the prompts and computes its
-    share of the gradient; all return all P * G rollouts, a prompt's G in a row.
+    prompts: P lists of ids. reward(rollouts) gives {part: number} for each rollout. reference: the
+    flat vector (N,) of the KL's reference policy. The model stays in eval mode, without dropout. Of
+    several processes each answers its share of the prompts and computes its share of the gradient;
+    all return all P * G rollouts, a prompt's G in a row.
     """
     started = time.perf_counter()
     rollouts = sample_rollouts(model, prompts, s, generator)
     sampled_at = time.perf_counter()
-    for rollout, parts in zip(rollouts, reward_parts(rollouts)):
+    for rollout, parts in zip(rollouts, reward(rollouts)):
         rollout.reward_parts = parts
     rewarded_at = time.perf_counter()
     rollouts = sorted(gather_over_ranks(rollouts), key=lambda r: r.prompt_index)
@@ -73,7 +73,8 @@ def grpo_step(model, optimizer, prompts, reward_parts, reference, s: Settings, g
     advantages = group_advantages(rewards, by_std=s.loss != "dr_grpo")
     for rollout, advantage in zip(rollouts, advantages.flatten().tolist()):
         rollout.advantage = advantage
-        rollout.trains = rollout.answer[-1] in s.eos_ids or not s.mask_truncated
+        rollout.truncated = rollout.answer[-1] not in s.eos_ids
+        rollout.trains = not (rollout.truncated and s.mask_truncated)
     stats = grpo_update(model, optimizer, rollouts, reference, s)
     names = dict.fromkeys(name for r in rollouts for name in r.reward_parts)
     stats |= {
@@ -83,7 +84,7 @@ def grpo_step(model, optimizer, prompts, reward_parts, reference, s: Settings, g
         },
         "equal_groups": int((advantages == 0).all(1).sum()),  # nothing to learn there
         "length": sum(len(r.answer) for r in rollouts) / len(rollouts),
-        "truncated": sum(r.answer[-1] not in s.eos_ids for r in rollouts) / len(rollouts),
+        "truncated": sum(r.truncated for r in rollouts) / len(rollouts),
         "grad_norm": optimizer.grad_norm.item(),
         "rollout_s": round(sampled_at - started, 4),
         "reward_s": round(rewarded_at - sampled_at, 4),
@@ -159,7 +160,7 @@ def grpo_loss(
     the B answers, a row without tokens counting as 0; "token" the mean over all tokens (DAPO, Yu et
     al. 2025); "dr_grpo" the sum over all tokens / (B max_new_tokens) (Dr. GRPO, Liu et al. 2025).
     """
-    ratio = ((logp - old_logp) * mask).exp()
+    ratio = ((logp - old_logp) * mask).exp()  # masked first: what is outside must not overflow
     A = advantages[:, None]  # (B, 1)
     high = clip if clip_high is None else clip_high
     objective = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + high) * A)
@@ -190,7 +191,7 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
     At most s.micro_batch answers go through the model at a time; the gradient does not depend on
     it. "gap" is the mean |difference| between sampling's log-probs and those of the first pass,
     which is still the policy that sampled: more than rounding means that the two do not compute the
-    same. Raises FloatingPointError if the loss is not finite, before that step moves a parameter.
+    same. Raises FloatingPointError if the gradient is not finite, before that step moves anything.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -216,7 +217,7 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
         for b in batches:
             logp = token_logprobs(model, b.tokens, b.labels, s.temperature)
             if b.old is None:
-                b.old = logp.detach()
+                b.old = logp.detach()  # not b.sampled, whose rounding would move the ratio off 1
                 means["gap"] += ((b.old - b.sampled) * b.mask).abs().sum() / n_tokens
             loss, stats = grpo_loss(
                 logp, b.old, b.ref, b.advantages, b.mask, s.clip, s.kl,
@@ -228,8 +229,6 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
             means["loss"] += loss.detach() / s.iterations
             for name, value in stats.items():
                 means[name] += value * share / s.iterations
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(f"the GRPO loss is {float(means['loss'])}")
         optimizer.step()
     values = sum_over_ranks(torch.stack(list(means.values())))
     return dict(zip(names, values.tolist()))

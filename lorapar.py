@@ -43,6 +43,7 @@ __all__ = [
 ]  # fmt: skip
 
 QKVGUD = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "down_proj")  # the paper's targets
+STARTS = ("anchored", "gaussian", "lora", "pissa", "olora")  # see add_lora
 ANCHORED = ("anchored", "pissa", "olora")  # the starts that keep a frozen copy of themselves
 
 # ------------------------------------------------------------------------------------ LoRA layers
@@ -129,7 +130,7 @@ def refuse_adapted(model):
 
 
 def trainable(model) -> dict[str, nn.Parameter]:
-    """name -> what a stage trains: LoRA's factors, or a baseline's parameters."""
+    """name -> what a stage may train: LoRA's factors, or a baseline's parameters."""
     if is_baseline(model):
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
     return lora_factors(model)
@@ -167,7 +168,7 @@ def start_factors(weight, init: str, r: int, scale: float, std: float, generator
     if init == "olora":  # Büyükakyüz 2024: the leading rows and columns of W = Q R
         Q, R = torch.linalg.qr(weight.float())
         return R[:r], Q[:, :r]
-    raise ValueError(f"unknown init {init!r}; one of anchored, gaussian, lora, pissa, olora")
+    raise ValueError(f"unknown init {init!r}; one of {', '.join(STARTS)}")
 
 
 def target_linears(model, targets, r: int) -> list[nn.Linear]:
@@ -345,6 +346,7 @@ def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
     phi = get_flat(model).double()
     g, fisher = torch.zeros_like(phi), torch.zeros_like(phi)
     count = 0
+    # as model.eval_mode, which this file cannot import
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -511,7 +513,7 @@ class MaskedAdamW(torch.optim.AdamW):
         self.packed = nn.Parameter(get_flat(model)[self.index])
         if self.packed.dtype != torch.float32:
             raise ValueError(f"the factors are {self.packed.dtype}: small steps need float32")
-        digest = hashlib.sha256(self.mask.cpu().numpy()).hexdigest()  # tells whose a state is
+        digest = hashlib.sha256(self.mask.cpu().numpy()).hexdigest()  # for load_state_dict
         group = {"params": [self.packed], "mask": digest}
         super().__init__([group], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
@@ -544,19 +546,21 @@ class MaskedAdamW(torch.optim.AdamW):
         if not torch.equal(get_mask(self.model), self.mask):
             raise ValueError("set_mask was called after this optimizer was made; make a new one")
         factors = trainable(self.model).values()
-        alone = not self.sum_gradients or rank_and_size()[1] == 1  # else others may have gradients
+        # a process without examples has no gradients, but takes part in the sum
+        alone = not self.sum_gradients or rank_and_size()[1] == 1
         if alone and all(p.grad is None for p in factors):
             raise ValueError("step() without gradients: call backward() first")
         gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in factors]
         flat = get_flat(self.model)
-        self.packed.copy_(flat[self.index])
+        self.packed.copy_(flat[self.index])  # set_flat may have been called since
         self.packed.grad = torch.cat(gradients)[self.index]
         if self.sum_gradients:
             sum_over_ranks(self.packed.grad)
         self.grad_norm = nn.utils.clip_grad_norm_(self.packed, self.max_grad_norm)
         if not self.grad_norm.isfinite():
             raise FloatingPointError(f"the norm of the gradient is {self.grad_norm}")
-        inspect.unwrap(torch.optim.AdamW.step)(self)  # not super().step(): hooks would run twice
+        # torch wraps every class's step for its hooks: super().step() would run them twice
+        inspect.unwrap(torch.optim.AdamW.step)(self)
         if not self.packed.isfinite().all():
             raise FloatingPointError("an updated element is not finite")
         flat[self.index] = self.packed
@@ -606,10 +610,12 @@ def save_adapter(model, folder, base_model=""):
         A, B = layer.factors()
         tensors[f"base_model.model.{name}.lora_A.weight"] = A.detach().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B.detach().cpu().contiguous()
+    # target_modules are short names where every module of such a name is adapted
     ends = {name.rpartition(".")[2] for name in layers}
     named = [m for n, m in model.named_modules() if n.rpartition(".")[2] in ends]
     all_adapted = all(isinstance(m, LoRALinear) for m in named)
-    rank = len(A)  # every layer has the same, and the same scale
+    layer = next(iter(layers.values()))  # rank, scale and dropout are the same in all
+    rank = len(layer.factors()[0])
     task = "CAUSAL_LM" if hasattr(model, "config") else None  # None: a model of one's own
     config = {
         "peft_type": "LORA",
@@ -776,7 +782,7 @@ class ScaledLinear(nn.Linear):
 
 
 BASELINES = (VirtualEmbedding, PrefixLinear, ScaledLinear)
-METHODS = ("prompt", "p-tuning", "prefix", "ia3")
+BASELINE_METHODS = ("prompt", "p-tuning", "prefix", "ia3")
 
 
 @torch.no_grad()
@@ -790,8 +796,8 @@ def add_baseline(model, method: str, n=20, generator=None):
     Raises ValueError on a model that is adapted already or lacks plain modules of these names.
     """
     refuse_adapted(model)
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; one of {', '.join(METHODS)}")
+    if method not in BASELINE_METHODS:
+        raise ValueError(f"unknown method {method!r}; one of {', '.join(BASELINE_METHODS)}")
     named = {"k_proj": [], "v_proj": [], "down_proj": []}  # end of the name -> its linears
     for name, module in model.named_modules():
         if type(module) is nn.Linear and name.rpartition(".")[2] in named:

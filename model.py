@@ -256,7 +256,8 @@ class Attention(nn.Module):
         if mask is None:  # whole rows
             grouped = q.shape[1] != k.shape[1]
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
-        else:  # one token a row: the query heads that share a key head become its queries
+        else:  # one token a row: the query heads that share a key head become its queries (with a
+            # mask enable_gqa would copy the keys for every head)
             q = q.reshape(B, k.shape[1], -1, self.head_dim)  # (B, kv heads, group, D)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
             y = y.reshape(B, -1, 1, self.head_dim)  # (B, heads, 1, D); CUDA's y is not contiguous
@@ -315,7 +316,7 @@ class Decoder(nn.Module):
         cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, x, cos, sin, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, use_reentrant=False)  # training has no cache
             else:
                 x = layer(x, cos, sin, mask, cache)
         return self.norm(x)
@@ -411,7 +412,7 @@ def token_logprobs(model, tokens, labels, temperature=1.0):
     targets, weight = labels[:, 1:], model.head_weight
     answer = targets != -100
     h, t = hidden[answer], targets[answer]  # (M, H), (M,)
-    if weight.requires_grad:  # training the base itself: let autograd see the head
+    if weight.requires_grad:  # only the toy's base is trained whole: let autograd see the head
         logp = -F.cross_entropy(F.linear(h, weight).float() / temperature, t, reduction="none")
     else:
         logp = HeadLogprobs.apply(h, weight, t, temperature)
@@ -466,9 +467,14 @@ def generate(
     with eval_mode(model):
         for rows in torch.arange(R, device="cpu").split(batch_rows):
             first, last = int(owner[rows[0]]), int(owner[rows[-1]])
-            owners, numbers = (owner[rows] - first).to(device), uniforms[rows].to(device)
             tokens, logps, lengths = generate_rows(
-                model, prompts[first : last + 1], owners, numbers, temperature, top_p, eos
+                model,
+                prompts[first : last + 1],
+                (owner[rows] - first).to(device),
+                uniforms[rows].to(device),
+                temperature,
+                top_p,
+                eos,
             )
             for r, t, p, n in zip(rows, tokens.tolist(), logps.tolist(), lengths.tolist()):
                 answers[owner[r]].append(t[:n])
@@ -538,7 +544,7 @@ def sample(logits, temperature, top_p, uniform):
             p = torch.zeros_like(p).scatter(-1, index, ordered)
         cdf = p.cumsum(-1, dtype=torch.float64)  # inverse-CDF sampling: one uniform number a row
         token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
-        token = token.clamp(max=p.shape[-1] - 1)
+        token = token.clamp(max=p.shape[-1] - 1)  # the product may round up to the whole sum
     return token[:, 0], logp.gather(-1, token)[:, 0]
 
 

@@ -1148,7 +1148,7 @@ def with_virtual(method, tokens):
     return torch.cat((virtual, tokens), 1)
 
 
-@pytest.mark.parametrize("method", lorapar.METHODS)
+@pytest.mark.parametrize("method", lorapar.BASELINE_METHODS)
 def test_baselines_compute_what_peft_computes(method, tmp_path):
     """Also live where PEFT is installed; what generates and trains reads the same."""
     tokens = torch.tensor([[5, 9, 2, 33, 17, 60], [1, 2, 3, 4, 5, 6]])
@@ -1204,7 +1204,7 @@ def test_baselines_compute_what_peft_computes(method, tmp_path):
         close(logits, theirs(input_ids=tokens).logits[0, -1], 1e-4)
 
 
-@pytest.mark.parametrize("method", lorapar.METHODS)
+@pytest.mark.parametrize("method", lorapar.BASELINE_METHODS)
 def test_baselines_start_as_their_papers_say(method):
     model, plain = (
         lorapar.add_baseline(small("llama2"), method, VIRTUAL, seeded(0)),
@@ -2357,7 +2357,7 @@ def test_an_update_that_fails_gives_the_policy_back(monkeypatch):
     s, rollouts = sampled(model)
     policy = lorapar.get_flat(model)
     rollouts[3].advantage = math.nan
-    refuses("loss is nan", update, model, s, rollouts, policy, error=FloatingPointError)
+    refuses("gradient is nan", update, model, s, rollouts, policy, error=FloatingPointError)
     assert torch.equal(lorapar.get_flat(model), policy)
     monkeypatch.setattr(grpo, "token_logprobs", Mock(side_effect=KeyError("died")))
     refuses("died", update, model, s, rollouts, policy + 1, error=KeyError)  # in the reference's

@@ -50,7 +50,6 @@ from model import (
     find_model,
     generate,
     load_model,
-    open_tensors,
     prefill,
     read_json,
     save_model,
@@ -128,10 +127,10 @@ def score(c, model, encoded):
             lorapar.set_anchor(model, saved["start"])
         print(f"score: reused from {path}")
         return saved["s1"], saved["s2"]
-    saved = {"start": lorapar.get_flat(model)}
+    saved = {"start": lorapar.get_flat(model)}  # PiSSA's SVD may differ on another machine
     all_or_none = c.theta == 1 and c.alpha in (0, 1) and c.beta in (0, 1)
     for name, system in (("s1", "S1"), ("s2", "S2")):
-        if all_or_none:  # nothing to rank
+        if all_or_none:  # nothing to rank; with --init lora, B = 0, every score would be 0
             saved[name] = torch.ones_like(saved["start"])
             continue
         examples = encoded[system]
@@ -205,11 +204,15 @@ def sft(c, model, inputs):
             loss = float(lorapar.sum_over_ranks(loss))
             optimizer.step()  # clips, then moves the active elements
             optimizer.zero_grad()
-        values = {"loss": loss, "grad_norm": optimizer.grad_norm.item(), "lr": lr}
-        values |= {"seconds": time.perf_counter() - started}
+        values = {
+            "loss": loss,
+            "grad_norm": optimizer.grad_norm.item(),
+            "lr": lr,
+            "seconds": time.perf_counter() - started,
+        }
         end_step(c, "sft", model, optimizer, inputs, step, len(plan), values)
     model.eval()
-    # again: a run killed between its last two saves lacks it
+    # again: a kill between the last save_state and its save_adapter leaves the loop empty
     lorapar.save_adapter(model, Path(c.out) / "sft", c.model or "toy")
 
 
@@ -266,10 +269,10 @@ def rl(c, model, inputs):
         batch = [inputs.rl[i] for i in plan[step]]
         examples = [example for example, _ in batch]
         prompts = [prompt for _, prompt in batch]
-        reward_parts = partial(reward_rollouts, c, inputs, examples)
+        reward = partial(reward_rollouts, c, inputs, examples)
         with stop_if_diverged(c, "rl", step):
             stats, rollouts = grpo.grpo_step(
-                model, optimizer, prompts, reward_parts, reference, settings, generator
+                model, optimizer, prompts, reward, reference, settings, generator
             )
         keep_samples(c, inputs.tokenizer, step, examples, rollouts)
         values = stats | {"lr": lr, "seconds": time.perf_counter() - started}
@@ -277,7 +280,7 @@ def rl(c, model, inputs):
         equal_steps = equal_steps + 1 if stats["equal_groups"] == len(prompts) else 0
         if equal_steps == 10:
             print("rl: warning: ten steps without a difference in reward: nothing is being learned")
-    lorapar.save_adapter(model, Path(c.out) / "rl", c.model or "toy")
+    lorapar.save_adapter(model, Path(c.out) / "rl", c.model or "toy")  # again, as in sft
 
 
 def reward_rollouts(c, inputs, examples, rollouts) -> list[dict]:
@@ -294,8 +297,13 @@ def keep_samples(c, tokenizer, step: int, examples, rollouts):
     log."""
     for i, example in enumerate(examples[:3]):
         rollout = rollouts[i * c.rl_group]
-        sample = {"step": step, "id": example.id, "question": example.question}
-        sample |= {"answer": tokenizer.decode(rollout.answer), "reward": rollout.reward_parts}
+        sample = {
+            "step": step,
+            "id": example.id,
+            "question": example.question,
+            "answer": tokenizer.decode(rollout.answer),
+            "reward": rollout.reward_parts,
+        }
         append_line(Path(c.out) / "rl" / "samples.jsonl", sample)
         if i == 0 and step % (c.eval_every or 20) == 0:
             print(f"rl sample: {sample['answer'][:300]!r} to {example.question[-100:]!r}")
@@ -318,7 +326,8 @@ def step_indices(n: int, batch: int, epochs: int, limit: int | None, seed: int) 
 def seed_step(c, step: int):
     """Each step has its own seed, so a resumed run needs no state of a random generator."""
     seed = c.seed * 1_000_003 + step
-    torch.manual_seed(seed + (lorapar.rank_and_size()[0] << 40))  # dropout, on every device
+    rank = lorapar.rank_and_size()[0]
+    torch.manual_seed(seed + (rank << 40))  # of dropout: another in each process and step
     return torch.Generator().manual_seed(seed)
 
 
@@ -367,30 +376,43 @@ def ask_to_stop(signum, frame):
 def end_step(c, stage, model, optimizer, inputs, step: int, steps: int, values: dict):
     """Prints the step's line, adds it to metrics.jsonl; now and then (and at the end) validates and
     saves."""
-    if c.eval_every and ((step + 1) % c.eval_every == 0 or step + 1 == steps):
+    last = step + 1 == steps
+    validates = c.eval_every and ((step + 1) % c.eval_every == 0 or last)
+    if validates:
         values = values | validate(c, stage, model, inputs, step)
     late = time.monotonic() - STAGE["saved"] > 600  # steps may take minutes
-    saves = "accuracy" in values or (step + 1) % c.save_every == 0 or step + 1 == steps
+    saves = validates or (step + 1) % c.save_every == 0 or last
     saves = saves or in_any_process(c, STAGE["stop"] or late)
-    if saves:  # finite A and B can still overflow in B A
-        with stop_if_diverged(c, stage, step), eval_mode(model), torch.no_grad():
-            zeros = torch.zeros(1, 2, dtype=torch.long, device=c.device)
-            if not token_logprobs(model, zeros, zeros).isfinite().all():
-                raise FloatingPointError("the model's log-probs are not finite")
+    if saves:
+        refuse_overflow(c, stage, model, step)
     append_line(Path(c.out) / "metrics.jsonl", {"stage": stage, "step": step} | values)
-    words = [f"{name} {values[name]:.4g}" for name in SHOWN[stage]]
-    if "parts" in values:
-        words[0] += f" ({' '.join(f'{k} {v:.2f}' for k, v in values['parts'].items())})"
-    minutes, left = divmod(int(values["seconds"] * (steps - step - 1)), 60)
-    print(f"{stage} {step + 1}/{steps}  {'  '.join(words)}  left {minutes}:{left:02d}")
+    print(step_line(stage, step, steps, values))
     if saves:
         save_state(Path(c.out) / stage, model, optimizer, step + 1)
         lorapar.save_adapter(model, Path(c.out) / stage, c.model or "toy")
         STAGE["saved"] = time.monotonic()
-    STAGE["running"] = step + 1 < steps
+    STAGE["running"] = not last
     if saves and in_any_process(c, STAGE["stop"]):  # also if asked while it saved
         print(f"saved after {stage} step {step + 1} of {steps} in {c.out}")
         raise KeyboardInterrupt
+
+
+def refuse_overflow(c, stage: str, model, step: int):
+    """Raises Diverged instead of saving a broken adapter: finite A and B may overflow in B A."""
+    with stop_if_diverged(c, stage, step), eval_mode(model), torch.no_grad():
+        tokens = labels = torch.zeros(1, 2, dtype=torch.long, device=c.device)  # any will do
+        if not token_logprobs(model, tokens, labels).isfinite().all():
+            raise FloatingPointError("the model's log-probs are not finite")
+
+
+def step_line(stage: str, step: int, steps: int, values: dict) -> str:
+    """A step's line of the log: see LEGEND."""
+    words = [f"{name} {values[name]:.4g}" for name in SHOWN[stage]]
+    if "parts" in values:  # of the reward
+        parts = [f"{name} {value:.2f}" for name, value in values["parts"].items()]
+        words[0] += f" ({' '.join(parts)})"
+    minutes, seconds = divmod(int(values["seconds"] * (steps - step - 1)), 60)
+    return f"{stage} {step + 1}/{steps}  {'  '.join(words)}  left {minutes}:{seconds:02d}"
 
 
 def in_any_process(c, flag: bool) -> bool:
@@ -416,7 +438,7 @@ def save_state(folder, model, optimizer, step: int):
     """What a stage needs to go on bit for bit, in one file that is renamed into place."""
     tensors = {f"adam.{name}": t for name, t in optimizer.state[optimizer.packed].items()}
     tensors |= {"flat": lorapar.get_flat(model), "step": torch.tensor(step)}
-    write_tensors(folder / "state.safetensors", tensors, {"origin": json.dumps(optimizer.origin)})
+    write_tensors(folder / "state.safetensors", tensors)
 
 
 def load_state(c, stage: str, model, optimizer, steps: int) -> int:
@@ -427,18 +449,18 @@ def load_state(c, stage: str, model, optimizer, steps: int) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "state.safetensors"
     start = digest(lorapar.get_flat(model).cpu().numpy().tobytes())
-    optimizer.origin = {"mask": optimizer.param_groups[0]["mask"], "start": start}
+    origin = {"mask": optimizer.param_groups[0]["mask"], "start": start}
     if path.exists():
         tensors = read_tensors(path, ("flat", "step"))
-        with open_tensors(path) as file:
-            origin = (file.metadata() or {}).get("origin", "{}")
-        refuse_changes(path, json.loads(origin), optimizer.origin)
+        refuse_changes(path, read_json(folder / "origin.json"), origin)
         lorapar.set_flat(model, tensors["flat"])
         adam = {name[5:]: t for name, t in tensors.items() if name.startswith("adam.")}
         optimizer.load_state_dict(optimizer.state_dict() | {"state": {0: adam}})
         first = int(tensors["step"])
-    elif lorapar.rank_and_size()[0] == 0:
-        (Path(c.out) / "answers" / f"{stage}.jsonl").unlink(missing_ok=True)  # of an older stage
+    else:
+        write_json(folder / "origin.json", origin)
+        if lorapar.rank_and_size()[0] == 0:  # a user who deletes a stage's folder redoes the stage
+            (Path(c.out) / "answers" / f"{stage}.jsonl").unlink(missing_ok=True)
     order = {name: i for i, name in enumerate(ORDERS[c.order])}
     keep_lines(
         Path(c.out) / "metrics.jsonl",
@@ -447,7 +469,9 @@ def load_state(c, stage: str, model, optimizer, steps: int) -> int:
     )
     keep_lines(folder / "samples.jsonl", lambda r: r["step"] < first, lambda r: r["step"])
     STAGE.update(running=first < steps, stop=False, saved=time.monotonic())
-    print(f"{stage}: {f'goes on after step {first}; ' * bool(first)}{LEGEND[stage]}")
+    if first:
+        print(f"{stage}: goes on after step {first}")
+    print(f"{stage}: {LEGEND[stage]}")
     return first
 
 
@@ -480,17 +504,19 @@ def answer_all(c, model, inputs, examples, what: str) -> list[dict]:
     and the loss a token."""
     tokenizer = inputs.tokenizer
     encoded, _ = data.tokenize(examples, tokenizer, 10**9, c.prompt, "rl")
-    records = [{"id": e.id, "label": e.label, "question": e.question} for e in examples]
+    records = []
+    for e in examples:
+        records.append({"id": e.id, "label": e.label, "question": e.question, "gold": e.gold})
     rank, size = lorapar.rank_and_size()
     order = sorted(range(len(examples)), key=lambda i: encoded[i].prompt_length)  # little padding
     order = order[rank::size]
-    batches = []
+    jobs = []
     for is_letter, reply_to in ((False, reply_texts), (True, reply_letters)):
         rows = [i for i in order if (examples[i].kind == "letter") == is_letter]
         for start in range(0, len(rows), c.batch_rows):
-            batches.append((reply_to, rows[start : start + c.batch_rows]))
+            jobs.append((reply_to, rows[start : start + c.batch_rows]))
     with eval_mode(model):
-        for reply_to, rows in bar(batches, f"evaluate {what}"):
+        for reply_to, rows in bar(jobs, f"evaluate {what}"):
             prompts = [encoded[i].ids[: encoded[i].prompt_length] for i in rows]
             replies = reply_to(c, model, tokenizer, [examples[i] for i in rows], prompts)
             work = [
@@ -499,8 +525,7 @@ def answer_all(c, model, inputs, examples, what: str) -> list[dict]:
             verdicts = data.in_parallel(partial(judge, inputs.reward), work)
             likelihoods = likelihood(c, model, [encoded[i] for i in rows], what)
             for i, reply, correct, (p, loss) in zip(rows, replies, verdicts, likelihoods):
-                records[i] |= {"gold": examples[i].gold, "reply": reply, "correct": correct}
-                records[i] |= {"probability": p, "loss": loss}
+                records[i].update(reply=reply, correct=correct, probability=p, loss=loss)
     for i, record in grpo.gather_over_ranks([(i, records[i]) for i in order]):
         records[i] = record
     return records
@@ -592,8 +617,7 @@ def device_name(name: str) -> str:
 
 COUNT, SHARE, ABOVE_0 = within(int, 1, 10**9), within(float, 0, 1), within(float, 1e-37, 1e37)
 FROM_0 = within(float, 0, 1e37)  # float32 ends there
-STARTS = ("anchored", "gaussian", "lora", "pissa", "olora")
-METHODS = ("lora", *lorapar.METHODS)
+METHODS = ("lora", *lorapar.BASELINE_METHODS)
 SELECT = ("importance", "random", "random-in-tensor", "swapped")
 
 SIZE_AND_SPEED = "size and speed (free to change when a run goes on)"
@@ -625,7 +649,11 @@ FLAGS = {
         "r": (COUNT, 8, "rank"),
         "lora_alpha": (ABOVE_0, 64.0, "the scale is lora_alpha / r"),
         "dropout": (SHARE, 0.05, "in SFT only"),
-        "init": (STARTS, "anchored", "the start; all but gaussian keep the model at step 0"),
+        "init": (
+            lorapar.STARTS,
+            "anchored",
+            "the start; all but gaussian keep the model at step 0",
+        ),
     },
     "the method": {
         "score_examples": (COUNT, 100, "examples a system that importance is measured on"),
@@ -867,7 +895,8 @@ def read_sets(c) -> dict:
         raise ValueError(
             f"{specs['test']}: no answer can be checked: name a --eval-data or --reward"
         )
-    if {e.id for e in sets["test"]} & {e.id for name in ("S1", "S2") for e in sets[name]}:
+    training_ids = {e.id for e in sets["S1"] + sets["S2"]}
+    if any(e.id in training_ids for e in sets["test"]):
         raise ValueError(f"{specs['test']}: the evaluation holds training examples (by their ids)")
     return sets
 
@@ -895,7 +924,10 @@ def read_labels(c, sets, notes) -> list[dict]:
         records, lines = data.count_votes(files)
         notes["votes"] = lines[-1].removeprefix("votes: ")
         return data.shuffle_labels(records, c.seed) if shuffled else records
-    examples = list({e.id: e for part in sets.values() for e in part}.values())
+    examples = {}  # by id: one data set may serve several purposes
+    for part in sets.values():
+        examples |= {e.id: e for e in part}
+    examples = list(examples.values())
     labelled = data.label_examples(examples, c.labels) if c.labels else examples
     records = [{"id": e.id, "label": e.label} for e in labelled if e.label]
     if not records:
@@ -1081,9 +1113,9 @@ def write_lines(path, records):
     lorapar.write_file(path, "".join(lines).encode())
 
 
-def write_tensors(path, tensors: dict, metadata=None):
+def write_tensors(path, tensors: dict):
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    lorapar.write_file(path, safetensors_bytes(tensors, metadata or {"format": "pt"}))
+    lorapar.write_file(path, safetensors_bytes(tensors, {"format": "pt"}))
 
 
 def read_tensors(path, needed) -> dict[str, torch.Tensor]:
