@@ -201,37 +201,42 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
     for start in range(0, len(own), s.micro_batch):
         batches.append(collate_rollouts(own[start : start + s.micro_batch], device))
     if s.kl:
-        policy = get_flat(model)
-        try:
-            set_flat(model, reference)
-            with torch.no_grad():
-                for b in batches:
-                    b.ref = token_logprobs(model, b.tokens, b.labels, s.temperature)
-        finally:
-            set_flat(model, policy)
+        read_reference(model, batches, reference, s.temperature)
     n_tokens = max(1, sum(len(r.answer) for r in rollouts if r.trains))
     names = ("loss", "gap", "kl", "ratio", "clipped")
-    means = {name: torch.zeros((), device=device) for name in names}
+    totals = {name: torch.zeros((), device=device) for name in names}
     for _ in range(s.iterations):
         optimizer.zero_grad()
         for b in batches:
             logp = token_logprobs(model, b.tokens, b.labels, s.temperature)
             if b.old is None:
                 b.old = logp.detach()  # not b.sampled, whose rounding would move the ratio off 1
-                means["gap"] += ((b.old - b.sampled) * b.mask).abs().sum() / n_tokens
+                totals["gap"] += ((b.old - b.sampled) * b.mask).abs().sum() / n_tokens
             loss, stats = grpo_loss(
                 logp, b.old, b.ref, b.advantages, b.mask, s.clip, s.kl,
                 clip_high=s.clip_high, loss=s.loss, max_new_tokens=s.max_new_tokens,
             )  # fmt: skip
             share = len(b.tokens) / len(rollouts)  # micro-batches add up to the batch's mean
-            loss = loss * (b.mask.sum() / n_tokens if s.loss == "token" else share)
-            loss.backward()
-            means["loss"] += loss.detach() / s.iterations
+            weight = b.mask.sum() / n_tokens if s.loss == "token" else share
+            (loss * weight).backward()
+            totals["loss"] += loss.detach() * weight / s.iterations
             for name, value in stats.items():
-                means[name] += value * share / s.iterations
+                totals[name] += value * share / s.iterations
         optimizer.step()
-    values = sum_over_ranks(torch.stack(list(means.values())))
+    values = sum_over_ranks(torch.stack(list(totals.values())))
     return dict(zip(names, values.tolist()))
+
+
+@torch.no_grad()
+def read_reference(model, batches, reference, temperature: float):
+    """Sets each micro-batch's `ref`: its log-probs with the factors of the flat vector (N,)."""
+    policy = get_flat(model)
+    try:
+        set_flat(model, reference)
+        for b in batches:
+            b.ref = token_logprobs(model, b.tokens, b.labels, temperature)
+    finally:
+        set_flat(model, policy)
 
 
 @dataclass

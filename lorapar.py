@@ -531,6 +531,19 @@ class MaskedAdamW(torch.optim.AdamW):
         for factor in trainable(self.model).values():
             factor.grad = None
 
+    def active_gradient(self) -> torch.Tensor:
+        """(n_active,): the gradients under the mask, summed over processes where that is asked."""
+        if not torch.equal(get_mask(self.model), self.mask):
+            raise ValueError("set_mask was called after this optimizer was made; make a new one")
+        factors = trainable(self.model).values()
+        # a process without examples has no gradients, but takes part in the sum
+        alone = not self.sum_gradients or rank_and_size()[1] == 1
+        if alone and all(p.grad is None for p in factors):
+            raise ValueError("step() without gradients: call backward() first")
+        gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in factors]
+        gradient = torch.cat(gradients)[self.index]
+        return sum_over_ranks(gradient) if self.sum_gradients else gradient
+
     @torch.no_grad()
     def step(self, closure=None):
         """One update; returns the closure's loss. `grad_norm` is the active gradient's norm before
@@ -543,19 +556,9 @@ class MaskedAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not torch.equal(get_mask(self.model), self.mask):
-            raise ValueError("set_mask was called after this optimizer was made; make a new one")
-        factors = trainable(self.model).values()
-        # a process without examples has no gradients, but takes part in the sum
-        alone = not self.sum_gradients or rank_and_size()[1] == 1
-        if alone and all(p.grad is None for p in factors):
-            raise ValueError("step() without gradients: call backward() first")
-        gradients = [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in factors]
         flat = get_flat(self.model)
         self.packed.copy_(flat[self.index])  # set_flat may have been called since
-        self.packed.grad = torch.cat(gradients)[self.index]
-        if self.sum_gradients:
-            sum_over_ranks(self.packed.grad)
+        self.packed.grad = self.active_gradient()
         self.grad_norm = nn.utils.clip_grad_norm_(self.packed, self.max_grad_norm)
         if not self.grad_norm.isfinite():
             raise FloatingPointError(f"the norm of the gradient is {self.grad_norm}")

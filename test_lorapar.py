@@ -3011,7 +3011,6 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         no run there => figure {nowhere}
         sets --order itself => sweep splits --order none
         sweep order sets --order itself => sweep order --order=sft
-        the rows are SFT then RL, RL then SFT => sweep order --rows x
         has no validation split => {labelled} --eval-data {mine} --eval-split validation
         GSM8K's solutions alone => {owned} --labels steps:2
         unknown data set 'gsm8K => eval --model x --data gsm8K:{file}
@@ -3083,7 +3082,7 @@ def test_a_sweep_of_two_tiny_cells(toy_run, tmp_path, monkeypatch, capsys):
     error = statistics.stdev(gaps) / 2**0.5
     assert f"| SFT then RL | {statistics.mean(gaps):+.1f} ± {error:.1f} |" in text
     before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.parent.parent.name == "cells"}
-    train.main([*command, "--rows", "SFT then RL"])  # finished cells are reused
+    train.main(command)  # finished cells are reused
     assert before == {p: p.stat().st_mtime_ns for p in before} and len(before) > 10
 
 

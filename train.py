@@ -1169,12 +1169,13 @@ def write_report(c, rows, facts, inputs, s1, s2) -> dict:
     lines = [f"# LoRA-PAR: {c.data}, seed {c.seed}", ""]
     metric, scale = ("accuracy, %", 100) if inputs.test[0].kind != "text" else ("reward", 1)
     if rows:
+        head = [f"{system} ({means['examples']})" for system, means in rows["base"].items()]
         cells = []
         for stage, row in rows.items():
-            means = [(scale * a["accuracy"], scale * a["error"]) for a in row.values()]
-            spreads = [f"{mean:.1f} ± {error:.1f}" for mean, error in means]
-            cells.append([stage, *spreads, f"{row['all']['loss']:.3f}"])
-        head = [f"{system} ({mean['examples']})" for system, mean in rows["base"].items()]
+            cell = [stage]
+            for means in row.values():  # S1, S2, all
+                cell.append(f"{scale * means['accuracy']:.1f} ± {scale * means['error']:.1f}")
+            cells.append([*cell, f"{row['all']['loss']:.3f}"])
         lines += table([metric, *head, "loss"], cells)
         lines += ["", "Greedy answers, ± one standard error. loss: mean over examples of the"]
         lines += ["cross-entropy a token of the reference answer.", ""]
@@ -1182,8 +1183,9 @@ def write_report(c, rows, facts, inputs, s1, s2) -> dict:
         thetas = []
         for theta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9):
             part = lorapar.partition(s1, s2, theta)
-            shares = [100 * float((own | part.shared).double().mean()) for own in part[:2]]
-            thetas.append([theta, *(f"{share:.2f}" for share in shares), f"{jaccard(part):.3f}"])
+            share1 = 100 * float((part.s1_only | part.shared).double().mean())
+            share2 = 100 * float((part.s2_only | part.shared).double().mean())
+            thetas.append([theta, f"{share1:.2f}", f"{share2:.2f}", f"{jaccard(part):.3f}"])
         lines += [*table(["theta", "% S1 region", "% S2 region", "Jaccard"], thetas), ""]
     regions = [f"{name} {size}" for name, size in facts["regions"].items()]
     lines.append(f"- elements: {', '.join([str(facts['elements']), *regions])}")
@@ -1277,38 +1279,40 @@ def run_compare(arguments):
     error, percent active, and the hours of training."""
     parser = Parser("train.py compare", description=run_compare.__doc__)
     parser.add_argument("runs", nargs=2, help="a run folder")
-    folders = [Path(run) for run in parser.parse_args(arguments).runs]
-    reports = [read_json(folder / "report.json") for folder in folders]
-    answers, lines = [], []
-    for folder, report in zip(folders, reports):
-        if not report.get("evaluation"):
-            raise ValueError(f"{folder}: nothing was evaluated there")
-        last = list(report["evaluation"])[-1]
-        records = data.read_records(folder / "answers" / f"{last}.jsonl")
-        answers.append({record["id"]: record for _, record in records})
-    metric = reports[0].get("metric")
-    if answers[0].keys() != answers[1].keys() or metric != reports[1].get("metric"):
-        raise ValueError(f"{folders[0]} and {folders[1]} were not evaluated on the same questions")
+    folder1, folder2 = parser.parse_args(arguments).runs
+    report1, answers1, hours1 = read_finished(Path(folder1))
+    report2, answers2, hours2 = read_finished(Path(folder2))
+    metric = report1.get("metric")
+    if answers1.keys() != answers2.keys() or metric != report2.get("metric"):
+        raise ValueError(f"{folder1} and {folder2} were not evaluated on the same questions")
     scale = 1 if metric == "reward" else 100
+    lines = []
     for system in ("S1", "S2", "all"):
-        first, second = [], []
-        for name, record in answers[0].items():
-            if system in ("all", record["label"]):
-                first.append(scale * record["correct"])
-                second.append(scale * answers[1][name]["correct"])
-        if first:
+        names = [name for name, r in answers1.items() if system in ("all", r["label"])]
+        if names:
+            first = [scale * answers1[name]["correct"] for name in names]
+            second = [scale * answers2[name]["correct"] for name in names]
             means = f"{statistics.fmean(first):.1f}", f"{statistics.fmean(second):.1f}"
             gaps = [b - a for a, b in zip(first, second)]
-            lines.append([f"{system} ({len(first)})", *means, mean_and_error(gaps)])
+            lines.append([f"{system} ({len(names)})", *means, mean_and_error(gaps)])
     for stage in ("sft", "rl"):
-        shares = [report["partition"]["active_percent"].get(stage, 0) for report in reports]
-        lines.append([f"% active in {stage}", *(f"{share:.1f}" for share in shares), ""])
-    hours = []
-    for folder in folders:
-        seconds = sum(r.get("seconds", 0) for _, r in data.read_records(folder / "metrics.jsonl"))
-        hours.append(f"{seconds / 3600:.2f}")
-    lines.append(["hours of training", *hours, ""])
-    print("\n".join(table([metric, *map(str, folders), "difference"], lines)))
+        active1 = report1["partition"]["active_percent"].get(stage, 0)
+        active2 = report2["partition"]["active_percent"].get(stage, 0)
+        lines.append([f"% active in {stage}", f"{active1:.1f}", f"{active2:.1f}", ""])
+    lines.append(["hours of training", f"{hours1:.2f}", f"{hours2:.2f}", ""])
+    print("\n".join(table([metric, folder1, folder2, "difference"], lines)))
+
+
+def read_finished(folder: Path):
+    """-> a run's report, the answers of its last evaluation by their ids, hours of training."""
+    report = read_json(folder / "report.json")
+    if not report.get("evaluation"):
+        raise ValueError(f"{folder}: nothing was evaluated there")
+    last = list(report["evaluation"])[-1]
+    records = data.read_records(folder / "answers" / f"{last}.jsonl")
+    answers = {record["id"]: record for _, record in records}
+    seconds = sum(r.get("seconds", 0) for _, r in data.read_records(folder / "metrics.jsonl"))
+    return report, answers, seconds / 3600
 
 
 def run_merge(arguments):
@@ -1466,7 +1470,6 @@ def run_sweep(arguments):
     )
     parser.add_argument("name", choices=tuple(SWEEPS))
     parser.add_argument("--seeds", type=COUNT, default=5, help="0 .. N-1 are compared")
-    parser.add_argument("--rows", help="only these rows of the table, comma separated")
     args, said = parser.parse_known_args(arguments)
     steps = ["--rl-steps", "100"]  # where the toy's differences showed best on seeds 20 to 24
     if any(word.partition("=")[0] == "--model" for word in said):
@@ -1481,10 +1484,6 @@ def run_sweep(arguments):
     for flag in [word.partition("=")[0] for word in said if word.startswith("--")]:
         if flag in own_flags:
             raise ValueError(f"sweep {args.name} sets {flag} itself")
-    names = args.rows.split(",") if args.rows else list(rows)
-    if set(names) - set(rows):
-        raise ValueError(f"--rows {args.rows}: the rows are {', '.join(rows)}")
-    rows = {row: rows[row] for row in names}
     configs = {row: read_config([*said, *flags.split()]) for row, (flags, _) in rows.items()}
     tried = sum(len(RATES) * len(ORDERS[c.order]) for c in configs.values())
     cells, began, done = tried + args.seeds * len(rows), time.time(), 0
@@ -1641,13 +1640,20 @@ def resample(base, seeds: int):
             for encoded in bar(draws, f"resample {n}"):
                 batches = data.batches(encoded, c.micro_batch, c.device)
                 scores.append(lorapar.importance(model, batches).cpu())
+            first_s1, second_s1, first_s2, second_s2, first_mixed, second_mixed = scores
             for theta in (0.1, 0.3, 0.5, 0.7, 0.9):
-                index = {}
-                for i, j in ((0, 2), (0, 3), (1, 2), (1, 3), (0, 1), (2, 3), (4, 5)):
-                    index[i, j] = jaccard(lorapar.partition(scores[i], scores[j], theta))
-                between = statistics.mean(index[pair] for pair in ((0, 2), (0, 3), (1, 2), (1, 3)))
-                record = {"seed": seed, "examples": n, "theta": theta, "S1 / S2": between}
-                record |= {"S1 / S1": index[0, 1], "S2 / S2": index[2, 3], "shuffled": index[4, 5]}
+                between = []
+                for s1, s2 in itertools.product((first_s1, second_s1), (first_s2, second_s2)):
+                    between.append(jaccard(lorapar.partition(s1, s2, theta)))
+                record = {
+                    "seed": seed,
+                    "examples": n,
+                    "theta": theta,
+                    "S1 / S2": statistics.mean(between),
+                    "S1 / S1": jaccard(lorapar.partition(first_s1, second_s1, theta)),
+                    "S2 / S2": jaccard(lorapar.partition(first_s2, second_s2, theta)),
+                    "shuffled": jaccard(lorapar.partition(first_mixed, second_mixed, theta)),
+                }
                 records.append(record)
     kinds, rows, curves = ("S1 / S2", "S1 / S1", "S2 / S2", "shuffled"), [], {}
     for n, theta in dict.fromkeys((r["examples"], r["theta"]) for r in records):
