@@ -216,7 +216,7 @@ def test_logits_are_those_of_transformers_and_padding_changes_neither_them_nor_g
 
 @pytest.mark.parametrize("trained", ["model.norm.weight", "model.embed_tokens.weight"])
 def test_token_logprobs_equal_a_full_log_softmax_and_its_gradient(trained, monkeypatch):
-    """Before the head and in it; rows without an answer give zero. full logits never
+    """Before the head and in it; rows without an answer give zero. Full logits never
     exist, the head sees answer positions only, a few of them at once."""
     monkeypatch.setattr(decoder.HeadLogprobs, "LOGITS", 7 * 64)  # the last chunk is ragged
     model, (tokens, labels), seen = small(), answer_batch(), []
@@ -242,8 +242,7 @@ def test_token_logprobs_equal_a_full_log_softmax_and_its_gradient(trained, monke
 
 @pytest.mark.parametrize("sharpness", [1.0, 1.5, 2.0, 3.0, 4.0])
 def test_bf16_gradients_of_confident_tokens_are_no_noise(sharpness):
-    """p from about 0.9 to 1 - 1e-9, against float64 and against a plain head on
-    the same bf16 states."""
+    """p = 0.9 to 1 - 1e-9, against float64 and against a plain head on the same bf16 states."""
     weight = torch.randn(200, 64, generator=seeded(0)).bfloat16()
     targets = torch.arange(0, 200, 3)
     hidden = sharpness * weight[targets].float() / weight[targets].float().norm(dim=1)[:, None]
@@ -602,7 +601,7 @@ def test_one_formula_serves_start_forward_export_and_merge(init, tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_command_writes_a_whole_checkpoint(dtype, tmp_path, monkeypatch):
-    """merged in float32, stored in the checkpoint's dtype, every other file copied but
+    """Merged in float32, stored in the checkpoint's dtype, every other file copied but
     the index of the weights; a Hub id works too."""
     base, out, adapter = tmp_path / "base", tmp_path / "merged", tmp_path / "adapter"
     decoder.save_model(small().to(dtype), base, eos_token_id=7)
@@ -624,7 +623,7 @@ def test_merge_command_writes_a_whole_checkpoint(dtype, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("init", ["anchored", "pissa"])
 def test_peft_reads_our_adapter_on_the_untouched_base(init, tmp_path):
-    """with the libraries themselves where they are installed."""
+    """With the libraries themselves where they are installed."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     decoder.save_model(small(), tmp_path / "base", bos_token_id=1, eos_token_id=2)
     model, tokens = lora_model(init), torch.arange(20)[None]
@@ -928,7 +927,7 @@ def test_default_dtype_and_device_of_the_caller_change_nothing():
 
 
 def test_scores_that_rank_nothing_are_an_error_that_names_the_cure():
-    """with B = 0, dL/dA and phi_B vanish."""
+    """With B = 0, dL/dA and phi_B vanish."""
     refuses("anchored", lorapar.importance, lora_model("lora", moved=False), [answer_batch()])
     empty = answer_batch()
     empty[1][3] = -100
@@ -1035,7 +1034,7 @@ def gradient(model):
 
 @pytest.mark.parametrize("share", [0.3, 1.1])
 def test_active_elements_take_the_steps_of_adamw_and_frozen_ones_never_move(share):
-    """bit for bit, with weight decay, momentum from before, and the gradient's norm
+    """Bit for bit, with weight decay, momentum from before, and the gradient's norm
     clipped over the active elements; against torch's AdamW on a vector of those alone."""
     model, settings = lora_model(), {"lr": 0.1, "betas": (0.9, 0.99), "weight_decay": 0.1}
     mask, start = masked(model, share), lorapar.get_flat(model)
@@ -1092,7 +1091,6 @@ def test_the_optimizer_keeps_adamws_contract():
 
 
 def test_an_update_of_nothing_or_of_what_is_not_finite_is_an_error_and_moves_nothing():
-    """"""
     model = lora_model()
     start = lorapar.get_flat(model)
     nothing = torch.zeros(len(start), dtype=torch.bool)
@@ -1264,7 +1262,7 @@ SPACES = "  x|\tx|\n\n x|x| ||    return| \n|a  b |<s> x| é\U0001f600 ".split("
 
 
 def test_the_spaces_of_an_answer_survive(tmp_path):
-    """in small: LLaMA's way of marking spaces, which drops the first one when decoding."""
+    """In small: LLaMA's way of marking spaces, which drops the first one when decoding."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     words = dict.fromkeys(["<eos>", *"▁\n\tabxreturn<s>é\U0001f600"])
@@ -1464,7 +1462,6 @@ NUMBERS = {  # gold -> right replies, wrong replies, with | between two
 
 @pytest.mark.parametrize("gold", NUMBERS)
 def test_numbers_are_compared_as_numbers(gold):
-    """"""
     example = data.Example("x", "q", "a", "number", gold)
     for right, replies in zip((True, False), NUMBERS[gold]):
         for reply in replies.split("|"):
@@ -1867,7 +1864,7 @@ def mmlu_file(folder, text, split="test", encoding="utf-8"):
 
 
 def test_mmlu_is_asked_after_five_solved_examples_and_keeps_the_answer_none(tmp_path):
-    """a data-frame reader turns "None" into NaN."""
+    """A data-frame reader turns "None" into NaN."""
     rows = [f"dev{i}?,a,b,c,d,{'ABCD'[i % 4]}\n" for i in range(5)]
     mmlu_file(tmp_path, "".join(rows), "dev")
     file = mmlu_file(tmp_path, '"Which, then?",None,NA,"a, b",4,A\n', encoding="utf-8-sig")
