@@ -1324,8 +1324,8 @@ def candidate_main():
 
     reply("ready")
     prompt, completion, entry, unconfined = ast.literal_eval(requests.readline().decode("ascii"))
-    code = program(prompt, completion, entry)
-    for name in LATE + named_modules(code.source):
+    source = program(prompt, completion, entry)
+    for name in LATE + named_modules(source):
         with suppress(ImportError):  # it fails again where the code imports it
             importlib.import_module(name)
     if not confine() and not unconfined:
@@ -1333,7 +1333,7 @@ def candidate_main():
     reply("confined")
     module = types.ModuleType("candidate")
     sys.modules["candidate"] = module  # dataclasses look their module up
-    run_statements(code, entry, module.__dict__)
+    run_statements(source, entry, module.__dict__)
     function = module.__dict__.get(entry)
     reply("loaded")
     for line in requests:
@@ -1346,25 +1346,38 @@ def candidate_main():
         reply(result)
 
 
-def run_statements(code, entry: str, names: dict):
+def run_statements(source: str, entry: str, names: dict):
     """Runs the source's statements one by one; one that fails does not stop the next. Base models
-    go on writing: after the definition that counts (the first that ends after the prompt) only
-    helpers, imports and constants run, but no prints, tests and second tries."""
+    go on writing: after the definition that counts (the first) only helpers, imports and constants
+    run, but no prints, tests and second tries."""
     helpers = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign
     lazy_annotations = __future__.annotations.compiler_flag  # as if the code had imported it
-    found = False
-    for statement in ast.parse(code.source).body:
-        bound = {getattr(statement, "name", None)}
-        for target in getattr(statement, "targets", ()):
-            for node in ast.walk(target):
-                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                    bound.add(node.id)
-        if found and (not isinstance(statement, helpers) or bound & {entry, *dir(builtins)}):
+    fixed_names, found = {entry, *dir(builtins)}, False
+    for statement in ast.parse(source).body:
+        if found and (not isinstance(statement, helpers) or bound_names(statement) & fixed_names):
             continue
         with suppress(BaseException):
             one = ast.Module([statement], [])
             exec(compile(one, "candidate", "exec", lazy_annotations, dont_inherit=True), names)
-        found = found or (entry in bound and statement.end_lineno > code.head)
+        found = found or defines(statement, entry)
+
+
+def defines(statement, entry: str) -> bool:
+    """Does a statement define the function? A stub that returns nothing, as the prompt's, does
+    not."""
+    if entry not in bound_names(statement):
+        return False
+    kinds = {type(node) for node in ast.walk(statement)}
+    is_assignment = type(statement) in (ast.Assign, ast.AnnAssign)
+    return is_assignment or bool(kinds & {ast.Return, ast.Yield, ast.YieldFrom})
+
+
+def bound_names(statement) -> set[str]:
+    """The names that a statement defines or assigns."""
+    if not isinstance(statement, ast.Assign | ast.AnnAssign):
+        return {getattr(statement, "name", None)}
+    nodes = [node for node in ast.walk(statement) if isinstance(node, ast.Name)]
+    return {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
 
 
 def named_modules(source: str) -> list[str]:
@@ -1379,75 +1392,58 @@ def named_modules(source: str) -> list[str]:
     return named + NUMPY if "numpy" in named else named
 
 
-FENCE = r"^[^\S\n]*(`{3,}|~{3,})[^\n]*\n"
-FENCE_END = r"^[^\S\n]*\1[`~]*[^\S\n]*$"  # as long as the one that opened
-BLOCK = rf"(?ms){FENCE}(.*?)(?:{FENCE_END}|\Z)"
-LONG_BLOCK = rf"(?ms){FENCE}(.*){FENCE_END}"  # up to the last such end: a docstring may hold fences
+# A fenced block, up to a fence at least as long as the one that opened, or to the end.
+BLOCK = re.compile(
+    r"^[^\S\n]*(`{3,}|~{3,})[^\n]*\n(.*?)(?:^[^\S\n]*\1[`~]*[^\S\n]*$|\Z)", re.M | re.S
+)
 FIRST_CODE = re.compile(r"^(?:import |from |async def |def |class |@|\w+ *=)", re.M)
 
 
-class Reading(NamedTuple):
-    """A text of a reply, read as code after the prompt. The first three fields rank it."""
-
-    solves: bool  # is all of it code, and does it define the function?
-    all_code: bool  # is all of it code, and does it return anything?
-    returns: bool  # does it return anything? else it only uses the function
-    kept: int  # characters before its first syntax error
-    source: str
-    head: int  # lines of the source before the text
-
-
-def program(prompt: str, reply: str, entry: str) -> Reading:
+def program(prompt: str, reply: str, entry: str) -> str:
     """The candidate's source, in whatever form a model answers: a body that continues the prompt, a
-    whole function, or fenced blocks around either. The reply as it stands is tried first. Of its
-    blocks the last that is all code and defines the function is taken, else the longest."""
-    reply = re.sub(r"\r+\n?", "\n", reply.lstrip("\ufeff"))
+    whole function, or fenced blocks of either. Taken is the first reading that defines the
+    function."""
+    reply = re.sub(r"\r+\n?", "\n", reply.lstrip("\ufeff")).partition("\0")[0]
     name = re.escape(entry)
     definition = re.compile(rf"^[ \t]*(?:async )?def {name}\b|^{name} *(?::[^=\n]+)?=(?!=)", re.M)
-    readings = [read_code(prompt, text, definition) for text in ("", after_thoughts(reply))]
+    for code in codes_of(reply, definition):
+        source = read_code(prompt, code, definition)
+        if any(defines(statement, entry) for statement in ast.parse(source).body):
+            return source
+    return prompt
+
+
+def codes_of(reply: str, definition: re.Pattern) -> list[str]:
+    """What may be code in a reply, the likeliest first: its blocks that define the function, the
+    last first, each after the helpers before it; the reply as it stands; its other blocks, the
+    first first; what follows prose."""
+    codes = []
     for text in (final_part(reply), reply):  # the second for code whose strings look like a turn
-        if not readings[-1].all_code and not any(r.solves for r in readings):
-            readings += [read_code(prompt, code, definition) for code in codes_of(text, definition)]
-    readings.reverse()
-    return max(readings, key=lambda r: (r.solves, r.all_code, r.returns, 0 if r.solves else r.kept))
-
-
-def codes_of(text: str, definition: re.Pattern) -> list[str]:
-    """The text itself and its fenced blocks, each after the blocks of helpers before it."""
-    text = re.sub(r"(?<=\S)```\s*\Z", "", text.partition("\0")[0])
-    codes = [text, *(textwrap.dedent(block[1]) for block in re.findall(LONG_BLOCK, text))]
-    helpers = ""
-    for block in re.findall(BLOCK, text)[:20]:
-        code = textwrap.dedent(block[1])
-        codes.append(helpers + code)
-        if not definition.search(code) and longest_that_parses(code) == code:
-            helpers += code + "\n"
+        text = re.sub(r"(?<=\S)```\s*\Z", "", text)
+        whole, others, helpers = [], [], ""
+        for _, code in BLOCK.findall(text)[:20]:
+            code = textwrap.dedent(code)
+            if definition.search(code):
+                whole.insert(0, helpers + code)
+            else:
+                others.append(code)
+                if longest_that_parses(code) == code:
+                    helpers += code + "\n"
+        codes += [*whole, text, *others]
+        starts = [m.start() for m in (FIRST_CODE.search(text), definition.search(text)) if m]
+        codes += [text[start:] for start in starts]
     return codes
 
 
-def read_code(prompt: str, text: str, definition: re.Pattern) -> Reading:
-    """The text as code: of several ways to put it after the prompt the one that keeps most of it,
-    up to its first syntax error."""
-    text = re.sub(r"(?m)^from __future__ .*\n|\A(?:[ \t]*\n)+", "", text)
-    stub = prompt + "\n    pass\n\n"  # the prompt's own definition, closed
-    body = textwrap.indent(textwrap.dedent(text), "    ")
-    ways = [(prompt, text), (prompt, body), (prompt, "    " + text.lstrip())]
-    found = definition.search(text)
-    if found:  # a whole function; prose may stand before it
-        first = FIRST_CODE.search(text) or found
-        starts = textwrap.dedent(text), text.lstrip(), text[first.start() :], text[found.start() :]
-        ways = [(stub, code) for code in starts] + ways[:1]
-    returns = bool(re.search(r"\b(?:return|yield|lambda)\b", text))
-    returns = returns or bool(found and not re.search(r":\s*(?:\.\.\.|pass)\s*\Z", text))
-    best = Reading(False, False, False, 0, stub, stub.count("\n"))
-    for front, code in ways:
-        source = longest_that_parses(front + code[:20_000])  # it takes quadratic time
-        kept = len("".join(source[len(front) :].split()))
-        all_code = returns and kept == len("".join(text.split()))
-        if kept > best.kept:
-            solves = all_code and bool(found)
-            best = Reading(solves, all_code, returns, kept, source, front.count("\n"))
-    return best
+def read_code(prompt: str, code: str, definition: re.Pattern) -> str:
+    """Code after the prompt, up to its first syntax error: as a whole function, or as a body in the
+    way that parses furthest."""
+    code = re.sub(r"(?m)^from __future__ .*\n", "", code[:20_000])  # parsing takes quadratic time
+    flush = textwrap.dedent(code)
+    if definition.search(code):  # the prompt's own definition is closed
+        return longest_that_parses(prompt + "\n    pass\n\n" + flush)
+    ways = code, "    " + code.lstrip(), textwrap.indent(flush, "    ")
+    return max([longest_that_parses(prompt + way) for way in ways], key=lambda s: s.count("\n"))
 
 
 def longest_that_parses(source: str) -> str:
