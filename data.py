@@ -515,7 +515,8 @@ def verdict(text: str) -> str | None:
         found = list(VERDICT.finditer(part))
         systems = {"S2" if m[1].lower() in ("2", "２", "two") else "S1" for m in found}
         if len(systems) == 1:
-            if part is text or len(part) < 40 or len(part) - found[-1].end() < 3:
+            ends_with_it = len(part) - found[-1].end() < 3
+            if part is text or len(part) < 40 or ends_with_it:
                 return systems.pop()
     return None
 
@@ -586,8 +587,10 @@ def count_votes(paths):
     for teacher, statuses in teachers.items():
         if len(teachers) > 1 and all(asked[name] == 1 for name in statuses):
             raise ValueError(f"{teacher}: shares no example with the other teachers")
-        counts = Counter(statuses.values()) | Counter(missing=len(asked) - len(statuses))
-        lines.append(f"{teacher}: {', '.join(f'{kind} {n}' for kind, n in sorted(counts.items()))}")
+        counts = Counter(statuses.values())
+        counts["missing"] = len(asked) - len(statuses)
+        words = [f"{kind} {n}" for kind, n in sorted(counts.items()) if n]
+        lines.append(f"{teacher}: {', '.join(words)}")
     records, pairs, agreeing, ties = [], 0, 0, 0
     for name in asked:
         votes = {teacher: s[name] for teacher, s in teachers.items() if name in s}
@@ -595,8 +598,8 @@ def count_votes(paths):
         n1, n2 = ballots.count("S1"), ballots.count("S2")
         pairs += math.comb(n1 + n2, 2)
         agreeing += math.comb(n1, 2) + math.comb(n2, 2)
-        ties += n1 == n2 > 0
         if ballots:
+            ties += n1 == n2
             records.append({"id": name, "label": vote(ballots), "votes": votes})
     if not records:
         raise ValueError(f"no teacher gave a verdict, so no labels: {'; '.join(lines)[:200]}")
