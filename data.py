@@ -1406,7 +1406,7 @@ def program(prompt: str, reply: str, entry: str) -> str:
     """The candidate's source, in whatever form a model answers: a body that continues the prompt, a
     whole function, or fenced blocks of either. Taken is the first reading that defines the
     function."""
-    reply = re.sub(r"\r+\n?", "\n", reply.lstrip("\ufeff")).partition("\0")[0]
+    reply = re.sub(r"\r+\n?", "\n", reply.lstrip("\ufeff"))
     name = re.escape(entry)
     definition = re.compile(rf"^[ \t]*(?:async )?def {name}\b|^{name} *(?::[^=\n]+)?=(?!=)", re.M)
     for code in codes_of(reply, definition):
@@ -1425,7 +1425,6 @@ def codes_of(reply: str, definition: re.Pattern) -> list[str]:
         text = re.sub(r"(?<=\S)```\s*\Z", "", text)
         whole, others, helpers = [], [], ""
         for _, code in BLOCK.findall(text)[:20]:
-            code = textwrap.dedent(code)
             if definition.search(code):
                 whole.insert(0, helpers + code)
             else:
@@ -1439,14 +1438,14 @@ def codes_of(reply: str, definition: re.Pattern) -> list[str]:
 
 
 def read_code(prompt: str, code: str, definition: re.Pattern) -> str:
-    """Code after the prompt, up to its first syntax error: as a whole function, or as a body in the
-    way that parses furthest."""
+    """Code after the prompt, up to its first syntax error: as a whole function, or as a body."""
     code = re.sub(r"(?m)^from __future__ .*\n", "", code[:20_000])  # parsing takes quadratic time
-    flush = textwrap.dedent(code)
     if definition.search(code):  # the prompt's own definition is closed
-        return longest_that_parses(prompt + "\n    pass\n\n" + flush)
-    ways = code, "    " + code.lstrip(), textwrap.indent(flush, "    ")
-    return max([longest_that_parses(prompt + way) for way in ways], key=lambda s: s.count("\n"))
+        return longest_that_parses(prompt + "\n    pass\n\n" + textwrap.dedent(code))
+    # the first line alone may have lost its indent, or all lines: what parses further
+    one = longest_that_parses(prompt + "    " + code.lstrip())
+    every = longest_that_parses(prompt + textwrap.indent(textwrap.dedent(code), "    "))
+    return max(one, every, key=lambda source: source.count("\n"))
 
 
 def longest_that_parses(source: str) -> str:

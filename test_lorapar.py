@@ -1999,18 +1999,19 @@ prose and whole => Here it is:\n\nWHOLE\nIt adds.
 fenced body => ```\nBODY```
 tildes, carriage returns => ~~~py\r\r\ndef add(a, b):\r\n    return a + b\r\n~~~
 shell first => ```bash\npip install x\n```\nFENCE
-future => from __future__ import annotations\nWHOLE
-helper fence => ```python\ndef h(x):\n    return x\n```\nFENCE
+future => from __future__ import annotations\nimport math\ndef add(a, b):\n    return math.floor(a + b)
+prose and import => Here:\n\nimport math\n\ndef add(a, b):\n    return math.floor(a + b)
+helper fence => ```python\ndef h(x):\n    return x\n```\n```\ndef add(a, b):\n    return h(a) + b\n```
 imports => import math, collections\nfrom typing import List\n\nWHOLE
 own main => WHOLE\nassert add(1, 1) == 2\nif __name__ == '__main__':\n    input()\n
 constants first => TABLE = {}\nfor i in range(9):\n    TABLE[i] = i\nWHOLE
 lambda => add = lambda a, b: a + b\n
 late imports => from datetime import datetime as d\ndef add(a, b):\n    d.strptime('1', '%d')\nBODY
-second try behind => WHOLE\nWRONG
+second try after => WHOLE\nWRONG
 prose and fenced body => Here is the body:\n\n```python\nBODY```
 absent imports => import pandas, unittest\nimport pytest\nWHOLE
-loop behind => WHOLE\nwhile True:\n    pass\n
-builtin shadowed behind =>     return sum([a, b])\n\nsum = add(1, 2)\nprint(sum)\n
+loop after => WHOLE\nwhile True:\n    pass\n
+builtin shadowed after =>     return sum([a, b])\n\nsum = add(1, 2)\nprint(sum)\n
 prose that looks like code => Let's see\na = 2, b = 3 gives 5\n\nWHOLE
 thinking => <think>\nMaybe\ndef add(a, b):\n    ...\nno wait.\n</think>\n\nWHOLE
 cut off in a fence => ```python\nWHOLE\nprint(add(1,
@@ -2018,10 +2019,10 @@ session in a fence => ```python\nWHOLE\n>>> add(1, 2)\n3\n```
 stub in a fence first => ```python\ndef add(a, b):\n    pass\n```\nFilled in:\nFENCE
 draft in a fence first => <think>\n```python\nWRONG```\n</think>\nFENCE
 deep run-on => BODY\nx = 1 + 1 + 1\na.b.c.d.e = -----------x\n# \ud800
-NUL behind => BODY\n\0
+NUL after => BODY\n\0
 cache of its own => def add(a, b):\n    add.cache[a] = b\n    return a + b\n\nadd.cache = {}\n
 numpy => import numpy as np\ndef add(a, b):\n    return np.add(a, b) * np.linalg.det(np.eye(2))\n
-""")
+""")  # noqa: E501
 RIGHT |= table(r"""
 docstring with a fence => def add(a, b):\n    '''Add.\n\n    ```\n    add(1, 2)\n    ```\n    '''\nBODY
 fenced docstring with a fence => Sure:\n```python\ndef add(a, b):\n    '''\n    ```\n    1\n    ```\n    '''\nBODY```\n
@@ -2036,6 +2037,15 @@ body, then its use => BODY\nExample:\n\n```python\nprint(add(1.0, 2.0), add(2.0,
 long thought => <think>\nTHOUGHTS</think>\nFENCE
 whole, then its output => WHOLE\nOutput:\n```\nFalse\n```
 fence, then a stub => FENCE\nwhere\n```python\ndef add(a, b): ...\n```
+draft, then a fence => def add(a, b):\n    return 0\n\nBetter:\nFENCE
+shell, stub, then whole => ```\npip install x\n```\n```python\ndef add(a, b):\n    ...\n```\nNow:\nFENCE
+first line stripped => if a:\n        b = b + a\n    return b
+fence closed on the last line => ```python\ndef add(a, b):\n    return a + b```
+stub, then whole => def add(a, b):\n    pass\n\nWHOLE
+stub, then whole, in a fence => ```python\ndef add(a, b):\n    pass\n\nWHOLE```
+end token =>     if a == 99:\n        return 0\n    return a + b<|endoftext|>junk
+assignment => import operator\nadd = operator.add\n
+two statements on a line => ```\nif a == 99: return 0\nreturn a + b\n```
 last of two tries => ```python\nWRONG# longer than the other one\n```\nWait:\n```python\nWHOLE```
 """)  # noqa: E501
 
