@@ -56,7 +56,7 @@ class Tokenizer:
     """A checkpoint's tokenizer: `tokenizer.json` (tokenizers) or `tokenizer.model` (sentencepiece).
 
     bos_id: the token the model wants in front, None if it wants none. eos_ids: every token that
-    ends an answer, the one that SFT trains first. ValueError, one line, on files that do not fit.
+    ends an answer; SFT trains the first. ValueError, one line, on files that do not fit.
     """
 
     def __init__(self, path):
@@ -211,20 +211,21 @@ def read_fields(path) -> dict:
 def read_records(path, columns=None):
     """Yields ("FILE:LINE", record) of a json array, a csv table or a jsonl file, by the file's
     name. columns: those of a table without a header. ValueError names the file and the line."""
-    opener = gzip.open if str(path).endswith(".gz") else open
-    number = 1 if str(path).endswith(".csv") and not columns else 0  # of the last line read
+    name = str(path).removesuffix(".gz")
+    opener = open if name == str(path) else gzip.open
+    number = 0  # of the last line read (of an array: its record)
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="") as file:  # leaves out the BOM
-            if str(path).endswith(".csv"):
+            if name.endswith(".csv"):
                 records = csv.DictReader(file, columns)
-            elif str(path).endswith(".json"):
+            elif name.endswith(".json"):
                 records = json.load(file)
             else:
                 records = (json.loads(line) if line.strip() else None for line in file)
             for record in records:
                 if not isinstance(record, dict | None):
                     raise ValueError("not a JSON object")
-                number += 1
+                number = getattr(records, "line_num", number + 1)  # a csv field may hold lines
                 if record is not None:
                     yield f"{path}:{number}", record
     except (OSError, EOFError, ValueError, TypeError, csv.Error, zlib.error) as error:
@@ -333,7 +334,7 @@ def instructions(name, path, split):
     _, question, more, answer = INSTRUCTIONS[name]
     for i, (where, record) in enumerate(read_records(one_file(path, "*.json*"))):
         text = text_of(record, question, where).strip()
-        if more and record.get(more):
+        if more and str(record.get(more) or "").strip():
             text += "\n\n" + text_of(record, more, where).strip()
         yield Example(f"{name}/{i}", text, text_of(record, answer, where), "text")
 
@@ -542,9 +543,10 @@ def read_teacher(path) -> dict[str, str]:
         if type(name) not in (str, int) or "url" in record:
             raise ValueError(f'{where}: not a teacher\'s answer with "custom_id", or "id", "label"')
         name = str(name)
-        if {status, statuses.get(name)} <= {"S1", "S2"}:
-            raise ValueError(f"{where}: second answer for {name}")
-        if statuses.get(name) not in ("S1", "S2"):
+        if statuses.get(name) in ("S1", "S2"):  # a retry may follow what failed, not a verdict
+            if status in ("S1", "S2"):
+                raise ValueError(f"{where}: second answer for {name}")
+        else:
             statuses[name] = status
     return statuses
 
@@ -639,7 +641,8 @@ def label_examples(examples: list[Example], labels: str) -> list[Example]:
             label = record.get("label") or verdict(str(record.get("_result")))
             if label not in ("S1", "S2") or record.get(key) is None:
                 raise ValueError(f'{where}: needs "{key}" and a label of System 1 or System 2')
-            label_of[str(record[key]).strip()] = label
+            if label_of.setdefault(str(record[key]).strip(), label) != label:
+                raise ValueError(f"{where}: another label for {str(record[key])[:60]!r}")
     labelled = []
     for e in examples:
         name = getattr(e, key).strip()
@@ -760,6 +763,7 @@ TURN = re.compile(
     r"(?: ?#?\d{1,3})?[. *]{0,4}(?:[:：]|\n|\Z)",
     re.MULTILINE | re.IGNORECASE,
 )
+DIGIT = re.compile(r"\d")
 LEAD_IN = re.compile(r"\s*(?:<reasoning>|(?i:let|sure|okay|given|first|we|to|i'll|i will|here)\b)")
 
 
@@ -775,9 +779,10 @@ def final_part(reply: str) -> str:
     """The part of a reply that answers: after its last thought, before the next turn into which a
     base model runs on. All that reads a reply begins here."""
     reply = after_thoughts(reply)
-    begin, digit = 0, re.search(r"\d", reply)
+    begin, digit = 0, None
     for turn in TURN.finditer(reply):
         if reply[begin : turn.start()].strip():
+            digit = digit or DIGIT.search(reply, begin)
             answered = digit and digit.start() < turn.start()
             if answered or not turn["task"] or not LEAD_IN.match(reply, begin):
                 return reply[begin : turn.start()]  # else it only repeats its task
@@ -941,8 +946,8 @@ def is_correct(example: Example, reply: str, unconfined=False) -> bool:
         return passes_tests(example, reply, unconfined)
     if example.kind == "exact":
         text = final_part(reply)
-        inside = in_tags(text)
-        replies = [text, reply, TURN.split(text, 1)[0], text if inside is None else inside]
+        # the whole reply and the text before a turn: what looks like a turn may be its first line
+        replies = [text, reply, TURN.split(text, 1)[0], in_tags(text) or ""]
         return example.gold.strip() in [text.strip() for text in replies]
     if example.kind == "toy":  # the last state of the string machine decides, spaces do not
         return reply.rpartition(";")[2].split() == example.gold.rpartition(";")[2].split()
@@ -1069,8 +1074,9 @@ class ToyWorld:
         """A teacher's batch answers; each names the true system with probability `right`."""
         answers = []
         for r in self.splits["train"]:
-            one = (r["system"] == "S1") == (self.rng.random() < right)
-            content = f"I would answer this as asked.\nSystem{1 if one else 2}"
+            is_right = self.rng.random() < right
+            system = r["system"] if is_right else {"S1": "S2", "S2": "S1"}[r["system"]]
+            content = f"I would answer this as asked.\nSystem{system[1]}"
             body = {"choices": [{"message": {"role": "assistant", "content": content}}]}
             answers.append({"custom_id": r["id"], "response": {"body": body}})
         self.rng.shuffle(answers)
@@ -1135,13 +1141,14 @@ def main():
         examples = load_dataset(name, path, "all" if in_one_file(name, path) else "train")
         examples = list({e.id: e for e in examples}.values())[: args.examples]
         teachers = [teacher.strip() for teacher in args.teachers.split(",")]
-        names = {teacher.replace("/", "_") for teacher in teachers}
-        if not all(teachers) or len(names) < len(teachers):
+        files = {}
+        for teacher in teachers:
+            files[Path(args.out) / f"{teacher.replace('/', '_')}.jsonl"] = teacher
+        if not all(teachers) or len(files) < len(teachers):
             raise ValueError(f"--teachers {args.teachers}: an empty name, or one named twice")
         if not args.target.strip() or (args.examples is not None and args.examples < 1):
             raise ValueError("--target needs a name, --examples a number from 1")
-        for teacher in teachers:
-            file = Path(args.out) / f"{teacher.replace('/', '_')}.jsonl"
+        for file, teacher in files.items():
             if path and file.resolve() == Path(path).resolve():
                 raise ValueError(f"{file} would overwrite --data: name another --out")
             requests = []
@@ -1188,8 +1195,8 @@ def passes_tests(example: Example, reply: str, unconfined=False) -> bool:
     """
     job = {"prompt": example.question, "tests": example.gold, "entry": example.entry}
     job |= {"reply": reply, "unconfined": unconfined}
-    if unconfined and not can_confine():
-        warnings.warn("code answers run unconfined, with the rights of this program", stacklevel=2)
+    if unconfined:
+        warnings.warn("code may run unconfined, with the rights of this program", stacklevel=2)
     try:
         judge = start_process("judge")
     except OSError as error:
@@ -1353,7 +1360,8 @@ def run_statements(source: str, entry: str, names: dict):
     """Runs the source's statements one by one; one that fails does not stop the next. Base models
     go on writing: after the definition that counts (the first) only helpers, imports and constants
     run, but no prints, tests and second tries."""
-    helpers = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.ClassDef | ast.Assign
+    helpers = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    helpers |= ast.Assign | ast.AnnAssign
     lazy_annotations = __future__.annotations.compiler_flag  # as if the code had imported it
     fixed_names, found = {entry, *dir(builtins)}, False
     for statement in ast.parse(source).body:
@@ -1391,6 +1399,7 @@ def named_modules(source: str) -> list[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and not node.level:
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    names |= {name.partition(".")[0] for name in names}
     named = sorted(names & set(HARMLESS))
     return named + NUMPY if "numpy" in named else named
 
@@ -1404,8 +1413,7 @@ FIRST_CODE = re.compile(r"^(?:import |from |async def |def |class |@|\w+ *=)", r
 
 def program(prompt: str, reply: str, entry: str) -> str:
     """The candidate's source, in whatever form a model answers: a body that continues the prompt, a
-    whole function, or fenced blocks of either. Taken is the first reading that defines the
-    function."""
+    whole function, or fenced blocks of either. The first that defines the function is taken."""
     reply = re.sub(r"\r+\n?", "\n", reply.lstrip("\ufeff"))
     name = re.escape(entry)
     definition = re.compile(rf"^[ \t]*(?:async )?def {name}\b|^{name} *(?::[^=\n]+)?=(?!=)", re.M)
@@ -1476,7 +1484,7 @@ def literal(x) -> str:
             items = "".join(literal(item) + "," for item in kind.__iter__(x))
             empty = "set()" if brackets == "{}" else brackets
             return brackets[0] + items + brackets[1] if items else empty
-    if type(x).__module__ == "numpy":  # a scalar, or an array of one element
+    if type(x).__module__ == "numpy" and getattr(x, "size", 0) == 1:  # a scalar, or an array of one
         return literal(x.item())
     raise TypeError(f"{type(x).__name__} is not plain data")
 
@@ -1491,7 +1499,7 @@ def set_limit(name, value):
             raise  # where there is a sandbox, it is whole
 
 
-# The system calls a candidate is left, by their numbers on x86-64 and aarch64; None: not there.
+# The system calls that a candidate may still make: numbers on x86-64 and aarch64, None: not there.
 ALLOWED = {
     "read": (0, 63), "readv": (19, 65), "write": (1, 64), "writev": (20, 66), "close": (3, 57),
     "fstat": (5, 80), "lseek": (8, 62), "mmap": (9, 222), "mprotect": (10, 226),

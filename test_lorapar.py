@@ -11,6 +11,7 @@ proved by a smaller test as well, so a bare clone needs nothing but this file:
 import argparse
 import copy
 import csv
+import gzip
 import itertools
 import json
 import math
@@ -1297,6 +1298,8 @@ def test_tokenizer_reads_special_tokens_from_the_checkpoints_files(toy_tokenizer
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
     tokenizer = data.Tokenizer(tmp_path)
     assert tokenizer.encode("A", bos=True, eos=True) == [2, 1, 0] and tokenizer.eos_ids == (0, 5)
+    config.write_text("{}")  # the model's files alone name an EOS
+    assert data.Tokenizer(tmp_path).eos_ids == (0, 5)
     config.write_text("{")
     refuses("tokenizer_config.json", data.Tokenizer, tmp_path)
     (tmp_path / "tokenizer.json").unlink()
@@ -1312,7 +1315,7 @@ def test_a_tokenizer_file_saved_with_truncation_and_padding_cuts_and_pads_nothin
     data.save_toy_tokenizer(tmp_path)
     bpe = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     bpe.enable_truncation(2)
-    bpe.enable_padding(length=9)
+    bpe.enable_padding(length=20)
     bpe.save(str(tmp_path / "tokenizer.json"))
     assert data.Tokenizer(tmp_path).encode("M a b c d | rev rot A") == [3, 6, 7, 8, 9, 4, 14, 15, 1]
 
@@ -1500,6 +1503,7 @@ FINAL_NUMBERS = {  # a reply, and the number it gives
     "18<|im_end|>\n<|im_start|>user\n20": 18, "18<｜User｜>20": 18, "18</s> 20": 18,
     "18 [INST] 20": 18, "<|im_start|>assistant\n18": 18,
     "Let me see.\n\n**Problem:** 9 eggs\nIt is 18": 18,
+    "### Question 1:\nLet me restate it.\n### Response:\n18": 18,
     "<reasoning>\nQuestion: 9 eggs\n</reasoning>\n<answer>\n18\n</answer>": 18, "#### 18 km/h": 18,
     "#### Step 1\n9\n#### Step 2\nThe answer is 18.": 18, "#### Final Answer\n18": 18,
     "#### 18<br>": 18,
@@ -1687,8 +1691,10 @@ def test_labels_from_a_file_from_the_authors_csv_and_from_steps(tmp_path):
     file = tmp_path / "labels.csv"
     file.write_text('question,answer,_result\nThree?,3,System2\n"One, two?",1,System1\n')
     assert labelled(examples, file) == [("gsm8k/3", "S1"), ("gsm8k/4", "S2")]
-    file.write_text("question,answer,_result\nThree?,3,perhaps\n")
-    refuses("labels.csv:2", data.label_examples, examples, str(file))
+    file.write_text('question,answer,_result\n"One,\ntwo?",3,System1\nThree?,3,perhaps\n')
+    refuses("labels.csv:4: needs", data.label_examples, examples, str(file))
+    data.write_jsonl(tmp_path / "l", [*records, records[0] | {"label": "S2"}])
+    refuses("another label for 'gsm8k/3'", data.label_examples, examples, str(tmp_path / "l"))
 
 
 GSM8K = {"question": " How many? ", "answer": "2*9=<<2*9=18>>18\n#### 1,018"}
@@ -1792,8 +1798,6 @@ def mutated(content: bytes, rng, is_json: bool) -> bytes:
 
 def test_damaged_and_misshapen_files_are_read_or_refused_in_one_line(tmp_path):
     """A sane value, or one ValueError line below 300 characters."""
-    import gzip
-
     base, adapter, shards = (tmp_path / name for name in ("base", "adapter", "shards"))
     decoder.save_model(small(), base, eos_token_id=0)
     data.save_toy_tokenizer(base)
@@ -1883,7 +1887,7 @@ def test_mmlu_is_asked_after_five_solved_examples_and_keeps_the_answer_none(tmp_
 
 PUBLISHED = {  # the publisher's fields, what stands in them, the question; the answer is the last
     "dolly": ("instruction context response", "Sum up.| Text. |Short.", "Sum up.\n\nText."),
-    "platypus": ("instruction input output", "2+2?||4", "2+2?"),
+    "platypus": ("instruction input output", "2+2?| |4", "2+2?"),
     "codealpaca": ("instruction input output", "Sort.|[2, 1]|[1, 2]", "Sort.\n\n[2, 1]"),
     "codefeedback": ("query answer", "Why?|Because.", "Why?"),
 }
@@ -1899,7 +1903,8 @@ def test_instruction_sets_in_their_publishers_fields(name, tmp_path):
     data.write_jsonl(jsonl, records)
     array.parent.mkdir()
     array.write_text(json.dumps(records))
-    for path in (jsonl, array, jsonl.parent, array.parent):
+    (tmp_path / "x.json.gz").write_bytes(gzip.compress(array.read_bytes()))
+    for path in (jsonl, array, jsonl.parent, array.parent, tmp_path / "x.json.gz"):
         both = [data.load_dataset(name, path, split) for split in ("train", "validation")]
         assert {len(examples) for examples in both} <= {2, 3, 38, 39}
         pairs = [(e.question, e.answer) for examples in both for e in examples]
@@ -2021,6 +2026,8 @@ draft in a fence first => <think>\n```python\nWRONG```\n</think>\nFENCE
 deep run-on => BODY\nx = 1 + 1 + 1\na.b.c.d.e = -----------x\n# \ud800
 NUL after => BODY\n\0
 cache of its own => def add(a, b):\n    add.cache[a] = b\n    return a + b\n\nadd.cache = {}\n
+numpy.linalg => from numpy.linalg import det\ndef add(a, b):\n    return a + b * det([[1]])
+late constant => def add(a, b):\n    return a + b + zero\n\nzero: int = 0
 numpy => import numpy as np\ndef add(a, b):\n    return np.add(a, b) * np.linalg.det(np.eye(2))\n
 """)  # noqa: E501
 RIGHT |= table(r"""
@@ -2119,7 +2126,7 @@ def test_without_a_filter_code_runs_only_where_it_is_allowed(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", without_filter)
     example, right = task(CHECK), code("", "return a + b")
     refuses("--allow-unconfined-code", data.is_correct, example, right, error=data.SandboxError)
-    with pytest.warns(UserWarning, match="unconfined"):
+    with pytest.warns(UserWarning, match="may run unconfined"):
         assert data.is_correct(example, right, unconfined=True) is True
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: real(["false"], **k))
     refuses("ended at once", data.is_correct, example, right, error=data.SandboxError)  # no verdict
@@ -2196,7 +2203,8 @@ def test_a_fault_of_the_problem_is_no_wrong_answer():
 
 def test_only_modules_that_do_nothing_at_import_are_loaded_for_a_candidate():
     source = "import numpy.distutils.system_info, os, json.tool\nfrom numpy.f2py import tests\n"
-    assert data.named_modules(source + "import antigravity, __main__, ctypes") == []
+    named = data.named_modules(source + "import antigravity, __main__, ctypes")
+    assert named == ["json", "numpy", *data.NUMPY]
     named = data.named_modules("from collections import abc\nimport numpy as np, math")
     assert named[:3] == ["collections", "collections.abc", "math"] and "numpy.linalg" in named
 
@@ -2921,7 +2929,7 @@ def test_ones_own_file_and_reward_train_stage_2(toy_run, tmp_path, capsys):
     rows = json.loads(capsys.readouterr().out.partition("\n")[2].rpartition("}")[0] + "}")
     assert rows["all"] == pytest.approx(means, rel=1e-4) and "S1" in rows
     train.main(["compare", str(tmp_path / "free"), str(tmp_path / "free")])
-    assert f"| {means['accuracy']:.1f} |" in capsys.readouterr().out  # a reward is no per cent
+    assert f"| {means['accuracy']:.3f} |" in capsys.readouterr().out  # a reward is no per cent
     assert "same questions" in fails(capsys, "compare", toy_run, tmp_path / "free")
     for name, error in (
         ("broken", "(line 6, on "),
@@ -2966,6 +2974,7 @@ def test_eval_command_gives_the_number_and_every_answer(toy_run, tmp_path, capsy
 
 def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
     base, nowhere, file = toy_run / "base", tmp_path / "nowhere", tmp_path / "file"
+    few = sweep_folder(toy_run, tmp_path / "few", 1)
     bad, none = tmp_path / "bad.jsonl", tmp_path / "none.jsonl"
     good, broken = gsm8k_folder(tmp_path / "good"), gsm8k_folder(tmp_path / "broken")
     run = f"--model {base} --data gsm8k:{good} --out {tmp_path}/out"
@@ -3017,6 +3026,9 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         not a readable PEFT adapter => {merge} {tmp_path}/m --adapter nowhere
         no run there => figure {nowhere}
         sets --order itself => sweep splits --order none
+        unrecognized arguments: --thet => --thet 0.5
+        is for the toy => sweep splits --model {base} --data {mine}
+        needs 50 training examples => sweep resample --train-examples 60 --out {few}
         sweep order sets --order itself => sweep order --order=sft
         has no validation split => {labelled} --eval-data {mine} --eval-split validation
         GSM8K's solutions alone => {owned} --labels steps:2

@@ -288,7 +288,7 @@ def reward_rollouts(c, inputs, examples, rollouts) -> list[dict]:
     work = []
     for rollout in rollouts:
         reply = inputs.tokenizer.decode(rollout.answer)
-        work.append((examples[rollout.prompt_index], reply, c.allow_unconfined_code))
+        work.append((examples[rollout.prompt_index], reply))
     return data.in_parallel(inputs.reward, work)
 
 
@@ -517,12 +517,10 @@ def answer_all(c, model, inputs, examples, what: str) -> list[dict]:
             jobs.append((reply_to, rows[start : start + c.batch_rows]))
     with eval_mode(model):
         for reply_to, rows in bar(jobs, f"evaluate {what}"):
+            batch = [examples[i] for i in rows]
             prompts = [encoded[i].ids[: encoded[i].prompt_length] for i in rows]
-            replies = reply_to(c, model, tokenizer, [examples[i] for i in rows], prompts)
-            work = [
-                (examples[i], reply, c.allow_unconfined_code) for i, reply in zip(rows, replies)
-            ]
-            verdicts = data.in_parallel(partial(judge, inputs.reward), work)
+            replies = reply_to(c, model, tokenizer, batch, prompts)
+            verdicts = data.in_parallel(partial(judge, c, inputs.reward), zip(batch, replies))
             likelihoods = likelihood(c, model, [encoded[i] for i in rows], what)
             for i, reply, correct, (p, loss) in zip(rows, replies, verdicts, likelihoods):
                 records[i].update(reply=reply, correct=correct, probability=p, loss=loss)
@@ -531,10 +529,11 @@ def answer_all(c, model, inputs, examples, what: str) -> list[dict]:
     return records
 
 
-def judge(reward, example, reply: str, unconfined) -> float:
+def judge(c, reward, example, reply: str) -> float:
+    """Is the reply right? Where only the reward can tell: its reward."""
     if example.kind == "text":
-        return sum(reward(example, reply, unconfined).values())
-    return data.is_correct(example, reply, unconfined)
+        return sum(reward(example, reply).values())
+    return data.is_correct(example, reply, c.allow_unconfined_code)
 
 
 def reply_texts(c, model, tokenizer, examples, prompts) -> list[str]:
@@ -713,6 +712,9 @@ TOY_LABELS = r"teachers:([1-5])(:shuffled)?"  # what --labels may say there
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, *arguments, **settings):  # a sweep looks for its own flags by their names
+        super().__init__(*arguments, allow_abbrev=False, **settings)
+
     def error(self, message):  # one line, without the usage
         raise ValueError(message)
 
@@ -722,7 +724,7 @@ def option(name: str) -> str:
 
 
 def add_flags(parser, names=None):
-    """The flags of a run (or those of these names). Only those that were said are set."""
+    """The flags of a run (or those of these names). A flag that is not given stays unset."""
     for title, flags in FLAGS.items():
         group = parser.add_argument_group(title)
         for name, (kind, default, text) in flags.items():
@@ -776,7 +778,7 @@ class Inputs:
     rl: list  # of (example, its prompt's ids)
     test: list  # of examples
     validation: list  # of examples, for --eval-every
-    reward: object  # (example, reply, unconfined) -> its parts
+    reward: object  # (example, reply) -> its parts
     notes: dict  # name -> a line of the report
     made_from: dict = field(default_factory=dict)
 
@@ -786,7 +788,7 @@ def prepare(c):
     folder = find_model(c.model) if c.model else toy_base(c)
     inputs, labels = read_inputs(c, folder)
     model = load(c, folder)
-    linears = lorapar.target_linears(model, [PROJECTIONS[x] for x in c.targets], c.r)  # or refuse
+    linears = lorapar.target_linears(model, [PROJECTIONS[x] for x in c.targets], c.r)  # may refuse
     config = Path(c.out) / "config.json"
     if config.exists():
         refuse_changes(config, read_json(config).get("made_from", {}), inputs.made_from)
@@ -797,7 +799,7 @@ def prepare(c):
         example, prompt = inputs.rl[0]
         short = argparse.Namespace(**vars(c) | {"max_response": min(8, c.max_response)})
         (reply,) = reply_texts(short, model, inputs.tokenizer, [example], [prompt])
-        inputs.reward(example, reply, c.allow_unconfined_code)
+        inputs.reward(example, reply)
     return model, inputs
 
 
@@ -831,7 +833,7 @@ def read_inputs(c, folder):
     if "rl" in ORDERS[c.order]:
         inputs.rl = rl_prompts(c, tokenizer, rl_examples, notes)
         example = inputs.rl[0][0]  # the reward is tried before hours of work
-        parts = inputs.reward(example, example.answer, c.allow_unconfined_code)
+        parts = inputs.reward(example, example.answer)
         notes["reward"] = f"of the reference answer of {example.id}: {parts}"
     inputs.test = checkable(c, sets["test"], label_of)[: c.eval_examples]
     inputs.validation = checkable(c, sets["validation"], label_of)[: c.eval_examples or 100]
@@ -851,16 +853,19 @@ def describe(c, model, linears, inputs):
     """What runs, in one block."""
     parameters = sum(p.numel() for p in model.parameters())
     elements = sum(c.r * (linear.in_features + linear.out_features) for linear in linears)
-    sft_steps = len(step_indices(len(inputs.sft), c.sft_batch, c.sft_epochs, c.sft_steps, 0))
-    rl_steps = len(step_indices(len(inputs.rl), c.rl_batch, c.rl_epochs, c.rl_steps, 0))
+    plans = {
+        "sft": step_indices(len(inputs.sft), c.sft_batch, c.sft_epochs, c.sft_steps, c.seed),
+        "rl": step_indices(len(inputs.rl), c.rl_batch, c.rl_epochs, c.rl_steps, c.seed),
+    }
+    steps = [f"{stage} {len(plans[stage])}" for stage in ORDERS[c.order]]
     block = {
         "model": f"{c.model or 'toy base'}: {parameters:,} parameters, {model.head_weight.dtype}",
         "device": f"{c.device}, {torch.get_num_threads()} threads",
-        "LoRA": f"{elements:,} elements in {len(linears)} linears, r {c.r}, start {c.init}",
-        **inputs.notes,
-        "steps": f"sft {sft_steps}, rl {rl_steps}; order {c.order}",
-        "folder": c.out,
     }
+    if c.method == "lora":
+        linears_words = f"{len(linears)} linears, r {c.r}, start {c.init}"
+        block["LoRA"] = f"{elements:,} elements in {linears_words}"
+    block |= inputs.notes | {"steps": ", ".join(steps) or "none", "folder": c.out}
     for name, text in block.items():
         print(f"{name:9s} {text}")
 
@@ -948,7 +953,8 @@ def digest(*parts) -> str:
 
 def made_from(c, folder, sets, labels) -> dict:
     """Hashes of what a run is made from: if one changes, nothing that was computed fits."""
-    base = [read_json(folder / "config.json")]
+    files = [file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".model")]
+    base = [file.read_bytes() for file in sorted(files)]  # config and tokenizer
     for file in weight_files(folder):  # size and both ends, not gigabytes
         with open(file, "rb") as tensors:
             base += [file.stat().st_size, tensors.read(1 << 20)]
@@ -983,10 +989,10 @@ def rl_prompts(c, tokenizer, examples, notes) -> list:
 
 
 def reward_function(c):
-    """reward(example, completion, unconfined) -> its parts: the data set's, or --reward's. Raises
-    ValueError, one line, on whatever one's own raises or gives that is no number."""
+    """reward(example, completion) -> its parts: the data set's, or --reward's. Raises ValueError,
+    one line, on whatever one's own raises or gives that is no number."""
     if not c.reward:
-        return data.reward_parts
+        return partial(data.reward_parts, unconfined=c.allow_unconfined_code)
     file, _, name = c.reward.rpartition(":")
     try:
         function = runpy.run_path(file)[name]
@@ -994,7 +1000,7 @@ def reward_function(c):
         why = f"{type(error).__name__}: {error}; the form is FILE.py:FUNCTION"
         raise ValueError(f"--reward {c.reward}: {why}") from None
 
-    def reward(example, completion, _unconfined):
+    def reward(example, completion):
         try:
             value = function(example.question, example.answer, completion)
             parts = value if isinstance(value, dict) else {"reward": value}
@@ -1041,7 +1047,7 @@ def make_toy_base(c, folder: Path):
         if p.ndim == 2:  # 1 / sqrt(fan in): a std of 0.02 gets stuck in so small a model
             torch.nn.init.normal_(p, std=p.shape[1] ** -0.5)
     corpus = world.corpus(steps * batch)
-    encoded, _ = data.tokenize(corpus, data.Tokenizer(folder), c.max_length)
+    encoded, _ = data.tokenize(corpus, data.Tokenizer(folder), TOY["max_length"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     print(f"toy base: training {steps} steps on the unreliable corpus")
     for step in range(steps):
@@ -1130,7 +1136,7 @@ def read_tensors(path, needed) -> dict[str, torch.Tensor]:
 
 
 def bar(items, what):
-    """A progress bar; in a log file it speaks every half minute only."""
+    """A progress bar; in a log file a line every half minute."""
     seconds, silent = 0.2 if sys.stderr.isatty() else 30, lorapar.rank_and_size()[0] > 0
     return tqdm(items, desc=what, leave=False, mininterval=seconds, disable=silent)
 
@@ -1167,14 +1173,17 @@ def table(head: list, rows) -> list[str]:
 def write_report(c, rows, facts, inputs, s1, s2) -> dict:
     """report.json, and report.md: the tables a person reads, also printed."""
     lines = [f"# LoRA-PAR: {c.data}, seed {c.seed}", ""]
-    metric, scale = ("accuracy, %", 100) if inputs.test[0].kind != "text" else ("reward", 1)
+    metric, scale, digits = "accuracy, %", 100, 1
+    if inputs.test[0].kind == "text":
+        metric, scale, digits = "reward", 1, 3
     if rows:
         head = [f"{system} ({means['examples']})" for system, means in rows["base"].items()]
         cells = []
         for stage, row in rows.items():
             cell = [stage]
             for means in row.values():  # S1, S2, all
-                cell.append(f"{scale * means['accuracy']:.1f} ± {scale * means['error']:.1f}")
+                mean, error = scale * means["accuracy"], scale * means["error"]
+                cell.append(f"{mean:.{digits}f} ± {error:.{digits}f}")
             cells.append([*cell, f"{row['all']['loss']:.3f}"])
         lines += table([metric, *head, "loss"], cells)
         lines += ["", "Greedy answers, ± one standard error. loss: mean over examples of the"]
@@ -1223,7 +1232,7 @@ def run_baseline(c, model, inputs, rows) -> dict:
 
 
 def run_eval(arguments):
-    """The accuracy of a run, asked as the run asks, or of any checkpoint (--model, --adapter)."""
+    """The accuracy of a run, with its prompts, or of any checkpoint (--model, --adapter)."""
     parser = Parser("train.py eval", description=run_eval.__doc__)
     parser.add_argument("run", nargs="?", help="a run folder: its model, last adapter and settings")
     parser.add_argument("--adapter", help="a folder in PEFT's format")
@@ -1241,7 +1250,8 @@ def run_eval(arguments):
     if folder and "data" not in said:  # what the run itself evaluates
         labels = data.read_records(Path(folder) / "labels.jsonl")
         label_of = {record["id"]: record["label"] for _, record in labels}
-        c.data, examples = c.eval_data or c.data, checkable(c, read_sets(c)["test"], label_of)
+        examples = checkable(c, read_sets(c)["test"], label_of)
+        c.data = c.eval_data or c.data
     else:
         place = source(c, c.data)
         split = "all" if data.in_one_file(*place) else c.eval_split
@@ -1285,16 +1295,18 @@ def run_compare(arguments):
     metric = report1.get("metric")
     if answers1.keys() != answers2.keys() or metric != report2.get("metric"):
         raise ValueError(f"{folder1} and {folder2} were not evaluated on the same questions")
-    scale = 1 if metric == "reward" else 100
+    scale, digits = (1, 3) if metric == "reward" else (100, 1)
     lines = []
     for system in ("S1", "S2", "all"):
         names = [name for name, r in answers1.items() if system in ("all", r["label"])]
         if names:
             first = [scale * answers1[name]["correct"] for name in names]
             second = [scale * answers2[name]["correct"] for name in names]
-            means = f"{statistics.fmean(first):.1f}", f"{statistics.fmean(second):.1f}"
+            mean1 = f"{statistics.fmean(first):.{digits}f}"
+            mean2 = f"{statistics.fmean(second):.{digits}f}"
             gaps = [b - a for a, b in zip(first, second)]
-            lines.append([f"{system} ({len(names)})", *means, mean_and_error(gaps)])
+            gap = mean_and_error(gaps, digits)
+            lines.append([f"{system} ({len(names)})", mean1, mean2, gap])
     for stage in ("sft", "rl"):
         active1 = report1["partition"]["active_percent"].get(stage, 0)
         active2 = report2["partition"]["active_percent"].get(stage, 0)
@@ -1465,9 +1477,7 @@ def run_sweep(arguments):
     under --out (default runs/sweep), with any flag of a run. Writes NAME.md, NAME.csv and, where
     the paper has a figure and matplotlib is installed, NAME.png. Finished cells are reused."""
     about = "; ".join(f"{name}: {words}" for name, words in SWEEPS.items())
-    parser = Parser(
-        "train.py sweep", description=run_sweep.__doc__, epilog=about, allow_abbrev=False
-    )
+    parser = Parser("train.py sweep", description=run_sweep.__doc__, epilog=about)
     parser.add_argument("name", choices=tuple(SWEEPS))
     parser.add_argument("--seeds", type=COUNT, default=5, help="0 .. N-1 are compared")
     args, said = parser.parse_known_args(arguments)
@@ -1478,6 +1488,8 @@ def run_sweep(arguments):
     base = read_config(said)
     if args.name == "resample":
         return resample(base, args.seeds)
+    if args.name == "splits" and base.model:
+        raise ValueError("sweep splits is for the toy: only there are several teachers at hand")
     rows = sweep_rows(args.name)
     # no table works with another order
     own_flags = ["--order", *" ".join(flags for flags, _ in rows.values()).split()]
@@ -1490,11 +1502,12 @@ def run_sweep(arguments):
 
     def cell(row, **changes):
         nonlocal done
-        numbers = run_cell(base, argparse.Namespace(**vars(configs[row]) | changes))
-        done += 1
-        left = int((time.time() - began) / done * (cells - done))
-        print(f"cell {done} of {cells}, left {left // 60}:{left % 60:02d}")
-        return numbers
+        try:
+            return run_cell(base, argparse.Namespace(**vars(configs[row]) | changes))
+        finally:  # a trial may diverge
+            done += 1
+            left = int((time.time() - began) / done * (cells - done))
+            print(f"cell {done} of {cells}, left {left // 60}:{left % 60:02d}")
 
     records, rates = [], {}
     for row, c in configs.items():
@@ -1632,6 +1645,8 @@ def resample(base, seeds: int):
         model, inputs = prepare(c)
         add_adapters(c, model)
         S1, S2 = inputs.encoded["S1"], inputs.encoded["S2"]
+        if min(len(S1), len(S2)) < 50:
+            raise ValueError("sweep resample needs 50 training examples of each system")
         for n in [n for n in (25, 50, 100, 200) if 2 * n <= min(len(S1), len(S2))]:
             half = n // 2
             draws = S1[:n], S1[n : 2 * n], S2[:n], S2[n : 2 * n]  # two disjoint draws a system
