@@ -833,8 +833,8 @@ NUMBER = re.compile(
 )
 ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")  # after the 2 of "2nd"
 GROUPED = re.compile(r"\d+|\d{1,3}(?:,\d{2,3})*,\d{3}")  # 1,000 and India's 1,00,000; not 3,5
-FORMULA = re.compile(  # 5!, 7(x + 3), 18 + x, 5x; not dollars/day
-    r"[<>≤≥±\0]|\d[!(]|(?<![A-Za-z])[-+*/] ?[A-Za-z]\b|\d ?[xyzn]\b|\b[xyzn] ?[-+*/^]"
+FORMULA = re.compile(  # 5!, 7(x + 3), 18 + x, 5x; not $18/h
+    r"[<>≤≥±\0]|\d[!(]|(?<![A-Za-z])[-+*] ?[A-Za-z]\b|/ ?[xyzn]\b|\d ?[xyzn]\b|\b[xyzn] ?[-+*/^]"
 )
 BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.M)
 WIDE = str.maketrans("，．－／％＄￥~", ",.-/%$¥ ")

@@ -1510,7 +1510,8 @@ FINAL_NUMBERS = {  # a reply, and the number it gives
     "I do not know.\n\nQuestion: 9?\nAnswer: 18": None,
     "9\n__18__": 18,
     "The temperature is - 18 degrees": -18, "so − 18": -18, "<reflection>12</reflection>18": 18,
-    "#### 18 dollars/day": 18, "#### 18-year-old": 18, "<answer>18 dollars!</answer>": 18,
+    "#### 18 dollars/day": 18, "<answer>$18/h</answer>": 18, "\\boxed{18/x}": None,
+    "#### 18-year-old": 18, "<answer>18 dollars!</answer>": 18,
     "<answer>The value of x is 18</answer>": 18, "Final answer - 18": 18, "#### 5-x": None,
     "La réponse est 12 500 €": None,
 }  # fmt: skip
@@ -2983,6 +2984,8 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
     bad.write_text('{"id": "gsm8k/train/1", "label": "S1"}\n{oops\n')
     data.write_jsonl(none, [{"id": "elsewhere", "label": "S1"}])
     data.write_jsonl(broken / "train.jsonl", [GSM8K] * 60 + [{"question": "no answer"}])
+    unmarked = tmp_path / "unmarked"
+    data.write_jsonl(unmarked / "train.jsonl", [GSM8K, GSM8K, GSM8K | {"answer": "It is 18."}])
     mine, half = tmp_path / "mine.jsonl", {"answer": "c5", "label": "S2"}
     owned = f"--model {base} --data {mine} --out {tmp_path}/own"
     rows = [half | {"question": f"F t1 e{i} A"} for i in range(40)]
@@ -3014,6 +3017,8 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         bad.jsonl:2 => {run} --labels {bad}
         it has 'elsewhere', the data 'gsm8k/train/ => {run} --labels {none}
         train.jsonl:61 => {labelled} --data gsm8k:{broken}
+        0 files train.jsonl there => {labelled} --data gsm8k:{base}
+        train.jsonl:3: no number after #### => {labelled} --data gsm8k:{unmarked}
         S2: 0 training examples => {labelled}
         holds training examples => {labelled} --eval-data gsm8k:{good}/train.jsonl
         longer than --max-prompt 2 => {toy} --max-prompt 2 --train-examples 70
