@@ -1882,6 +1882,9 @@ def test_mmlu_is_asked_after_five_solved_examples_and_keeps_the_answer_none(tmp_
     assert head.endswith("about high school x.") and len(shots) == 5
     assert shots[1] == "dev1?\nA. a\nB. b\nC. c\nD. d\nAnswer: B"
     assert question == e.question and answer == " A"
+    for broken in (b"q,a,b,c,d,E\n", b"q,a,b,c,A\n", b"q,a,b,c,d,e,A\n"):
+        file.write_bytes(broken)
+        refuses(f"{file}:1: not question", data.load_dataset, "mmlu", tmp_path, "test")
     file.write_bytes(b"\xff\xfe")
     refuses(f"{file}:1: not readable", data.load_dataset, "mmlu", tmp_path, "test")
 

@@ -648,11 +648,7 @@ FLAGS = {
         "r": (COUNT, 8, "rank"),
         "lora_alpha": (ABOVE_0, 64.0, "the scale is lora_alpha / r"),
         "dropout": (SHARE, 0.05, "in SFT only"),
-        "init": (
-            lorapar.STARTS,
-            "anchored",
-            "the start; all but gaussian keep the model at step 0",
-        ),
+        "init": (lorapar.STARTS, "anchored", "start; all but gaussian keep the model at step 0"),
     },
     "the method": {
         "score_examples": (COUNT, 100, "examples a system that importance is measured on"),
@@ -863,8 +859,8 @@ def describe(c, model, linears, inputs):
         "device": f"{c.device}, {torch.get_num_threads()} threads",
     }
     if c.method == "lora":
-        linears_words = f"{len(linears)} linears, r {c.r}, start {c.init}"
-        block["LoRA"] = f"{elements:,} elements in {linears_words}"
+        where = f"{len(linears)} linears, r {c.r}, start {c.init}"
+        block["LoRA"] = f"{elements:,} elements in {where}"
     block |= inputs.notes | {"steps": ", ".join(steps) or "none", "folder": c.out}
     for name, text in block.items():
         print(f"{name:9s} {text}")
