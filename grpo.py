@@ -201,7 +201,7 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
     for start in range(0, len(own), s.micro_batch):
         batches.append(collate_rollouts(own[start : start + s.micro_batch], device))
     if s.kl:
-        read_reference(model, batches, reference, s.temperature)
+        add_reference_logprobs(model, batches, reference, s.temperature)
     n_tokens = max(1, sum(len(r.answer) for r in rollouts if r.trains))
     names = ("loss", "gap", "kl", "ratio", "clipped")
     totals = {name: torch.zeros((), device=device) for name in names}
@@ -228,7 +228,7 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
 
 
 @torch.no_grad()
-def read_reference(model, batches, reference, temperature: float):
+def add_reference_logprobs(model, batches, reference, temperature: float):
     """Sets each micro-batch's `ref`: its log-probs with the factors of the flat vector (N,)."""
     policy = get_flat(model)
     try:
