@@ -1648,7 +1648,8 @@ def test_teacher_answers_are_joined_by_id_and_counted_and_a_random_split_keeps_s
         "b/results.jsonl: S1 12, S2 30, missing 1, unclear 1",
         "d/results.jsonl: S1 10, S2 31, cut 1, error 1, refused 1",
         "e/results.jsonl: S1 3, missing 41",
-        "votes: S1 13, S2 30",
+        "votes: S1 13, S2 30, of them 0 ties called S2; 1 without a vote;",
+        "two teachers agree in 96.9%",
         f"written: {tmp_path / 'labels'}",
     ):
         assert line in said, said
@@ -1668,6 +1669,10 @@ def test_teacher_answers_are_joined_by_id_and_counted_and_a_random_split_keeps_s
             named, data.count_votes, [file, other if records else file.parent / "." / file.name]
         )
     assert "one of the answers" in python("data.py", "vote", file, "--out", file).stderr
+    data.write_jsonl(other, [{"id": 7, "label": "S1"}])
+    data.write_jsonl(tmp_path / "third.jsonl", [{"id": "7", "label": "S2"}])
+    (tie,), lines = data.count_votes([other, tmp_path / "third.jsonl"])
+    assert tie["label"] == "S2" and "1 ties" in lines[-1] and "agree in 0.0%" in lines[-1]
     ends = {"model_length": "cut", "sensitive": "refused", "end_turn": "S1"}
     data.write_jsonl(other, [spoken(end, "System1", finish_reason=end) for end in ends])
     assert data.read_teacher(other) == ends
