@@ -690,16 +690,12 @@ def prompt_and_answer(example: Example, tokenizer, style: str, stage: str):
 
 
 def example_ids(example: Example, tokenizer, style="plain", stage="sft"):
-    """-> prompt ids, answer ids with EOS. They are the joined text's tokens if those begin with the
-    prompt's (as a model has read them in one text), else each text's own; the authors' SFT puts an
-    EOS between them."""
+    """-> prompt ids, answer ids with EOS: each text's own tokens, as when a model answers. The
+    authors' SFT puts an EOS between them."""
     prompt, answer = prompt_and_answer(example, tokenizer, style, stage)
     start = tokenizer.encode(prompt, bos=True)
     if style == "authors" and stage == "sft":
         return start + [tokenizer.eos_ids[0]], tokenizer.encode(answer, eos=True)
-    whole = tokenizer.encode(prompt + answer, bos=True, eos=True)
-    if whole[: len(start)] == start:
-        return start, whole[len(start) :]
     return start, tokenizer.encode(answer, eos=True, goes_on=True)
 
 

@@ -61,6 +61,8 @@ def grpo_step(model, optimizer, prompts, reward, reference, s: Settings, generat
     several processes each answers its share of the prompts and computes its share of the gradient;
     all return all P * G rollouts, a prompt's G in a row.
     """
+    if rank_and_size()[1] > 1 and not optimizer.sum_gradients:
+        raise ValueError("with several processes the optimizer needs sum_gradients=True")
     started = time.perf_counter()
     rollouts = sample_rollouts(model, prompts, s, generator)
     sampled_at = time.perf_counter()
@@ -177,8 +179,10 @@ def grpo_loss(
         mean = per_answer(gain)
     elif loss == "token":
         mean = (gain * mask).sum() / mask.sum().clamp(min=1)
-    else:
+    elif loss == "dr_grpo":
         mean = (gain * mask).sum() / (len(mask) * max_new_tokens)
+    else:
+        raise ValueError(f"unknown loss {loss!r}; one of grpo, token, dr_grpo")
     with torch.no_grad():
         clipped = per_answer(((ratio < 1 - clip) | (ratio > 1 + high)).float())
         stats = {"kl": per_answer(k3), "ratio": per_answer(ratio), "clipped": clipped}
@@ -224,7 +228,7 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
                 totals[name] += value * share / s.iterations
         optimizer.step()
     values = sum_over_ranks(torch.stack(list(totals.values())))
-    return dict(zip(names, values.tolist()))
+    return dict(zip(totals, values.tolist()))
 
 
 @torch.no_grad()

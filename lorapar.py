@@ -177,7 +177,7 @@ def target_linears(model, targets, r: int) -> list[nn.Linear]:
     modules = dict(model.named_modules(remove_duplicate=False))  # one linear may have two names
     named = {}
     if targets == "all-linear":
-        head = getattr(model, "get_output_embeddings", lambda: None)()
+        head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
         for name, module in modules.items():
             is_head = module is head or name.rpartition(".")[2] in ("lm_head", "head")
             if isinstance(module, nn.Linear) and not is_head:  # a subclass is refused below
@@ -232,12 +232,13 @@ def add_lora(
     """Freezes the model, turns its target `nn.Linear`s into `LoRALinear`s in place, returns it.
 
     targets: module names or their dotted ends ("q_proj", "encoder.0.fc"), or "all-linear": every
-    nn.Linear but the head. The scale is lora_alpha / r; lora_alpha None means 8 r.
-    init: "anchored" draws A, B ~ N(0, std^2) and subtracts the draw, "gaussian" draws without the
-    anchor (the authors' start: it changes the model), "lora" is B = 0 (importance is then zero),
-    "pissa" and "olora" take A, B from W, anchored. `generator` lives on the CPU.
-    Raises ValueError, before anything is changed, on targets that are missing or no plain
-    nn.Linear, an unknown init, numbers out of range, or a model that is adapted already.
+    nn.Linear but the head (get_output_embeddings(), and what is named lm_head or head). The scale
+    is lora_alpha / r; lora_alpha None means 8 r. init: "anchored" draws A, B ~ N(0, std^2) and
+    subtracts the draw, "gaussian" draws without the anchor (the authors' start: it changes the
+    model), "lora" is B = 0 (importance is then zero), "pissa" and "olora" take A, B from W,
+    anchored. `generator` lives on the CPU. Raises ValueError, before anything is changed, on
+    targets that are missing or no plain nn.Linear, an unknown init, numbers out of range, or a
+    model that is adapted already.
     """
     refuse_adapted(model)
     if type(r) is not int or r < 1:
@@ -270,6 +271,8 @@ def lora_buffers(model, kind: str) -> list[torch.Tensor]:
     buffers = []
     for layer in lora_layers(model).values():
         buffers += [getattr(layer, f"{kind}_A"), getattr(layer, f"{kind}_B")]
+    if buffers[0] is None:
+        raise ValueError("these layers have no anchor: the start was made without one")
     return buffers
 
 
@@ -338,7 +341,8 @@ def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
     one example) pass through it at once; the result does not depend on that.
     Under torch.distributed each process gives examples of its own, and all get the scores of all.
     Runs in eval mode; every module gets its own flag back. Raises ValueError on a model that vmap
-    cannot run, an example without answer tokens, and scores that are all zero or not finite.
+    cannot run (gradient checkpointing goes on only after scoring), an example without answer
+    tokens, and scores that are all zero or not finite.
     """
     if torch.is_inference_mode_enabled():
         raise ValueError("importance needs gradients, which torch.inference_mode() forbids")
@@ -409,7 +413,8 @@ def per_example_gradients(model, tokens, labels) -> torch.Tensor:
             raise
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
-            raise ValueError(f"importance: vmap cannot run this model: {reason}") from None
+            why = f"vmap cannot run this model (is gradient checkpointing on?): {reason}"
+            raise ValueError(f"importance: {why}") from None
     return torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
 
 
@@ -492,8 +497,9 @@ class MaskedAdamW(torch.optim.AdamW):
     frozen elements. Here the optimizer owns `packed`, the (n_active,) elements under the mask that
     the layers hold at construction; step() gathers their gradients, clips their norm, updates them
     and writes them back between the frozen ones, whose bits stay. Adam's state is 8 bytes per
-    active element. No GradScaler is needed: the factors are float32. sum_gradients: the packed
-    gradient, |active| numbers, is summed over all processes of torch.distributed.
+    active element. Weight decay pulls the factors to 0, not to the anchor. A float16 base would
+    need a GradScaler, which does not work here: take bfloat16. sum_gradients: the packed gradient,
+    |active| numbers, is summed over all processes of torch.distributed.
     Raises ValueError if the mask selects nothing, where the factors are not float32, or if
     max_grad_norm is not above 0 (inf: no clipping).
     """
@@ -602,8 +608,9 @@ def save_adapter(model, folder, base_model=""):
     """Writes PEFT's adapter_config.json and adapter_model.safetensors (float32).
 
     An anchored adapter is written as the rank-2r pair of `LoRALinear.factors` with lora_alpha
-    doubled: exactly our model on the untouched base, whatever the start was. It cannot be trained
-    on as it was here; for that keep `model.state_dict()`. A baseline is written by `save_baseline`.
+    doubled: exactly our model on the untouched base, whatever the start was. Masks and anchor
+    are not in it: to go on training keep `model.state_dict()`. A baseline is written by
+    `save_baseline`.
     """
     model, tensors = unwrapped(model), {}
     if is_baseline(model):
@@ -619,7 +626,8 @@ def save_adapter(model, folder, base_model=""):
     all_adapted = all(isinstance(m, LoRALinear) for m in named)
     layer = next(iter(layers.values()))  # rank, scale and dropout are the same in all
     rank = len(layer.factors()[0])
-    task = "CAUSAL_LM" if hasattr(model, "config") else None  # None: a model of one's own
+    is_hugging_face = hasattr(getattr(model, "config", None), "model_type")  # or has its names
+    task = "CAUSAL_LM" if is_hugging_face else None
     config = {
         "peft_type": "LORA",
         "task_type": task,
@@ -690,7 +698,7 @@ def read_adapter(folder):
         pairs.setdefault(match[1], {})[match[2]] = tensor.float()
     for name, pair in pairs.items():
         A, B = pair.get("A", torch.empty(0)), pair.get("B", torch.empty(0))
-        if A.ndim != 2 or B.ndim != 2 or not r == len(A) == B.shape[1]:
+        if A.ndim != 2 or B.ndim != 2 or (len(A), B.shape[1]) != (r, r):
             raise ValueError(f"{folder}: {name} has no A (r, in) and B (out, r) of r = {r}")
         if not (A.isfinite().all() and B.isfinite().all()):
             raise ValueError(f"{folder}: {name} holds numbers that are not finite")
@@ -710,7 +718,8 @@ def load_adapter(model, folder):
     """
     pairs, scale, dropout = read_adapter(folder)
     refuse_adapted(model)
-    modules = {own_name(n): m for n, m in unwrapped(model).named_modules()}
+    named = unwrapped(model).named_modules(remove_duplicate=False)
+    modules = {own_name(n): m for n, m in named}
     for name, (A, B) in pairs.items():
         why = why_unfit(modules[name], r=1) if name in modules else "is missing here"
         if why:
@@ -862,7 +871,7 @@ def load_baseline(model, folder):
         about = json.loads((Path(folder) / "baseline.json").read_text())
         tensors = load_file(Path(folder) / "baseline.safetensors")
         add_baseline(model, about["method"], about["virtual_tokens"])
-    except (OSError, LookupError, TypeError, RuntimeError, SafetensorError) as why:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError) as why:
         raise ValueError(f"{folder}: not a readable baseline ({str(why)[:100]})") from None
     for name, p in trainable(model).items():
         if name not in tensors or tensors[name].shape != p.shape:

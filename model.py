@@ -89,16 +89,16 @@ class ModelConfig:
         raw = {name: value for name, value in raw.items() if value is not None}
         if model_type in ("qwen2", "qwen3") and not raw.get("use_sliding_window"):
             window = None  # Qwen files carry a window that is switched off
-        layer_type = raw.get("layer_types")
-        if isinstance(layer_type, list):  # the first that we lack
-            layer_type = next((kind for kind in layer_type if kind != "full_attention"), None)
+        layers = raw.get("layer_types")
+        if isinstance(layers, list):  # the first kind that we lack
+            layers = next((kind for kind in layers if kind != "full_attention"), None)
         for field, value, supported in (
             ("model_type", model_type, tuple(ARCHITECTURES)),
             ("hidden_act", raw.get("hidden_act", "silu"), ("silu", "swish")),
             ("quantization_config", raw.get("quantization_config") or None, (None,)),
             ("sliding_window", window, (None,)),
             ("is_causal", raw.get("is_causal", True), (True,)),
-            ("layer_types", layer_type, (None,)),
+            ("layer_types", layers, (None,)),
         ):
             if value not in supported:
                 only = ", ".join(map(str, supported))
@@ -109,7 +109,8 @@ class ModelConfig:
             raw.pop("mlp_bias", None)
         raw |= read_rope(raw, source)
         heads = raw.get("num_attention_heads")
-        raw.setdefault("num_key_value_heads", heads)
+        if model_type == "llama":
+            raw.setdefault("num_key_value_heads", heads)
         if is_count(heads) and is_count(raw.get("hidden_size")):
             raw.setdefault(
                 "head_dim", 128 if model_type == "qwen3" else raw["hidden_size"] // heads
@@ -389,6 +390,7 @@ class HeadLogprobs(torch.autograd.Function):
         return torch.cat(logps)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logp):
         (jacobian,) = ctx.saved_tensors
         return grad_logp[:, None].to(jacobian.dtype) * jacobian, None, None, None
@@ -626,10 +628,11 @@ def auto_dtype(folder, device) -> torch.dtype:
 def load_model(path, device="cpu", dtype: torch.dtype | None = torch.float32) -> Transformer:
     """Loads a Hugging Face model folder (config.json, safetensors in one file or in shards).
 
-    dtype None keeps each tensor as it is stored. The model is built without memory (meta device)
-    and takes the tensors of the memory-mapped file, so no second copy exists. Its parameters are
-    frozen: LoRA-PAR never trains the base. Raises ValueError, one line that names the file, field
-    or tensor, on anything unsupported, missing, surplus, misshaped or truncated.
+    dtype None keeps each tensor as it is stored (to copy; a mix of them does not run). The model is
+    built without memory (meta device) and takes the tensors of the memory-mapped file, so no second
+    copy exists. Its parameters are frozen: LoRA-PAR never trains the base. Raises ValueError, one
+    line that names the file, field or tensor, on anything unsupported, missing, surplus, misshaped
+    or truncated.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -644,9 +647,10 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = torch.float32) ->
                 tensor = tensors.get_tensor(name)
                 if not tensor.is_floating_point() or tensor.element_size() < 2:
                     raise ValueError(f"{file}: {name} is {tensor.dtype}, quantised weights?")
-                if not tensor.isfinite().all():
-                    raise ValueError(f"{file}: {name} holds numbers that are not finite")
                 weights[name] = tensor.to(dtype or tensor.dtype)
+                if not weights[name].isfinite().all():
+                    kind = weights[name].dtype
+                    raise ValueError(f"{file}: {name} holds numbers that are not finite in {kind}")
     if config.tie_word_embeddings and "lm_head.weight" in weights:
         head = weights.pop("lm_head.weight")
         embedding = weights.setdefault("model.embed_tokens.weight", head)

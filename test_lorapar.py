@@ -445,6 +445,7 @@ def test_a_checkpoint_we_cannot_run_is_refused_by_name(tmp_path):
         ("each kind of layer", {}, {"rope_parameters": {"full_attention": {"rope_type": "x"}}}),
         ("no factor", {}, {"rope_scaling": {"rope_type": "linear"}}),
         ("hidden_size is missing", {}, {"hidden_size": None}),
+        ("num_key_value_heads is m", {}, {"model_type": "qwen2", "num_key_value_heads": None}),
         ("hidden_size is 32.0", {}, {"hidden_size": 32.0}),
         ("num_attention_heads is '4'", {}, {"num_attention_heads": "4"}),
         ("num_attention_heads is 0", {}, {"num_attention_heads": 0}),
@@ -478,6 +479,8 @@ def test_a_truncated_or_absent_file_is_refused(tmp_path):
     refuses("gone.safetensors: this shard is missing", decoder.load_model, folder)
     index.write_text("{}")
     refuses("no weight_map", decoder.load_model, folder)
+    large = saved(tmp_path / "b", small("llama2"), {"model.norm.weight": torch.full((32,), 1e5)})
+    refuses("not finite in torch.float16", decoder.load_model, large, "cpu", torch.float16)
     refuses("no such model folder", decoder.load_model, tmp_path / "nowhere")
 
 
@@ -721,6 +724,7 @@ def test_flat_order_is_named_modules_then_A_then_B_row_major():
     lorapar.set_flat(model, torch.arange(len(flat)).float())
     assert named[0].lora_A[1, 0] == named[0].in_features
     refuses("shape", lorapar.set_flat, model, flat[:-1])
+    refuses("no anchor", lorapar.set_anchor, lora_model("gaussian"), flat)
 
 
 class Foreign(nn.Module):
@@ -753,13 +757,24 @@ def test_targets_are_names_or_their_ends_or_all_linears_but_the_head():
     assert layer.scale == 8 and "r=2, scale=8" in repr(layer)
 
 
-def test_every_name_of_a_linear_gets_the_layer_and_hooks_stay():
+def test_every_name_of_a_linear_gets_the_layer_and_hooks_stay(tmp_path):
     model, calls = Foreign(), []
     model.twin = model.q_proj
     model.q_proj.register_forward_hook(lambda *_: calls.append(1))
     lorapar.add_lora(model, ["twin"], r=2)
     assert type(model.q_proj) is type(model.twin) is lorapar.LoRALinear
     assert model.q_proj is model.twin and len(lorapar.lora_layers(model)) == 1
+    lorapar.save_adapter(model, tmp_path)
+    file, tensors = tmp_path / "adapter_model.safetensors", {}
+    for name, tensor in load_file(tmp_path / "adapter_model.safetensors").items():
+        tensors[name.replace("q_proj", "twin")] = tensor  # as another writer may call it
+    save_file(tensors, file)
+    other = Foreign()
+    other.twin = other.q_proj
+    assert type(lorapar.load_adapter(other, tmp_path).q_proj) is lorapar.LoRALinear
+    model.config = SimpleNamespace()  # of one's own: PEFT must not take it for Hugging Face's
+    lorapar.save_adapter(model, tmp_path)
+    assert read(tmp_path / "adapter_config.json")["task_type"] is None
     model(torch.arange(4)[None])
     assert calls == [1]
     assert (lorapar.importance(model, [answer_batch()]) > 0).any()
@@ -1204,7 +1219,7 @@ def test_baselines_compute_what_peft_computes(method, tmp_path):
 
 
 @pytest.mark.parametrize("method", lorapar.BASELINE_METHODS)
-def test_baselines_start_as_their_papers_say(method):
+def test_baselines_start_as_their_papers_say(method, tmp_path):
     model, plain = (
         lorapar.add_baseline(small("llama2"), method, VIRTUAL, seeded(0)),
         small("llama2"),
@@ -1220,6 +1235,8 @@ def test_baselines_start_as_their_papers_say(method):
     if method == "p-tuning":
         assert abs(float(model.model.embed_tokens.virtual.detach().std()) - 1) < 0.2
     refuses("unknown method", lorapar.add_baseline, plain, "lora")
+    (tmp_path / "baseline.json").write_text("{")
+    refuses(f"{tmp_path}: not a readable", lorapar.load_baseline, plain, tmp_path)
     refuses("a baseline already", lorapar.add_baseline, model, method)
     if method in ("prefix", "ia3"):
         refuses("needs an nn.Embedding and linears", lorapar.add_baseline, Foreign(), method)
@@ -1411,6 +1428,9 @@ def test_both_stages_ask_in_the_same_words(toy_tokenizer):
     toy_tokenizer.settings["chat_template"] = "{% for m in messages %}{{ m.content }}|{% endfor %}"
     asked, _ = data.prompt_and_answer(e, toy_tokenizer, "authors", "rl")
     assert asked == f"{data.FORMAT}|How many?|"
+    code = data.Example("x", "def f():\n", "    return 1\n", "code")
+    asked, trained = data.prompt_and_answer(code, toy_tokenizer, "chat", "rl")
+    assert "Complete" in asked and "```python\ndef f():\n```" in asked and trained == "return 1"
     toy = data.Example("x", "F t1 e1 A", "c5", "toy")
     ids = [toy_tokenizer.encode(text) + [0] for text in ("F t1 e1 A", "c5")]
     assert list(data.example_ids(toy, toy_tokenizer, "authors", "sft")) == ids
@@ -1540,7 +1560,9 @@ def test_letters_and_texts_are_read_from_the_same_part_of_a_reply():
         assert not data.is_correct(letter, reply), reply
     assert not data.is_correct(data.Example("x", "q", " A", "letter", "A"), "A cat is on it")
     exact = data.Example("x", "q", "yes", "exact", "yes")
-    for reply in ("<think>\n\n</think>\n\nyes", "yes\n\nHuman: and now?", "<answer>yes</answer>"):
+    header = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    ends = ("yes\n\nHuman: and now?", "<answer>yes</answer>", f"{header}yes")
+    for reply in ("<think>\n\n</think>\n\nyes", *ends):
         assert data.is_correct(exact, reply)
     assert not data.is_correct(exact, "<think>yes</think> no")
     turn = data.Example("x", "q", "a\nUser: b", "exact", "a\nUser: b")
@@ -2444,7 +2466,7 @@ def test_every_loss_gives_one_gradient_in_any_micro_batch_and_cut_answers_may_be
     grpo.grpo_update(model, lorapar.MaskedAdamW(model, lr=1), rollouts, None, s)
 
 
-def test_the_step_marks_cut_answers_and_divides_by_no_deviation_in_dr_grpo():
+def test_the_step_marks_cut_answers_and_divides_by_no_deviation_in_dr_grpo(monkeypatch):
     model = lora_model()
     s = grpo.Settings(**SETTINGS | {"loss": "dr_grpo", "mask_truncated": True, "kl": 0.0})
     optimizer = lorapar.MaskedAdamW(model, lr=0.0)
@@ -2456,6 +2478,11 @@ def test_the_step_marks_cut_answers_and_divides_by_no_deviation_in_dr_grpo():
     lengths = [len(r.answer) for r in rollouts]
     assert [r.advantage for r in rollouts] == [n - sum(lengths) / 4 for n in lengths]
     assert [r.trains for r in rollouts] == [r.answer[-1] in s.eos_ids for r in rollouts]
+    arguments = model, optimizer, [[5, 9, 2]], rewards, None, s
+    s.loss = "mean"
+    refuses("unknown loss 'mean'", grpo.grpo_step, *arguments)
+    monkeypatch.setattr(grpo, "rank_and_size", lambda: (0, 2))
+    refuses("sum_gradients=True", grpo.grpo_step, *arguments)
 
 
 def test_grpo_raises_the_rewarded_tokens():

@@ -212,7 +212,7 @@ def sft(c, model, inputs):
         }
         end_step(c, "sft", model, optimizer, inputs, step, len(plan), values)
     model.eval()
-    # again: a kill between the last save_state and its save_adapter leaves the loop empty
+    # again: after a kill between the last save_state and its save_adapter no step is left to run
     lorapar.save_adapter(model, Path(c.out) / "sft", c.model or "toy")
 
 
@@ -366,7 +366,7 @@ STAGE = {"running": False, "stop": False, "saved": 0.0}  # of a loop; saved: whe
 
 def ask_to_stop(signum, frame):
     """Ctrl-C or SIGTERM: in a loop the first one lets the step end and saves, the second stops at
-    once, as each does elsewhere."""
+    once. Outside a loop the first stops at once."""
     if STAGE["stop"] or not STAGE["running"]:
         raise KeyboardInterrupt
     STAGE["stop"] = True
@@ -380,9 +380,10 @@ def end_step(c, stage, model, optimizer, inputs, step: int, steps: int, values: 
     validates = c.eval_every and ((step + 1) % c.eval_every == 0 or last)
     if validates:
         values = values | validate(c, stage, model, inputs, step)
-    late = time.monotonic() - STAGE["saved"] > 600  # steps may take minutes
     saves = validates or (step + 1) % c.save_every == 0 or last
-    saves = saves or in_any_process(c, STAGE["stop"] or late)
+    if not saves:
+        late = time.monotonic() - STAGE["saved"] > 600  # steps may take minutes
+        saves = in_any_process(c, STAGE["stop"] or late)
     if saves:
         refuse_overflow(c, stage, model, step)
     append_line(Path(c.out) / "metrics.jsonl", {"stage": stage, "step": step} | values)
@@ -500,8 +501,8 @@ def append_line(path: Path, record: dict):
 
 def answer_all(c, model, inputs, examples, what: str) -> list[dict]:
     """A record for each example that a person can read: the greedy answer, whether it is right (its
-    reward, where that alone can tell), and of the reference answer (EOS included) the probability
-    and the loss a token."""
+    reward, where that alone can tell), and the reference answer's probability and loss a token (its
+    EOS included)."""
     tokenizer = inputs.tokenizer
     encoded, _ = data.tokenize(examples, tokenizer, 10**9, c.prompt, "rl")
     records = []
