@@ -228,6 +228,8 @@ def read_records(path, columns=None):
                 number = getattr(records, "line_num", number + 1)  # a csv field may hold lines
                 if record is not None:
                     yield f"{path}:{number}", record
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
     except (OSError, EOFError, ValueError, TypeError, csv.Error, zlib.error) as error:
         raise ValueError(f"{path}:{number + 1}: not readable ({error})") from None
     except RecursionError:
@@ -300,7 +302,10 @@ def mmlu(path, split):
     """{dev,val,test}/SUBJECT_*.csv without header: the question, four choices and the letter; asked
     after the subject's five dev examples."""
     folder = path / {"train": "dev", "validation": "val", "test": "test"}[split]
-    for file in sorted(folder.glob("*.csv")):
+    files = sorted(folder.glob("*.csv"))
+    if not files:
+        raise ValueError(f"{folder}: no csv file there")
+    for file in files:
         subject = file.stem.rpartition("_")[0]
         words = subject.replace("_", " ")
         context = f"The following are multiple choice questions (with answers) about {words}.\n\n"
@@ -359,7 +364,9 @@ def own_file(path, split):
         if label not in (None, "S1", "S2"):
             raise ValueError(f'{where}: "label" is {label!r}, not S1 or S2')
         if type(name) not in (str, int) or asked.setdefault(str(name), question) != question:
-            raise ValueError(f'{where}: "id" is {name!r}: not a text, or another question has it')
+            raise ValueError(
+                f'{where}: "id" {name!r}: no text or number, or another question has it'
+            )
         kind = "text" if check == "none" else check
         gold = answer
         if check == "number":
@@ -427,6 +434,8 @@ def load_dataset(name: str, path, split: str) -> list[Example]:
     if name not in DATASETS:
         name, path = split_spec(name)
     source = DATASETS.get(name, Source(own_file, ("train",), "your own file"))
+    if name.endswith(OWN_NAMES) and not Path(path).exists():
+        raise ValueError(f"{path}: no such file")
     if path is None or not Path(path).exists():
         where = "say where it is" if path is None else f"nothing at {path}"
         raise ValueError(f"{name}: {where}, {name}:PATH; it comes from {source.home}")
@@ -440,7 +449,7 @@ def load_dataset(name: str, path, split: str) -> list[Example]:
     examples = list(source.read(Path(path), stored))
     chosen = take_share(examples, *shares[split])
     if not chosen:
-        raise ValueError(f"{path}: {len(examples)} examples are too few for a {split} split")
+        raise ValueError(f"{path}: {len(examples)} examples are too few (asked for: {split})")
     return chosen
 
 

@@ -95,14 +95,14 @@ def evaluate(c, row, model, inputs) -> dict:
     """A row of the report: greedy accuracy, and what the model thinks of the reference answers."""
     file = Path(c.out) / "answers" / f"{row}.jsonl"
     if file.exists():
-        records = [record for _, record in data.read_records(file)]
+        try:
+            means = averages([record for _, record in data.read_records(file)])
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
+            raise ValueError(f"{file}: not the answers of a run; delete it to ask again") from None
     else:
         records = answer_all(c, model, inputs, inputs.test, row)
         write_lines(file, records)
-    try:
         means = averages(records)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
-        raise ValueError(f"{file}: not the answers of a run; delete it to ask again") from None
     accuracies = [f"{system} {100 * mean['accuracy']:.1f}%" for system, mean in means.items()]
     print(f"evaluate {row}: {'  '.join(accuracies)}")
     return means
@@ -128,9 +128,8 @@ def score(c, model, encoded):
         print(f"score: reused from {path}")
         return saved["s1"], saved["s2"]
     saved = {"start": lorapar.get_flat(model)}  # PiSSA's SVD may differ on another machine
-    all_or_none = c.theta == 1 and c.alpha in (0, 1) and c.beta in (0, 1)
     for name, system in (("s1", "S1"), ("s2", "S2")):
-        if all_or_none:  # nothing to rank; with --init lora, B = 0, every score would be 0
+        if ranks_nothing(c):
             saved[name] = torch.ones_like(saved["start"])
             continue
         examples = encoded[system]
@@ -142,6 +141,11 @@ def score(c, model, encoded):
         print(f"score: {system} on {len(examples)} examples")
     write_tensors(path, saved)
     return saved["s1"].cpu(), saved["s2"].cpu()
+
+
+def ranks_nothing(c) -> bool:
+    """Do the masks take all elements or none, whatever the scores?"""
+    return c.theta == 1 and c.alpha in (0, 1) and c.beta in (0, 1)
 
 
 def split_elements(c, model, s1, s2):
@@ -451,6 +455,8 @@ def load_state(c, stage: str, model, optimizer, steps: int) -> int:
     path = folder / "state.safetensors"
     start = digest(lorapar.get_flat(model).cpu().numpy().tobytes())
     origin = {"mask": optimizer.param_groups[0]["mask"], "start": start}
+    if stage == "rl":
+        origin["reward"] = digest(reward_code(c))
     if path.exists():
         tensors = read_tensors(path, ("flat", "step"))
         refuse_changes(path, read_json(folder / "origin.json"), origin)
@@ -648,7 +654,7 @@ FLAGS = {
         "targets": (str, "qkvgud", "projections that get an adapter: letters of q k v o g u d"),
         "r": (COUNT, 8, "rank"),
         "lora_alpha": (ABOVE_0, 64.0, "the scale is lora_alpha / r"),
-        "dropout": (SHARE, 0.05, "in SFT only"),
+        "dropout": (within(float, 0, 0.99), 0.05, "in SFT only"),
         "init": (lorapar.STARTS, "anchored", "start; all but gaussian keep the model at step 0"),
     },
     "the method": {
@@ -755,8 +761,12 @@ def read_config(arguments):
         c.out = f"runs/{Path(c.model).name}-{Path(name).stem}" if c.model else "runs/toy"
     if c.method != "lora" and c.order != "sft":
         raise ValueError(f"--method {c.method} has the SFT stage alone: --order sft")
-    if not c.targets or set(c.targets) - set(PROJECTIONS):
-        raise ValueError(f"--targets {c.targets}: letters of q k v o g u d")
+    if not c.targets or set(c.targets) - set(PROJECTIONS) or len(set(c.targets)) < len(c.targets):
+        raise ValueError(f"--targets {c.targets}: letters of q k v o g u d, each once")
+    if c.method == "lora" and c.init == "lora" and not ranks_nothing(c):
+        raise ValueError(
+            "--init lora: with B = 0 every importance is 0: --theta 1, or another start"
+        )
     if c.data == "toy" and not re.fullmatch(TOY_LABELS, c.labels or "teachers:5"):
         raise ValueError(f'--labels {c.labels}: in the toy "teachers:1" to "teachers:5"')
     return c
@@ -892,7 +902,10 @@ def read_sets(c) -> dict:
     if c.eval_every:
         sets["validation"] = data.load_dataset(*source(c, specs["test"]), "validation")
     if all(e.kind == "text" for e in sets["S2"]) and "rl" in ORDERS[c.order] and not c.reward:
-        raise ValueError(f"{specs['S2']}: no answer can be checked: give --rl-data or a --reward")
+        raise ValueError(
+            f'{specs["S2"]}: no answer can be checked: rows need a "check", or give --rl-data or '
+            "a --reward"
+        )
     if all(e.kind == "text" for e in sets["test"]) and c.order != "none" and not c.reward:
         raise ValueError(
             f"{specs['test']}: no answer can be checked: name a --eval-data or --reward"
@@ -957,10 +970,16 @@ def made_from(c, folder, sets, labels) -> dict:
             base += [file.stat().st_size, tensors.read(1 << 20)]
             tensors.seek(-min(1 << 20, file.stat().st_size), 2)
             base.append(tensors.read())
-    reward = Path(c.reward.rpartition(":")[0]).read_bytes() if c.reward else b""
-    parts = {"base": base, "data": [sets], "reward": [reward]}
+    parts = {"base": base, "data": [sets]}
     parts["labels"] = [(r["id"], r["label"]) for r in labels]
+    if sets["test"][0].kind == "text":  # the reward evaluates too; else RL alone depends on it
+        parts["reward"] = [reward_code(c)]
     return {name: digest(*part) for name, part in parts.items()}
+
+
+def reward_code(c) -> bytes:
+    """The file of --reward."""
+    return Path(c.reward.rpartition(":")[0]).read_bytes() if c.reward else b""
 
 
 def refuse_changes(path, old: dict, new: dict):
@@ -1003,8 +1022,9 @@ def reward_function(c):
             parts = value if isinstance(value, dict) else {"reward": value}
             parts = {str(k): float(v) for k, v in parts.items()}
         except Exception as error:
-            line = traceback.extract_tb(error.__traceback__)[-1].lineno
-            why = f"{type(error).__name__}: {error} (line {line}, on {example.id})"
+            frames = traceback.extract_tb(error.__traceback__)
+            lines = [f"line {frame.lineno}, " for frame in frames if frame.filename == file]
+            why = f"{type(error).__name__}: {error} ({''.join(lines[-1:])}on {example.id})"
             raise ValueError(f"--reward {c.reward}: {why}") from None
         if not parts or not all(map(math.isfinite, parts.values())):
             raise ValueError(f"--reward {c.reward}: gave {value!r} (on {example.id})")
@@ -1290,7 +1310,9 @@ def run_compare(arguments):
     report1, answers1, hours1 = read_finished(Path(folder1))
     report2, answers2, hours2 = read_finished(Path(folder2))
     metric = report1.get("metric")
-    if answers1.keys() != answers2.keys() or metric != report2.get("metric"):
+    asked1 = {name: (record["question"], record["gold"]) for name, record in answers1.items()}
+    asked2 = {name: (record["question"], record["gold"]) for name, record in answers2.items()}
+    if asked1 != asked2 or metric != report2.get("metric"):
         raise ValueError(f"{folder1} and {folder2} were not evaluated on the same questions")
     scale, digits = (1, 3) if metric == "reward" else (100, 1)
     lines = []
@@ -1488,8 +1510,8 @@ def run_sweep(arguments):
     if args.name == "splits" and base.model:
         raise ValueError("sweep splits is for the toy: only there are several teachers at hand")
     rows = sweep_rows(args.name)
-    # no table works with another order
-    own_flags = ["--order", *" ".join(flags for flags, _ in rows.values()).split()]
+    # no table works with another order, and each sets its seeds
+    own_flags = ["--order", "--seed", *" ".join(flags for flags, _ in rows.values()).split()]
     for flag in [word.partition("=")[0] for word in said if word.startswith("--")]:
         if flag in own_flags:
             raise ValueError(f"sweep {args.name} sets {flag} itself")
