@@ -364,9 +364,8 @@ def own_file(path, split):
         if label not in (None, "S1", "S2"):
             raise ValueError(f'{where}: "label" is {label!r}, not S1 or S2')
         if type(name) not in (str, int) or asked.setdefault(str(name), question) != question:
-            raise ValueError(
-                f'{where}: "id" {name!r}: no text or number, or another question has it'
-            )
+            why = "no text or number, or another question has it"
+            raise ValueError(f'{where}: "id" {name!r}: {why}')
         kind = "text" if check == "none" else check
         gold = answer
         if check == "number":
@@ -1368,9 +1367,10 @@ def run_statements(source: str, entry: str, names: dict):
     helpers = ast.Import | ast.ImportFrom | ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
     helpers |= ast.Assign | ast.AnnAssign
     lazy_annotations = __future__.annotations.compiler_flag  # as if the code had imported it
-    fixed_names, found = {entry, *dir(builtins)}, False
+    kept = {entry, *dir(builtins)}  # names that keep their meaning once the function is found
+    found = False
     for statement in ast.parse(source).body:
-        if found and (not isinstance(statement, helpers) or bound_names(statement) & fixed_names):
+        if found and (not isinstance(statement, helpers) or bound_names(statement) & kept):
             continue
         with suppress(BaseException):
             one = ast.Module([statement], [])
@@ -1379,8 +1379,7 @@ def run_statements(source: str, entry: str, names: dict):
 
 
 def defines(statement, entry: str) -> bool:
-    """Does a statement define the function? A stub that returns nothing, as the prompt's, does
-    not."""
+    """Does a statement define the function? A stub that returns nothing does not."""
     if entry not in bound_names(statement):
         return False
     kinds = {type(node) for node in ast.walk(statement)}
@@ -1451,11 +1450,11 @@ def codes_of(reply: str, definition: re.Pattern) -> list[str]:
 
 
 def read_code(prompt: str, code: str, definition: re.Pattern) -> str:
-    """Code after the prompt, up to its first syntax error: as a whole function, or as a body."""
+    """The code after the prompt, as a whole function or as a body, up to its first syntax error."""
     code = re.sub(r"(?m)^from __future__ .*\n", "", code[:20_000])  # parsing takes quadratic time
     if definition.search(code):  # the prompt's own definition is closed
         return longest_that_parses(prompt + "\n    pass\n\n" + textwrap.dedent(code))
-    # the first line alone may have lost its indent, or all lines: what parses further
+    # the first line alone may have lost its indent, or all lines: whichever parses further
     one = longest_that_parses(prompt + "    " + code.lstrip())
     every = longest_that_parses(prompt + textwrap.indent(textwrap.dedent(code), "    "))
     return max(one, every, key=lambda source: source.count("\n"))

@@ -207,8 +207,9 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
     if s.kl:
         add_reference_logprobs(model, batches, reference, s.temperature)
     n_tokens = max(1, sum(len(r.answer) for r in rollouts if r.trains))
-    names = ("loss", "gap", "kl", "ratio", "clipped")
-    totals = {name: torch.zeros((), device=device) for name in names}
+    totals = {}
+    for name in ("loss", "gap", "kl", "ratio", "clipped"):
+        totals[name] = torch.zeros((), device=device)
     for _ in range(s.iterations):
         optimizer.zero_grad()
         for b in batches:

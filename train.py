@@ -365,7 +365,7 @@ LEGEND = {
     "the\n    reference; gap: of sampling's log-probs to training's (rounding alone); "
     "equal_groups:\n    prompts whose answers all earn the same, so nothing is learned from them",
 }
-STAGE = {"running": False, "stop": False, "saved": 0.0}  # of a loop; saved: when last
+STAGE = {"running": False, "stop": False, "saved": 0.0}  # of the loop; saved: the time it did last
 
 
 def ask_to_stop(signum, frame):
@@ -448,8 +448,8 @@ def save_state(folder, model, optimizer, step: int):
 
 def load_state(c, stage: str, model, optimizer, steps: int) -> int:
     """Puts a saved state back -> the step to go on with, 0 if there is none. Drops the metrics and
-    samples of the steps that will run again. ValueError if it was made with another mask, or from
-    another start (after another first stage)."""
+    samples of the steps that will run again. ValueError if it was made with another mask or reward,
+    or from another start (after another first stage)."""
     folder, first = Path(c.out) / stage, 0
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "state.safetensors"
@@ -765,7 +765,7 @@ def read_config(arguments):
         raise ValueError(f"--targets {c.targets}: letters of q k v o g u d, each once")
     if c.method == "lora" and c.init == "lora" and not ranks_nothing(c):
         raise ValueError(
-            "--init lora: with B = 0 every importance is 0: --theta 1, or another start"
+            "--init lora: B = 0, so every importance is 0: --theta 1, or another start"
         )
     if c.data == "toy" and not re.fullmatch(TOY_LABELS, c.labels or "teachers:5"):
         raise ValueError(f'--labels {c.labels}: in the toy "teachers:1" to "teachers:5"')
