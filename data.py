@@ -230,10 +230,8 @@ def read_records(path, columns=None):
                     yield f"{path}:{number}", record
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (OSError, EOFError, ValueError, TypeError, csv.Error, zlib.error) as error:
-        raise ValueError(f"{path}:{number + 1}: not readable ({error})") from None
-    except RecursionError:
-        raise ValueError(f"{path}:{number + 1}: nested too deep") from None
+    except (OSError, EOFError, ValueError, TypeError, RecursionError, csv.Error, zlib.error) as why:
+        raise ValueError(f"{path}:{number + 1}: not readable ({why})") from None
 
 
 def write_jsonl(path, records):
@@ -386,24 +384,28 @@ class Source(NamedTuple):
     """Where a data set comes from and who reads its files."""
 
     read: object  # (path, split) -> yields examples
-    splits: tuple
+    splits: dict  # split: the publisher's split, begin and end of the share that it is of that
     home: str
 
 
-ALL_SPLITS = ("train", "validation", "test")
+ALL_SPLITS = {split: (split, 0, 1) for split in ("train", "validation", "test")}
+TRAIN_ALONE = {"train": ("train", 0.05, 1), "validation": ("train", 0, 0.05)}
+ONE_FILE = {"train": ("", 0, 0.8), "validation": ("", 0.8, 0.9), "test": ("", 0.9, 1)}
+ONE_FILE["all"] = ("", 0, 1)
+TEST_ALONE = {"test": ("test", 0, 1)}
 GSM8K_HOME = "github.com/openai/grade-school-math, grade_school_math/data: {train,test}.jsonl"
 MMLU_HOME = "github.com/hendrycks/test: a folder that holds dev, val and test with csv files"
+HUMANEVAL_HOME = "github.com/openai/human-eval: HumanEval.jsonl.gz"
 DATASETS = {
     "toy": Source(toy, ALL_SPLITS, "made by make_toy"),
-    "gsm8k": Source(gsm8k, ("train", "test"), GSM8K_HOME),
+    "gsm8k": Source(gsm8k, TRAIN_ALONE | TEST_ALONE, GSM8K_HOME),
     "mmlu": Source(mmlu, ALL_SPLITS, MMLU_HOME),
-    "humaneval": Source(humaneval, ("test",), "github.com/openai/human-eval: HumanEval.jsonl.gz"),
+    "humaneval": Source(humaneval, TEST_ALONE, HUMANEVAL_HOME),
 }
 for name, (home, *_) in INSTRUCTIONS.items():
     reader = partial(instructions, name)
-    DATASETS[name] = Source(reader, ("train",), f"huggingface.co/datasets/{home}")
+    DATASETS[name] = Source(reader, TRAIN_ALONE, f"huggingface.co/datasets/{home}")
 OWN_NAMES = (".jsonl", ".jsonl.gz")
-FILE_SHARES = {"train": (0, 0.8), "validation": (0.8, 0.9), "test": (0.9, 1), "all": (0, 1)}
 
 
 def split_spec(spec: str) -> tuple[str, str | None]:
@@ -432,21 +434,16 @@ def load_dataset(name: str, path, split: str) -> list[Example]:
     """
     if name not in DATASETS:
         name, path = split_spec(name)
-    source = DATASETS.get(name, Source(own_file, ("train",), "your own file"))
-    if name.endswith(OWN_NAMES) and not Path(path).exists():
-        raise ValueError(f"{path}: no such file")
-    if path is None or not Path(path).exists():
+    source = DATASETS.get(name, Source(own_file, ONE_FILE, "your own"))
+    if name in DATASETS and (path is None or not Path(path).exists()):
         where = "say where it is" if path is None else f"nothing at {path}"
         raise ValueError(f"{name}: {where}, {name}:PATH; it comes from {source.home}")
-    stored, shares = "train", {"train": (0.05, 1), "validation": (0, 0.05)}
-    if in_one_file(name, path):
-        shares = FILE_SHARES
-    elif split == "test" or "validation" in source.splits:
-        stored, shares = split, {split: (0, 1)}
-    if stored not in source.splits or split not in shares:
+    splits = ONE_FILE if in_one_file(name, path) else source.splits
+    if split not in splits:
         raise ValueError(f"{name} has no {split} split; name another data set for this")
+    stored, begin, end = splits[split]
     examples = list(source.read(Path(path), stored))
-    chosen = take_share(examples, *shares[split])
+    chosen = take_share(examples, begin, end)
     if not chosen:
         raise ValueError(f"{path}: {len(examples)} examples are too few (asked for: {split})")
     return chosen
@@ -551,10 +548,10 @@ def read_teacher(path) -> dict[str, str]:
         if type(name) not in (str, int) or "url" in record:
             raise ValueError(f'{where}: not a teacher\'s answer with "custom_id", or "id", "label"')
         name = str(name)
-        if statuses.get(name) in ("S1", "S2"):  # a retry may follow what failed, not a verdict
-            if status in ("S1", "S2"):
-                raise ValueError(f"{where}: second answer for {name}")
-        else:
+        earlier_counts = statuses.get(name) in ("S1", "S2")
+        if earlier_counts and status in ("S1", "S2"):
+            raise ValueError(f"{where}: second answer for {name}")
+        if not earlier_counts:  # a retry may follow what failed
             statuses[name] = status
     return statuses
 
@@ -788,8 +785,9 @@ def final_part(reply: str) -> str:
         if reply[begin : turn.start()].strip():
             digit = digit or DIGIT.search(reply, begin)
             answered = digit and digit.start() < turn.start()
-            if answered or not turn["task"] or not LEAD_IN.match(reply, begin):
-                return reply[begin : turn.start()]  # else it only repeats its task
+            repeats_task = turn["task"] and LEAD_IN.match(reply, begin) and not answered
+            if not repeats_task:
+                return reply[begin : turn.start()]
         else:
             begin = turn.end()  # it only opens the answer's own turn
     return reply[begin:]
@@ -1187,7 +1185,7 @@ def passes_tests(example: Example, reply: str, unconfined=False) -> bool:
     """Does the code pass the problem's own tests? (HumanEval; Chen et al. 2021)
 
     The tests run in one process, the code in another without environment, terminal, or much time
-    and memory. Before the code runs, what it imports is loaded from a list of harmless modules;
+    and memory. Before the code runs, a list of harmless modules is loaded, for it to import;
     then a seccomp filter of the Linux kernel (`confine`) leaves it about thirty system calls, which
     read and write what is open (two pipes to the judge), manage memory and tell the time.
 
@@ -1252,7 +1250,7 @@ def judge_main():
         candidate.wait()
         os._exit(0)
 
-    def answer():
+    def receive():
         line = candidate.stdout.readline(MESSAGE)
         if not line.endswith(b"\n"):  # the candidate has ended, or says too much
             end()
@@ -1263,7 +1261,7 @@ def judge_main():
         with suppress(BrokenPipeError):  # then the answer is missing
             candidate.stdin.write(line)
             candidate.stdin.flush()
-        return answer()
+        return receive()
 
     def call(*args, **kwargs):
         nonlocal calls
@@ -1289,35 +1287,33 @@ def judge_main():
         end(f"broken: the prompt defines no {job['entry']}: {type(error).__name__}: {error}")
     threading.Timer(SECONDS, candidate.kill).start()
     with suppress(BaseException):  # however the answers break the judge, it is no pass
-        answer()  # "ready"
-        print("failed", file=verdicts)
+        receive()  # "ready"
+        print("failed", file=verdicts)  # so it stands, if nothing follows
         confined = ask((job["prompt"], job["reply"], job["entry"], job["unconfined"]))
         if confined != "confined":  # said before any code of the candidate has run
-            print(confined, file=verdicts)
-        elif answer() == "loaded":
-            try:
-                names["candidate"] = names[job["entry"]] = call  # HumanEval/33 calls it by its name
-                exec(job["tests"], names)
-                if "check" in names:
-                    names["check"](call)
-                if not calls:
-                    raise ValueError("they never call the function")
-                print("passed", file=verdicts)
-            except BaseException as error:
-                if not calls:  # the tests broke before any call
-                    end(f"broken: {type(error).__name__}: {error}")
+            end(confined)
+        try:
+            names["candidate"] = names[job["entry"]] = call  # HumanEval/33 calls it by its name
+            exec(job["tests"], names)
+            if "check" in names:
+                names["check"](call)
+            if not calls:
+                raise ValueError("they never call the function")
+            print("passed", file=verdicts)
+        except BaseException as error:
+            if not calls:  # the tests broke before any call
+                end(f"broken: {type(error).__name__}: {error}")
     end()
 
 
-# What a candidate may import: modules whose import does nothing but define.
+# What a candidate may import: modules whose import does nothing but define, and what these would
+# import late, when the filter is on already.
 HARMLESS = """abc array ast base64 binascii bisect calendar cmath collections
 collections.abc contextlib copy csv dataclasses datetime decimal difflib enum fractions functools
-gc graphlib hashlib heapq html io itertools json keyword math numbers numpy operator pprint queue
+gc graphlib hashlib heapq html io itertools json keyword math numbers operator pprint queue
 random re secrets statistics string struct sys textwrap time timeit traceback types typing
-unicodedata weakref zlib""".split()
-# What these import late, when the filter is on already.
-LATE = "_strptime typing encodings.rot_13 encodings.cp1252 encodings.utf_8_sig".split()
-LATE += ["encodings.hex_codec", "encodings.unicode_escape"]
+unicodedata weakref zlib _strptime encodings.rot_13 encodings.cp1252 encodings.utf_8_sig
+encodings.hex_codec encodings.unicode_escape""".split()
 NUMPY = [f"numpy.{m}" for m in "linalg random ma fft polynomial char strings".split()]
 
 
@@ -1339,7 +1335,7 @@ def candidate_main():
     reply("ready")
     prompt, completion, entry, unconfined = ast.literal_eval(requests.readline().decode("ascii"))
     source = program(prompt, completion, entry)
-    for name in LATE + named_modules(source):
+    for name in HARMLESS + (NUMPY if "numpy" in source else []):  # numpy alone is slow to load
         with suppress(ImportError):  # it fails again where the code imports it
             importlib.import_module(name)
     if not confine() and not unconfined:
@@ -1349,7 +1345,6 @@ def candidate_main():
     sys.modules["candidate"] = module  # dataclasses look their module up
     run_statements(source, entry, module.__dict__)
     function = module.__dict__.get(entry)
-    reply("loaded")
     for line in requests:
         args, kwargs = ast.literal_eval(line.decode("ascii"))
         try:
@@ -1395,19 +1390,6 @@ def bound_names(statement) -> set[str]:
     return {node.id for node in nodes if isinstance(node.ctx, ast.Store)}
 
 
-def named_modules(source: str) -> list[str]:
-    """The harmless modules that a source imports."""
-    names = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    names |= {name.partition(".")[0] for name in names}
-    named = sorted(names & set(HARMLESS))
-    return named + NUMPY if "numpy" in named else named
-
-
 # A fenced block, up to a fence at least as long as the one that opened, or to the end.
 BLOCK = re.compile(
     r"^[^\S\n]*(`{3,}|~{3,})[^\n]*\n(.*?)(?:^[^\S\n]*\1[`~]*[^\S\n]*$|\Z)", re.M | re.S
@@ -1429,21 +1411,25 @@ def program(prompt: str, reply: str, entry: str) -> str:
 
 
 def codes_of(reply: str, definition: re.Pattern) -> list[str]:
-    """What may be code in a reply, the likeliest first: its blocks that define the function, the
-    last first, each after the helpers before it; the reply as it stands; its other blocks, the
-    first first; what follows prose."""
+    """What may be code in a reply, the likeliest first:
+
+    1. its blocks that define the function, the last first, each after the helpers before it
+    2. the reply as it stands
+    3. its other blocks, the first first
+    4. what follows prose
+    """
     codes = []
     for text in (final_part(reply), reply):  # the second for code whose strings look like a turn
         text = re.sub(r"(?<=\S)```\s*\Z", "", text)
         whole, others, helpers = [], [], ""
         for _, code in BLOCK.findall(text)[:20]:
             if definition.search(code):
-                whole.insert(0, helpers + code)
+                whole.append(helpers + code)
             else:
                 others.append(code)
                 if longest_that_parses(code) == code:
                     helpers += code + "\n"
-        codes += [*whole, text, *others]
+        codes += [*reversed(whole), text, *others]
         starts = [m.start() for m in (FIRST_CODE.search(text), definition.search(text)) if m]
         codes += [text[start:] for start in starts]
     return codes

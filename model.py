@@ -597,9 +597,7 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
             raise ValueError(f"{index}: no weight_map of tensor to file")
         return [folder / name for name in sorted(set(shards.values()))]
-    if any(folder.glob("pytorch_model*.bin")):
-        raise ValueError(f"{folder}: only pytorch_model.bin is there; save it as safetensors first")
-    raise ValueError(f"{folder}: no model.safetensors and no model.safetensors.index.json")
+    raise ValueError(f"{folder}: no model.safetensors (save a pytorch_model.bin as that first)")
 
 
 @contextmanager
@@ -661,16 +659,10 @@ def load_model(path, device="cpu", dtype: torch.dtype | None = torch.float32) ->
             weights["lm_head.weight"], config.tie_word_embeddings = head, False
     with torch.device("meta"):
         model = Transformer(config)
-    for name, expected in model.named_parameters():
-        if name not in weights:
-            raise ValueError(f"{folder}: the tensor {name} is missing")
-        if weights[name].shape != expected.shape:
-            shapes = f"{tuple(weights[name].shape)}, config.json says {tuple(expected.shape)}"
-            raise ValueError(f"{folder}: {name} has shape {shapes}")
-    surplus = weights.keys() - dict(model.named_parameters()).keys()
-    if surplus:
-        raise ValueError(f"{folder}: {len(surplus)} unexpected tensors, first {min(surplus)}")
-    model.load_state_dict(weights, assign=True)
+    try:
+        model.load_state_dict(weights, assign=True)
+    except RuntimeError as error:  # it names what is missing, unexpected or misshaped
+        raise ValueError(f"{folder}: {' '.join(str(error).split())[:200]}") from None
     return model.requires_grad_(False).eval()
 
 

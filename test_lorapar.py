@@ -473,8 +473,6 @@ def test_a_truncated_or_absent_file_is_refused(tmp_path):
     refuses("not a whole safetensors file", decoder.auto_dtype, folder, "cuda")
     weights.unlink()
     refuses("no model.safetensors", decoder.load_model, folder)
-    (folder / "pytorch_model.bin").write_bytes(b"")
-    refuses("only pytorch_model.bin", decoder.load_model, folder)
     index.write_text('{"weight_map": {"model.norm.weight": "gone.safetensors"}}')
     refuses("gone.safetensors: this shard is missing", decoder.load_model, folder)
     index.write_text("{}")
@@ -2230,14 +2228,6 @@ def test_a_fault_of_the_problem_is_no_wrong_answer():
         refuses("the prompt defines no add", data.is_correct, task(numpy, prompt, entry), WHOLE)
     for tests in ("import nowhere\ndef check(c): pass\n", "def check(c): pass\n", "x = ("):
         refuses("add: the problem's own tests are broken", data.is_correct, task(tests), WHOLE)
-
-
-def test_only_modules_that_do_nothing_at_import_are_loaded_for_a_candidate():
-    source = "import numpy.distutils.system_info, os, json.tool\nfrom numpy.f2py import tests\n"
-    named = data.named_modules(source + "import antigravity, __main__, ctypes")
-    assert named == ["json", "numpy", *data.NUMPY]
-    named = data.named_modules("from collections import abc\nimport numpy as np, math")
-    assert named[:3] == ["collections", "collections.abc", "math"] and "numpy.linalg" in named
 
 
 @needs_shared

@@ -922,8 +922,8 @@ def split_words(place, is_cut: bool) -> str:
     if is_cut:
         parts = []
         for split in data.ALL_SPLITS:
-            examples = data.take_share(everything, *data.FILE_SHARES[split])
-            parts.append(f"{len(examples)} {split}")
+            _, begin, end = data.ONE_FILE[split]
+            parts.append(f"{len(data.take_share(everything, begin, end))} {split}")
     unchecked = sum(e.kind == "text" for e in everything)
     if unchecked:
         parts.append(f"{unchecked} cannot be checked")
