@@ -29,13 +29,13 @@ import time
 import traceback
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load as tensors_in
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
@@ -244,11 +244,10 @@ def rl(c, model, inputs):
         sum_gradients=True,
     )
     reference = lorapar.get_flat(model)  # of the KL: RL's start, before load_state changes it
-    if c.kl_reference == "base":
+    if c.kl_reference == "base":  # the factors that add nothing: the anchor, or zeros
         start = read_tensors(Path(c.out) / "importance.safetensors", ["start"])["start"]
-        start = start.to(c.device)
-        # an adapter at its anchor, or of zeros, is the untouched base
-        reference = start if c.init in lorapar.ANCHORED else torch.zeros_like(start)
+        anchored = c.init in lorapar.ANCHORED
+        reference = (start if anchored else torch.zeros_like(start)).to(c.device)
     settings = grpo.Settings(
         group=c.rl_group,
         max_new_tokens=c.max_response,
@@ -511,17 +510,16 @@ def answer_all(c, model, inputs, examples, what: str) -> list[dict]:
     EOS included)."""
     tokenizer = inputs.tokenizer
     encoded, _ = data.tokenize(examples, tokenizer, 10**9, c.prompt, "rl")
-    records = []
-    for e in examples:
-        records.append({"id": e.id, "label": e.label, "question": e.question, "gold": e.gold})
     rank, size = lorapar.rank_and_size()
     order = sorted(range(len(examples)), key=lambda i: encoded[i].prompt_length)  # little padding
-    order = order[rank::size]
+    own = order[rank::size]
+    letters = [i for i in own if examples[i].kind == "letter"]
+    texts = [i for i in own if examples[i].kind != "letter"]
     jobs = []
-    for is_letter, reply_to in ((False, reply_texts), (True, reply_letters)):
-        rows = [i for i in order if (examples[i].kind == "letter") == is_letter]
+    for reply_to, rows in ((reply_texts, texts), (reply_letters, letters)):
         for start in range(0, len(rows), c.batch_rows):
             jobs.append((reply_to, rows[start : start + c.batch_rows]))
+    records = {}  # index of the example -> its record
     with eval_mode(model):
         for reply_to, rows in bar(jobs, f"evaluate {what}"):
             batch = [examples[i] for i in rows]
@@ -530,10 +528,18 @@ def answer_all(c, model, inputs, examples, what: str) -> list[dict]:
             verdicts = data.in_parallel(partial(judge, c, inputs.reward), zip(batch, replies))
             likelihoods = likelihood(c, model, [encoded[i] for i in rows], what)
             for i, reply, correct, (p, loss) in zip(rows, replies, verdicts, likelihoods):
-                records[i].update(reply=reply, correct=correct, probability=p, loss=loss)
-    for i, record in grpo.gather_over_ranks([(i, records[i]) for i in order]):
-        records[i] = record
-    return records
+                records[i] = {
+                    "id": examples[i].id,
+                    "label": examples[i].label,
+                    "question": examples[i].question,
+                    "gold": examples[i].gold,
+                    "reply": reply,
+                    "correct": correct,
+                    "probability": p,
+                    "loss": loss,
+                }
+    records = dict(grpo.gather_over_ranks(list(records.items())))
+    return [records[i] for i in range(len(examples))]
 
 
 def judge(c, reward, example, reply: str) -> float:
@@ -787,7 +793,7 @@ class Inputs:
     validation: list  # of examples, for --eval-every
     reward: object  # (example, reply) -> its parts
     notes: dict  # name -> a line of the report
-    made_from: dict = field(default_factory=dict)
+    made_from: dict  # what of -> its hash
 
 
 def prepare(c):
@@ -795,7 +801,8 @@ def prepare(c):
     folder = find_model(c.model) if c.model else toy_base(c)
     inputs, labels = read_inputs(c, folder)
     model = load(c, folder)
-    linears = lorapar.target_linears(model, [PROJECTIONS[x] for x in c.targets], c.r)  # may refuse
+    # raises now, not after the base's evaluation, where --targets or --r do not fit
+    linears = lorapar.target_linears(model, [PROJECTIONS[x] for x in c.targets], c.r)
     config = Path(c.out) / "config.json"
     if config.exists():
         refuse_changes(config, read_json(config).get("made_from", {}), inputs.made_from)
@@ -812,13 +819,11 @@ def prepare(c):
 
 def read_inputs(c, folder):
     """-> Inputs, and the label records."""
+    reward, tokenizer = reward_function(c), data.Tokenizer(folder)
     sets, notes = read_sets(c), {}
     labels = read_labels(c, sets, notes)
     label_of = {r["id"]: r["label"] for r in labels}
-    tokenizer = data.Tokenizer(folder)
-    inputs = Inputs(tokenizer, {}, [], [], [], [], reward_function(c), notes)
-    examples_of = {}  # system -> its training examples
-    inputs.made_from = made_from(c, folder, sets, labels)
+    examples_of, encoded_of = {}, {}  # system -> its training examples, and these as token ids
     for system in ("S1", "S2"):
         labelled = [replace(e, label=label_of[e.id]) for e in sets[system] if e.id in label_of]
         random.Random(c.seed).shuffle(labelled)
@@ -831,20 +836,29 @@ def read_inputs(c, folder):
             raise ValueError(
                 f"{system}: {notes[system]}: check --labels, --train-examples, --max-length"
             )
-        examples_of[system] = examples
-        inputs.encoded[system] = encoded
-    inputs.sft, rl_examples = inputs.encoded["S1"], examples_of["S2"]
+        examples_of[system], encoded_of[system] = examples, encoded
+    sft_encoded, rl_examples, rl_pairs = encoded_of["S1"], examples_of["S2"], []
     if c.stage_data == "all":  # an ablation: both stages train on both systems
-        inputs.sft = inputs.encoded["S1"] + inputs.encoded["S2"]
+        sft_encoded = encoded_of["S1"] + encoded_of["S2"]
         rl_examples = examples_of["S2"] + examples_of["S1"]
     if "rl" in ORDERS[c.order]:
-        inputs.rl = rl_prompts(c, tokenizer, rl_examples, notes)
-        example = inputs.rl[0][0]  # the reward is tried before hours of work
-        parts = inputs.reward(example, example.answer)
+        rl_pairs = rl_prompts(c, tokenizer, rl_examples, notes)
+        example = rl_pairs[0][0]  # the reward is tried before hours of work
+        parts = reward(example, example.answer)
         notes["reward"] = f"of the reference answer of {example.id}: {parts}"
-    inputs.test = checkable(c, sets["test"], label_of)[: c.eval_examples]
-    inputs.validation = checkable(c, sets["validation"], label_of)[: c.eval_examples or 100]
-    notes["test"] = f"{len(inputs.test)} {c.eval_split} examples of {c.eval_data or c.data}"
+    test = checkable(c, sets["test"], label_of)[: c.eval_examples]
+    notes["test"] = f"{len(test)} {c.eval_split} examples of {c.eval_data or c.data}"
+    inputs = Inputs(
+        tokenizer=tokenizer,
+        encoded=encoded_of,
+        sft=sft_encoded,
+        rl=rl_pairs,
+        test=test,
+        validation=checkable(c, sets["validation"], label_of)[: c.eval_examples or 100],
+        reward=reward,
+        notes=notes,
+        made_from=made_from(c, folder, sets, labels),
+    )
     return inputs, labels
 
 
@@ -887,20 +901,21 @@ def read_sets(c) -> dict:
     file without splits is cut only where it both trains and tests. ValueError where answers
     could not be checked, or where the evaluation holds training examples."""
     specs = {"S1": c.data, "S2": c.rl_data or c.data, "test": c.eval_data or c.data}
-    sets, described = {"validation": []}, set()
-    for name, spec in specs.items():
-        place, split = source(c, spec), c.eval_split if name == "test" else "train"
-        trains_and_tests = spec == specs["test"] and spec in (specs["S1"], specs["S2"])
-        if data.in_one_file(*place):
-            if (split == "validation" or c.eval_every) and not trains_and_tests and name == "test":
-                raise ValueError(f"{spec} is evaluated whole: it has no validation split")
-            split = split if trains_and_tests else "all"
-            if spec not in described:
-                print(split_words(place, trains_and_tests))
-            described.add(spec)
-        sets[name] = data.load_dataset(*place, split)
+    splits = {"S1": "train", "S2": "train", "test": c.eval_split}
+    cut = specs["test"] if specs["test"] in (specs["S1"], specs["S2"]) else None
+    for spec in dict.fromkeys(specs.values()):
+        if data.in_one_file(*source(c, spec)):
+            print(split_words(source(c, spec), spec == cut))
     if c.eval_every:
-        sets["validation"] = data.load_dataset(*source(c, specs["test"]), "validation")
+        specs["validation"], splits["validation"] = specs["test"], "validation"
+    sets = {"validation": []}
+    for name, spec in specs.items():
+        place, split = source(c, spec), splits[name]
+        if data.in_one_file(*place) and spec != cut:
+            if split == "validation":
+                raise ValueError(f"{spec} is evaluated whole: it has no validation split")
+            split = "all"
+        sets[name] = data.load_dataset(*place, split)
     if all(e.kind == "text" for e in sets["S2"]) and "rl" in ORDERS[c.order] and not c.reward:
         raise ValueError(
             f'{specs["S2"]}: no answer can be checked: rows need a "check", or give --rl-data or '
@@ -1143,13 +1158,13 @@ def write_tensors(path, tensors: dict):
 
 def read_tensors(path, needed) -> dict[str, torch.Tensor]:
     try:
-        mapped = load_file(path)
-        if not set(needed) <= mapped.keys():
+        tensors = tensors_in(Path(path).read_bytes())  # no mapping: the file is written again
+        if not set(needed) <= tensors.keys():
             raise OSError(f"it does not hold {', '.join(needed)}")
     except (SafetensorError, OSError) as error:
         why = str(error)[:100]
         raise ValueError(f"{path}: not readable ({why}); delete it to redo this part") from None
-    return {name: t.clone() for name, t in mapped.items()}  # the file will be written again
+    return tensors
 
 
 def bar(items, what):
@@ -1633,12 +1648,10 @@ def spread(values: list, digits=1) -> str:
 
 def mean_and_error(gaps: list, digits=1) -> str:
     """Mean ± its standard error; the mean alone of one value."""
-    if not gaps:
-        return ""
-    mean = f"{statistics.mean(gaps):+.{digits}f}"
-    if len(gaps) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.{digits}f}"
+    error = ""
+    if len(gaps) > 1:
+        error = f" ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.{digits}f}"
+    return f"{statistics.mean(gaps):+.{digits}f}{error}" if gaps else ""
 
 
 def write_sweep(base, name: str, records: list[dict], lines: list[str]):
