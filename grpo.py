@@ -206,7 +206,7 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
         batches.append(collate_rollouts(own[start : start + s.micro_batch], device))
     if s.kl:
         add_reference_logprobs(model, batches, reference, s.temperature)
-    n_tokens = max(1, sum(len(r.answer) for r in rollouts if r.trains))
+    trained_tokens = max(1, sum(len(r.answer) for r in rollouts if r.trains))
     totals = {}
     for name in ("loss", "gap", "kl", "ratio", "clipped"):
         totals[name] = torch.zeros((), device=device)
@@ -216,13 +216,14 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
             logp = token_logprobs(model, b.tokens, b.labels, s.temperature)
             if b.old is None:
                 b.old = logp.detach()  # not b.sampled, whose rounding would move the ratio off 1
-                totals["gap"] += ((b.old - b.sampled) * b.mask).abs().sum() / n_tokens
+                totals["gap"] += ((b.old - b.sampled) * b.mask).abs().sum() / trained_tokens
             loss, stats = grpo_loss(
                 logp, b.old, b.ref, b.advantages, b.mask, s.clip, s.kl,
                 clip_high=s.clip_high, loss=s.loss, max_new_tokens=s.max_new_tokens,
             )  # fmt: skip
-            share = len(b.tokens) / len(rollouts)  # micro-batches add up to the batch's mean
-            weight = b.mask.sum() / n_tokens if s.loss == "token" else share
+            # what the micro-batch counts in the batch's mean, over answers or over tokens
+            share = len(b.tokens) / len(rollouts)
+            weight = b.mask.sum() / trained_tokens if s.loss == "token" else share
             (loss * weight).backward()
             totals["loss"] += loss.detach() * weight / s.iterations
             for name, value in stats.items():

@@ -85,20 +85,22 @@ class ModelConfig:
         new one (`rope_parameters`). Raises ValueError, naming the field, on what we do not support.
         """
         model_type = raw.get("model_type")
-        window = raw.get("sliding_window", "4096 by default" if model_type == "mistral" else None)
+        window = raw.get("sliding_window")  # null: none; absent: none, but in Mistral 4096
+        if model_type == "mistral" and "sliding_window" not in raw:
+            window = "4096 by default"
         raw = {name: value for name, value in raw.items() if value is not None}
         if model_type in ("qwen2", "qwen3") and not raw.get("use_sliding_window"):
             window = None  # Qwen files carry a window that is switched off
-        layers = raw.get("layer_types")
-        if isinstance(layers, list):  # the first kind that we lack
-            layers = next((kind for kind in layers if kind != "full_attention"), None)
+        lacking = raw.get("layer_types")
+        if isinstance(lacking, list):  # the first kind that we lack
+            lacking = next((kind for kind in lacking if kind != "full_attention"), None)
         for field, value, supported in (
             ("model_type", model_type, tuple(ARCHITECTURES)),
             ("hidden_act", raw.get("hidden_act", "silu"), ("silu", "swish")),
             ("quantization_config", raw.get("quantization_config") or None, (None,)),
             ("sliding_window", window, (None,)),
             ("is_causal", raw.get("is_causal", True), (True,)),
-            ("layer_types", layers, (None,)),
+            ("layer_types", lacking, (None,)),
         ):
             if value not in supported:
                 only = ", ".join(map(str, supported))
@@ -383,7 +385,8 @@ class HeadLogprobs(torch.autograd.Function):
             logp = all_logp.gather(-1, t)
             logps.append(logp[:, 0])
             if ctx.needs_input_grad[0]:
-                error = all_logp.exp_().neg_().scatter_(-1, t, -torch.expm1(logp))  # onehot - p
+                error = all_logp.exp_().neg_()  # -p, in the same memory
+                error.scatter_(-1, t, -torch.expm1(logp))  # 1 - p at the target: onehot - p
                 jacobians.append(error.to(weight.dtype) @ weight / temperature)
         if jacobians:
             ctx.save_for_backward(torch.cat(jacobians))  # (M, H)
