@@ -506,7 +506,7 @@ def vote(labels: list[str]) -> str:
 
 VERDICT = re.compile(
     r"(?<!not )(?<!not a )(?:(?<![A-Za-z0-9])system[\W_]{0,3}(?:no\W{0,2}|number )?"
-    r"|(?:系统|系統|システム) ?|(?<![\w'’])s)"  # not the s of "It's 1 step"
+    r"|(?:系统|系統|システム) ?|(?<!\w)s)"
     r"([12１２]|one|two)(?![A-Za-z0-9]| ?(?:or|and|/) ?[12])",
     re.IGNORECASE,
 )

@@ -374,7 +374,9 @@ def test_sharded_and_single_files_load_alike_and_round_trip(tmp_path):
     (shards / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
     loaded, other = [decoder.load_model(folder) for folder in (one, shards)], small("llama2")
     other.head_weight.mul_(2)
-    decoder.save_model(other, one)
+    for folder in (one, shards):  # one file wins over the index of older shards
+        decoder.save_model(other, folder)
+        assert torch.equal(decoder.load_model(folder).head_weight, other.head_weight)
     tokens = torch.arange(20)[None]
     for ours in loaded:
         assert torch.equal(ours(tokens), model(tokens))
@@ -388,19 +390,6 @@ def saved(folder, model, tensors=None, fields=None):
     save_file(changed(state, tensors or {}), folder / "model.safetensors")
     rewrite(folder / "config.json", **(fields or {}))
     return folder
-
-
-def test_one_file_wins_over_the_index_of_older_shards(tmp_path):
-    """As in transformers; so a folder that save_model wrote into runs what it wrote."""
-    old, new = small("llama2"), small("llama2")
-    new.head_weight.mul_(2)
-    decoder.save_model(old, tmp_path)
-    os.replace(tmp_path / "model.safetensors", tmp_path / "old.safetensors")
-    where = {name: "old.safetensors" for name, _ in old.named_parameters()}
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    assert torch.equal(decoder.load_model(tmp_path).head_weight, old.head_weight)
-    decoder.save_model(new, tmp_path)
-    assert torch.equal(decoder.load_model(tmp_path).head_weight, new.head_weight)
 
 
 def test_a_tied_head_is_tied_where_the_file_says_so_too(tmp_path):
@@ -1044,6 +1033,12 @@ def random_gradients(model, seed=0):
 
 def gradient(model):
     return torch.cat([p.grad.flatten() for p in lorapar.lora_factors(model).values()])
+
+
+def gradient_of(loss, model):
+    """The loss's gradient as a flat vector, by ordinary autograd."""
+    factors = list(lorapar.lora_factors(model).values())
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss, factors)])
 
 
 @pytest.mark.parametrize("share", [0.3, 1.1])
@@ -1732,6 +1727,12 @@ OWN = [
 ]
 
 
+def own_rows(count, **fields):
+    """Rows of one's own on the toy's facts."""
+    rows = [{"question": f"F t1 e{i} A", "label": f"S{1 + i % 2}"} for i in range(count)]
+    return [row | {"answer": "c5"} | fields for row in rows]
+
+
 def gsm8k_folder(folder, count=60):
     for split in ("train", "test"):
         records = [GSM8K | {"question": f" How many? {i} "} for i in range(count)]
@@ -1740,19 +1741,20 @@ def gsm8k_folder(folder, count=60):
 
 
 def test_splits_are_disjoint_and_fixed(tmp_path):
-    gsm8k_folder(tmp_path)
+    gsm8k_folder(tmp_path, 100)
 
     def ids(path, split):
         return [e.id for e in data.load_dataset("gsm8k", path, split)]
 
     train_ids, validation = ids(tmp_path, "train"), ids(tmp_path, "validation")
-    assert len(train_ids) == 57 and len(validation) == 3 and not set(train_ids) & set(validation)
+    assert len(train_ids) == 95 and len(validation) == 5 and not set(train_ids) & set(validation)
     assert train_ids == ids(tmp_path, "train")
     e = data.load_dataset("gsm8k", tmp_path, "test")[0]
     assert data.is_correct(e, e.answer) and e.gold == "1,018" and e.question == "How many? 0"
+    assert sum(data.reward_parts(e, e.answer).values()) == 4.0
     file = tmp_path / "test.jsonl"  # one file: 80/10/10, or all of it
     parts = [ids(file, split) for split in ("train", "validation", "test")]
-    assert [len(p) for p in parts] == [48, 6, 6] and len(set().union(*parts)) == 60
+    assert [len(p) for p in parts] == [80, 10, 10] and len(set().union(*parts)) == 100
     assert ids(file, "all") == ids(tmp_path, "test")
     gsm8k_folder(tmp_path, 3)
     refuses("3 examples are too few (asked for: validation)", ids, file, "validation")
@@ -1787,9 +1789,8 @@ def test_ones_own_data_and_its_bad_lines(tmp_path):
         data.write_jsonl(file, [OWN[0], line])
         assert expected in refuses(f"{file}:2: ", data.load_dataset, str(file), None, "all")
     data.write_jsonl(file, [{"question": f"q{i // 2}", "answer": str(i)} for i in range(40)])
-    questions = [
-        {e.question for e in data.load_dataset(str(file), None, s)} for s in data.ALL_SPLITS
-    ]
+    splits = [data.load_dataset(str(file), None, split) for split in data.ALL_SPLITS]
+    questions = [{e.question for e in split} for split in splits]
     assert [len(q) for q in questions] == [16, 2, 2] and len(set().union(*questions)) == 20
 
 
@@ -2058,6 +2059,8 @@ cache of its own => def add(a, b):\n    add.cache[a] = b\n    return a + b\n\nad
 numpy.linalg => from numpy.linalg import det\ndef add(a, b):\n    return a + b * det([[1]])
 late constant => def add(a, b):\n    return a + b + zero\n\nzero: int = 0
 numpy => import numpy as np\ndef add(a, b):\n    return np.add(a, b) * np.linalg.det(np.eye(2))\n
+numpy's parts => import numpy as np\ndef add(a, b):\n    np.random.rand, np.fft.fft, np.ma.array, np.polynomial.Polynomial, np.char.add\nBODY
+annotations without their imports => def add(a: Vector, b: 'x') -> Optional[Vector]:\nBODY
 """)  # noqa: E501
 RIGHT |= table(r"""
 docstring with a fence => def add(a, b):\n    '''Add.\n\n    ```\n    add(1, 2)\n    ```\n    '''\nBODY
@@ -2173,9 +2176,7 @@ def test_right_code_passes_in_every_form_models_write_it(form):
 
 
 @needs_seccomp
-@pytest.mark.parametrize(
-    "junk", ["1 + " * 400 + "1", "a + " * 3000 + "1", "-" * 10_000 + "x", "0x" + "f" * 5000]
-)
+@pytest.mark.parametrize("junk", ["a + " * 3000 + "1", "-" * 10_000 + "x"])
 def test_a_run_on_too_deep_for_the_parser_spoils_no_answer(junk):
     assert data.is_correct(task(CHECK), f"{BODY}\n\nx = {junk}") is True
 
@@ -2289,18 +2290,8 @@ def test_grpo_loss_equals_the_formula_token_by_token(kl, kind, high):
     mask[2] = False
     advantages, new = torch.tensor([1.3, -0.7, 5.0, 2.0]), logp.clone().requires_grad_()
     given = ref if kl else None
-    loss, stats = grpo.grpo_loss(
-        new,
-        old,
-        given,
-        advantages,
-        mask,
-        clip=0.2,
-        kl=kl,
-        clip_high=high,
-        loss=kind,
-        max_new_tokens=7,
-    )
+    settings = {"clip": 0.2, "kl": kl, "clip_high": high, "loss": kind, "max_new_tokens": 7}
+    loss, stats = grpo.grpo_loss(new, old, given, advantages, mask, **settings)
     total, total_kl = 0.0, 0.0
     for i in range(4):
         terms, kls = [], []
@@ -2341,21 +2332,6 @@ def sampled(model, **changes):
     for rollout, advantage in zip(rollouts, ADVANTAGES.tolist() * 99):
         rollout.advantage = advantage
     return s, rollouts
-
-
-def test_a_batch_holds_every_answer_with_its_own_numbers():
-    """0 is the padding and an EOS: the sampled EOS has mask 1, all behind it 0."""
-    _, rollouts = sampled(lora_model(), group=16, max_new_tokens=30)
-    ends = {r.answer[-1] for r in rollouts if len(r.answer) < 30}
-    assert ends == {0, 7}
-    batch = grpo.collate_rollouts(rollouts, "cpu")
-    for i, r in enumerate(rollouts):
-        tokens, mask = batch.tokens[i], batch.mask[i]
-        assert tokens[: len(r.prompt + r.answer)].tolist() == r.prompt + r.answer
-        assert batch.labels[i][batch.labels[i] != -100].tolist() == r.answer
-        assert mask.sum() == len(r.answer) and mask[len(r.prompt) - 1]
-        assert batch.sampled[i][mask].tolist() == pytest.approx(r.logprobs)
-        assert batch.advantages[i] == pytest.approx(r.advantage)
 
 
 def update(model, s, rollouts, reference):
@@ -2400,37 +2376,12 @@ def test_an_update_that_fails_gives_the_policy_back(monkeypatch):
     assert torch.equal(lorapar.get_flat(model), policy)
 
 
-def test_kl_and_gradient_are_to_the_reference_vector_in_any_micro_batch():
-    """Against one plain loss over all answers at once; without KL no reference is needed."""
-    model, reference = lora_model(), lorapar.get_flat(lora_model(moved=False))
-    s, rollouts = sampled(model)
-    tokens, labels = data.collate(
-        [data.Encoded(r.prompt + r.answer, len(r.prompt)) for r in rollouts]
-    )
-    mask, twin = labels[:, 1:] != -100, copy.deepcopy(model)
-    lorapar.set_flat(twin, reference)
-    ref = plain_logprobs(twin, tokens, labels, s.temperature).detach()
-    logp = plain_logprobs(model, tokens, labels, s.temperature)
-    loss, _ = grpo.grpo_loss(logp, logp.detach(), ref, ADVANTAGES, mask)
-    factors = list(lorapar.lora_factors(model).values())
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, factors)])
-    d = (ref - logp).detach()
-    kl = float((((d.exp() - d - 1) * mask).sum(1) / mask.sum(1)).mean())
-    assert kl > 1e-4
-    for s.micro_batch in (1, 5, 12):
-        twin = copy.deepcopy(model)
-        stats, _ = update(twin, s, rollouts, reference)
-        assert stats["kl"] == pytest.approx(kl, rel=1e-4)
-        close(gradient(twin), expected, 1e-4)
-    s.kl = 0.0
-    assert update(model, s, rollouts, None)[0]["kl"] == 0.0
-
-
-@pytest.mark.parametrize("kind", ["grpo", "token", "dr_grpo"])
-def test_every_loss_gives_one_gradient_in_any_micro_batch_and_cut_answers_may_be_masked(kind):
-    """Against one plain loss over all answers; answers cut at the limit are left out of it."""
-    model = lora_model()
-    s, rollouts = sampled(model, group=8, loss=kind, kl=0.0, clip_high=0.28, mask_truncated=True)
+@pytest.mark.parametrize("kind, kl", [("grpo", 0.04), ("token", 0.0), ("dr_grpo", 0.04)])
+def test_every_loss_and_kl_has_one_gradient_in_any_micro_batch(kind, kl):
+    """Against one plain loss over all answers at once, KL to the reference vector; answers cut at
+    the limit are left out; without KL no reference is needed."""
+    model, reference = lora_model(), lorapar.get_flat(lora_model(moved=False)) if kl else None
+    s, rollouts = sampled(model, group=8, loss=kind, kl=kl, clip_high=0.28, mask_truncated=True)
     for rollout in rollouts:
         rollout.trains = rollout.answer[-1] in s.eos_ids
     assert 2 < sum(r.trains for r in rollouts) < len(rollouts) - 2
@@ -2439,21 +2390,24 @@ def test_every_loss_gives_one_gradient_in_any_micro_batch_and_cut_answers_may_be
     labels[[i for i, r in enumerate(rollouts) if not r.trains]] = -100
     logp = plain_logprobs(model, tokens, labels, s.temperature)
     advantages, mask = torch.tensor([r.advantage for r in rollouts]), labels[:, 1:] != -100
-    loss, _ = grpo.grpo_loss(
-        logp, logp.detach(), None, advantages, mask, kl=0, loss=kind, max_new_tokens=10
-    )
-    factors = list(lorapar.lora_factors(model).values())
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, factors)])
-    for s.micro_batch in (5, 64):
+    ref, twin = None, copy.deepcopy(model)
+    if kl:
+        lorapar.set_flat(twin, reference)
+        ref = plain_logprobs(twin, tokens, labels, s.temperature).detach()
+    settings = {"kl": kl, "loss": kind, "max_new_tokens": 10}
+    loss, parts = grpo.grpo_loss(logp, logp.detach(), ref, advantages, mask, **settings)
+    expected = gradient_of(loss, model)
+    assert (parts["kl"] > 1e-4) == (kl > 0)
+    for s.micro_batch in (1, 5, 64):
         twin = copy.deepcopy(model)
         optimizer = lorapar.MaskedAdamW(twin, lr=1e-30)
-        stats = grpo.grpo_update(twin, optimizer, rollouts, None, s)
+        stats = grpo.grpo_update(twin, optimizer, rollouts, reference, s)
         close(optimizer.packed.grad, expected, 1e-4)
         assert stats["loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
-        assert stats["gap"] < 2e-6
+        assert stats["kl"] == pytest.approx(float(parts["kl"]), rel=1e-4) and stats["gap"] < 2e-6
     for rollout in rollouts:
         rollout.trains = False  # a step of nothing moves nothing
-    grpo.grpo_update(model, lorapar.MaskedAdamW(model, lr=1), rollouts, None, s)
+    grpo.grpo_update(model, lorapar.MaskedAdamW(model, lr=1), rollouts, reference, s)
 
 
 def test_the_step_marks_cut_answers_and_divides_by_no_deviation_in_dr_grpo(monkeypatch):
@@ -2487,9 +2441,8 @@ def test_grpo_raises_the_rewarded_tokens():
         return [{"share": sum(t < 32 for t in r.answer) / 8} for r in rollouts]
 
     for _ in range(20):
-        stats, rollouts = grpo.grpo_step(
-            model, optimizer, [[1, 2], [3]], rewards, reference, s, generator
-        )
+        arguments = [[1, 2], [3]], rewards, reference, s, generator
+        stats, rollouts = grpo.grpo_step(model, optimizer, *arguments)
         steps.append(stats)
     assert steps[0]["reward"] < 0.6 and steps[-1]["reward"] > 0.9
     assert steps[0]["equal_groups"] == 0 and steps[0]["truncated"] == 1.0
@@ -2514,9 +2467,8 @@ def test_cosine_schedule_with_warm_up():
     expected = [(step + 1) / 5 for step in range(4)]
     expected += [0.5 * (1 + math.cos(math.pi * step / 16)) for step in range(16)]
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    assert [train.set_lr(optimizer, 2.0, step, 20, 0.2) / 2 for step in range(20)] == pytest.approx(
-        expected
-    )
+    rates = [train.set_lr(optimizer, 2.0, step, 20, 0.2) / 2 for step in range(20)]
+    assert rates == pytest.approx(expected)
     assert optimizer.param_groups[0]["lr"] == pytest.approx(2 * expected[-1])
 
 
@@ -2527,13 +2479,11 @@ def test_the_sft_gradient_is_that_of_the_plain_loss_in_any_micro_batch(toy_token
     tokens, labels = data.collate(encoded)
     logp = plain_logprobs(model, tokens, labels)
     loss = -(logp.sum(1) / (labels[:, 1:] != -100).sum(1)).mean()
-    factors = list(lorapar.lora_factors(model).values())
-    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, factors)])
+    expected = gradient_of(loss, model)
     for micro_batch in (1, 2, 8):
         model.zero_grad()
-        assert train.backward(model, encoded, len(encoded), micro_batch, "cpu") == pytest.approx(
-            loss.item()
-        )
+        ours = train.backward(model, encoded, len(encoded), micro_batch, "cpu")
+        assert ours == pytest.approx(loss.item())
         close(gradient(model), expected, 1e-4)
 
 
@@ -2687,10 +2637,10 @@ def test_killed_and_resumed_is_bit_identical(toy_run, tmp_path, monkeypatch):
         states = [load_file(out / stage / "state.safetensors") for out in (whole, killed)]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][k], states[1][k]) for k in states[0]), stage
-        steps = [
-            [(r["step"], r["loss"], r["lr"]) for r in metrics(o, stage)] for o in (whole, killed)
-        ]
-        assert steps[0] == steps[1] and len(steps[0]) > 2
+        of_whole, of_killed = metrics(whole, stage), metrics(killed, stage)
+        for name in ("step", "loss", "lr"):
+            assert [r[name] for r in of_whole] == [r[name] for r in of_killed]
+        assert len(of_whole) > 2
     samples = [(out / "rl" / "samples.jsonl").read_text() for out in (whole, killed)]
     assert samples[0] == samples[1] and samples[0].count("\n") == 9
 
@@ -2811,9 +2761,8 @@ def test_a_baseline_trains_evaluates_and_is_loaded_again(method, toy_run, tmp_pa
     report = another_run(toy_run, out, *flags)
     loss = {row: means["S1"]["loss"] for row, means in report["evaluation"].items()}
     assert list(loss) == ["base", "sft"] and loss["sft"] < loss["base"]
-    assert (
-        report["partition"]["elements"] == {"prompt": 20 * 128, "ia3": 2 * (128 * 2 + 256)}[method]
-    )
+    elements = {"prompt": 20 * 128, "ia3": 2 * (128 * 2 + 256)}[method]
+    assert report["partition"]["elements"] == elements
     capsys.readouterr()
     train.main(["eval", str(out)])
     said = capsys.readouterr().out
@@ -2870,16 +2819,14 @@ def test_a_run_that_diverges_stops_and_keeps_what_was_good(stage, toy_run, tmp_p
     error = fails(capsys, *flags, out, f"--{stage}-steps", "1")
     for part in (f"{stage} step 1", f"lower --{stage}-lr", "another --out"):
         assert part in error
-    assert (out / "importance.safetensors").exists() and not (
-        out / stage / "state.safetensors"
-    ).exists()
+    assert (out / "importance.safetensors").exists()
+    assert not (out / stage / "state.safetensors").exists()
     assert (out / "sft" / "adapter_model.safetensors").exists() == (stage == "rl")
     assert not (out / "answers" / f"{stage}.jsonl").exists()
     if stage == "sft":  # a loss that is not finite, in the middle
         out = borrow(toy_run, tmp_path / "other")
-        assert "sft step 2: the norm of the gradient is" in fails(
-            capsys, *flags, out, "--save-every", "99"
-        )
+        error = fails(capsys, *flags, out, "--save-every", "99")
+        assert "sft step 2: the norm of the gradient is" in error
 
 
 def test_stage_2_and_evaluation_may_have_data_sets_of_their_own(toy_run, tmp_path, capsys):
@@ -2924,9 +2871,8 @@ def nothing(question, answer, completion):
 
 def test_ones_own_file_and_reward_train_stage_2(toy_run, tmp_path, capsys):
     """The split is said in one line; the reward is tried before anything is loaded."""
-    mine, row = tmp_path / "mine.jsonl", {"answer": "c5", "check": "exact"}
-    questions = [{"question": f"F t1 e{i} A", "label": f"S{1 + i % 2}"} for i in range(60)]
-    data.write_jsonl(mine, [row | question for question in questions])
+    mine = tmp_path / "mine.jsonl"
+    data.write_jsonl(mine, own_rows(60, check="exact"))
     (tmp_path / "reward.py").write_text(REWARD)
 
     def with_reward(name):
@@ -2943,7 +2889,7 @@ def test_ones_own_file_and_reward_train_stage_2(toy_run, tmp_path, capsys):
     (line,) = metrics(tmp_path / "length", "rl")
     assert set(line["parts"]) == {"short", "asked"} and line["parts"]["short"] < 0
     free = tmp_path / "free.jsonl"  # nothing but the reward can tell: its mean is evaluated
-    data.write_jsonl(free, [{"answer": "c5"} | question for question in questions])
+    data.write_jsonl(free, own_rows(60))
     flags = [str(free) if flag == str(mine) else flag for flag in with_reward("length")[:-1]]
     train.main([*flags, str(tmp_path / "free")])
     means = read(tmp_path / "free" / "report.json")["evaluation"]["rl"]["all"]
@@ -3007,26 +2953,18 @@ def test_eval_command_gives_the_number_and_every_answer(toy_run, tmp_path, capsy
 def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
     base, nowhere, file = toy_run / "base", tmp_path / "nowhere", tmp_path / "file"
     few = sweep_folder(toy_run, tmp_path / "few", 1)
-    bad, none = tmp_path / "bad.jsonl", tmp_path / "none.jsonl"
-    good, broken = gsm8k_folder(tmp_path / "good"), gsm8k_folder(tmp_path / "broken")
+    good, none = gsm8k_folder(tmp_path / "good"), tmp_path / "none.jsonl"
     run = f"--model {base} --data gsm8k:{good} --out {tmp_path}/out"
     labelled, toy = f"{run} --labels steps:2", f"--out {borrow(toy_run, tmp_path / 'toy')}"
     merge = f"merge --model {base} --adapter {toy_run}/rl --out"
-    bad.write_text('{"id": "gsm8k/train/1", "label": "S1"}\n{oops\n')
     data.write_jsonl(none, [{"id": "elsewhere", "label": "S1"}])
-    data.write_jsonl(broken / "train.jsonl", [GSM8K] * 60 + [{"question": "no answer"}])
     unmarked = tmp_path / "unmarked"
     data.write_jsonl(unmarked / "train.jsonl", [GSM8K, GSM8K, GSM8K | {"answer": "It is 18."}])
-    mine, half = tmp_path / "mine.jsonl", {"answer": "c5", "label": "S2"}
+    mine = tmp_path / "mine.jsonl"
     owned = f"--model {base} --data {mine} --out {tmp_path}/own"
-    rows = [half | {"question": f"F t1 e{i} A"} for i in range(40)]
-    rows += [
-        half | {"question": f"F t2 e{i} A", "label": "S1", "check": "exact"} for i in range(40)
-    ]
-    data.write_jsonl(mine, rows)
+    data.write_jsonl(mine, own_rows(40, check="exact"))
     bare = [{"question": f"q{i}", "answer": "a", "check": "exact"} for i in range(20)]
     data.write_jsonl(tmp_path / "unlabelled.jsonl", bare)
-    data.write_jsonl(tmp_path / "twice.jsonl", [half | {"id": 1, "question": q} for q in "ab"])
     file.write_text("")
     commands = f"""
         --theta: 0 is not from => --theta 0
@@ -3040,27 +2978,21 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         argument --r: 0 is not from 1 => --r 0
         --rl-group: 1 is not from 2 => --rl-group 1
         unknown data set => {run} --data gsm9k
-        no such model folder => {labelled} --model {nowhere}
         --labels is missing => {run}
         the field "label" => --model {base} --data {tmp_path}/unlabelled.jsonl --out {tmp_path}/un
         nothing at => {labelled} --data gsm8k:{nowhere}
-        grade_school_math => {labelled} --data gsm8k
         nowhere: no such file => {run} --labels {nowhere}
         nowhere.jsonl: no such file => {labelled} --data {nowhere}.jsonl
         no csv file there => {labelled} --eval-data mmlu:{good}
         each once => --targets qq
         every importance is 0 => --init lora
         sets --seed itself => sweep order --seed 3
-        another question has it => --model {base} --data {tmp_path}/twice.jsonl --out {tmp_path}/x
-        bad.jsonl:2 => {run} --labels {bad}
         it has 'elsewhere', the data 'gsm8k/train/ => {run} --labels {none}
-        train.jsonl:61 => {labelled} --data gsm8k:{broken}
         0 files train.jsonl there => {labelled} --data gsm8k:{base}
         train.jsonl:3: no number after #### => {labelled} --data gsm8k:{unmarked}
         S2: 0 training examples => {labelled}
         holds training examples => {labelled} --eval-data gsm8k:{good}/train.jsonl
         longer than --max-prompt 2 => {toy} --max-prompt 2 --train-examples 70
-        r = 999 does not fit => {toy} --r 999
         sees no device cuda:7 => --device cuda:7
         --seed: -1 is not from 0 => --seed -1
         sft: no element is active: raise --alpha => {toy} --theta 1 --alpha 0
@@ -3075,7 +3007,6 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         sweep order sets --order itself => sweep order --order=sft
         has no validation split => {labelled} --eval-data {mine} --eval-split validation
         GSM8K's solutions alone => {owned} --labels steps:2
-        unknown data set 'gsm8K => eval --model x --data gsm8K:{file}
         eval needs => eval --data gsm8k
     """
     for expected, command in table(commands).items():
@@ -3346,14 +3277,13 @@ def test_what_a_run_was_made_from_may_not_change(toy_run, tmp_path, capsys):
     (tmp_path / "reward.py").write_text(REWARD + "\n")
     train.main(flags)
     shutil.rmtree(out / "sft")
-    assert "rl/state.safetensors was made from another start" in fails(
-        capsys, *flags, "--sft-lr", "0.1"
-    )
+    error = fails(capsys, *flags, "--sft-lr", "0.1")
+    assert "rl/state.safetensors was made from another start" in error
     (out / "config.json").unlink()
     assert "is missing, but a run was there" in fails(capsys, *flags)
 
 
-def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(toy_run, tmp_path):
+def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(toy_run, tmp_path, monkeypatch):
     out = borrow(toy_run, tmp_path / "run")
     script = f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({200_000}, {200_000}))\n"
     script += f"import train; train.main({[*QUICK, '--out', str(out)]!r})"
@@ -3361,6 +3291,10 @@ def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(toy_run, tmp_pat
     assert done.returncode == 2 and "File too large: '" in done.stderr.splitlines()[-1]
     train.main([*QUICK, "--out", str(out)])
     assert not list(out.rglob("*.tmp"))
+    report, good = out / "report.json", (out / "report.json").read_bytes()
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=OSError(28, "full")))
+    refuses("report.json", lorapar.write_file, report, b"new", error=OSError)
+    assert report.read_bytes() == good
 
 
 COUNTING = """
@@ -3416,9 +3350,8 @@ def test_two_processes_compute_what_one_computes(tmp_path):
     texts = [(out / "rl" / "samples.jsonl").read_text() for out in (one, two)]
     assert texts[0] == texts[1]
     for ours, theirs in zip(metrics(two, "rl"), metrics(one, "rl")):
-        assert ours["reward"] == theirs["reward"] and ours["kl"] == pytest.approx(
-            theirs["kl"], abs=1e-5
-        )
+        assert ours["reward"] == theirs["reward"]
+        assert ours["kl"] == pytest.approx(theirs["kl"], abs=1e-5)
     base_rows = 30 * 96
     for stage in ("sft", "rl"):
         rows = [rank[stage] for rank in counts[2]]
@@ -3431,9 +3364,8 @@ def test_two_processes_compute_what_one_computes(tmp_path):
     gradients = 4 * sum(report["active"][stage] * n for stage, n in steps.items())
     scores = 2 * 2 * 8 * report["elements"]  # g and F of two systems, in float64
     assert counts[1][0]["bytes"] == 0
-    assert (
-        gradients + scores <= counts[2][0]["bytes"] < gradients + scores + 100 * sum(steps.values())
-    )
+    few = 100 * sum(steps.values())
+    assert 0 <= counts[2][0]["bytes"] - gradients - scores < few
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
@@ -3481,15 +3413,9 @@ def test_readmes_snippet_runs_and_its_names_and_flags_are_the_codes(tmp_path, mo
     for source in code.values():
         known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source))
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text))
-    assert used <= known | {
-        "--shuffle",
-        "--help",
-        "--seeds",
-        "--model_args",
-        "--tasks",
-        "--max-lora-rank",
-        "--nproc",
-    }, used - known
+    known |= {"--shuffle", "--help", "--seeds"}
+    theirs = {"--model_args", "--tasks", "--max-lora-rank", "--nproc"}
+    assert used <= known | theirs, used - known
 
 
 # ------------------------------------------------------------------------------------------- bench
