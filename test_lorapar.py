@@ -12,6 +12,7 @@ import argparse
 import copy
 import csv
 import gzip
+import io
 import itertools
 import json
 import math
@@ -2727,7 +2728,7 @@ def test_ablation_switches_do_what_they_say(toy_run, tmp_path, capsys):
     assert part["active_percent"] == {"sft": 100.0, "rl": 100.0}
 
 
-def test_options_of_rl_and_validation_while_training(toy_run, tmp_path, capsys):
+def test_options_of_rl_and_validation_while_training(toy_run, tmp_path, monkeypatch, capsys):
     """The best adapter is that of the best look; a run that stops and goes on keeps all of it."""
     out, flags = tmp_path / "run", ["--eval-every", "2", "--sft-lr", "0.02"]
     flags += ["--kl-reference", "base", "--rl-loss", "token", "--clip-high", "0.3"]
@@ -2752,6 +2753,8 @@ def test_options_of_rl_and_validation_while_training(toy_run, tmp_path, capsys):
     gaps = [100 * (b - a) for a, b in zip(*answers)]
     error = statistics.stdev(gaps) / len(gaps) ** 0.5
     assert f"| {statistics.fmean(gaps):+.1f} ± {error:.1f} |" in table and "| hours" in table
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    train.main(["compare", str(toy_run), str(out)])  # a terminal that knows no ±
 
 
 @pytest.mark.parametrize("method", ["prompt", "ia3"])
@@ -2866,6 +2869,11 @@ def broken(question, answer, completion):
 
 def nothing(question, answer, completion):
     return None
+
+def alarm(question, answer, completion):
+    import signal
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    return 0.0
 """
 
 
@@ -2912,6 +2920,7 @@ def test_ones_own_file_and_reward_train_stage_2(toy_run, tmp_path, capsys):
         ("broken", "(line 9, on "),
         ("two", "arguments but 3 were given (on "),
         ("nothing", "TypeError"),
+        ("alarm", "signal only works in main thread"),
         ("absent", "KeyError: 'absent'"),
     ):
         assert error in fails(capsys, *with_reward(name))
@@ -2929,7 +2938,7 @@ def test_eval_command_gives_the_number_and_every_answer(toy_run, tmp_path, capsy
     def evaluated(*command):
         train.main(["eval", *command])
         said = capsys.readouterr().out
-        out = re.search("every answer is in (.*)", said)[1]
+        out = re.search("every answer of .* is in (.*)", said)[1]
         rows = json.loads(said[said.index("{") : said.rindex("}") + 1])
         records = [r for _, r in data.read_records(out)]
         assert rows["all"]["examples"] == len(records)
@@ -2987,6 +2996,7 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         each once => --targets qq
         every importance is 0 => --init lora
         sets --seed itself => sweep order --seed 3
+        is a file that the run writes => {run} --labels {tmp_path}/out/labels.jsonl
         it has 'elsewhere', the data 'gsm8k/train/ => {run} --labels {none}
         0 files train.jsonl there => {labelled} --data gsm8k:{base}
         train.jsonl:3: no number after #### => {labelled} --data gsm8k:{unmarked}
@@ -3270,8 +3280,9 @@ def test_what_a_run_was_made_from_may_not_change(toy_run, tmp_path, capsys):
     swapped = scores | {"s1": scores["s2"], "s2": scores["s1"]}
     refused("mask", out / "importance.safetensors", lambda p: train.write_tensors(p, swapped))
     torn = (out / "answers" / "rl.jsonl").read_bytes()
-    (out / "answers" / "rl.jsonl").write_bytes(torn[:-9])
-    assert "delete it to ask again" in fails(capsys, *flags)
+    for left in (torn[:-9], torn.rpartition(b"\n{")[0], b""):  # torn, one answer lost, all
+        (out / "answers" / "rl.jsonl").write_bytes(left)
+        assert "delete it to ask again" in fails(capsys, *flags)
     (out / "answers" / "rl.jsonl").write_bytes(torn)
     shutil.rmtree(out / "rl")  # another reward is another RL, the rest stays
     (tmp_path / "reward.py").write_text(REWARD + "\n")
@@ -3279,8 +3290,18 @@ def test_what_a_run_was_made_from_may_not_change(toy_run, tmp_path, capsys):
     shutil.rmtree(out / "sft")
     error = fails(capsys, *flags, "--sft-lr", "0.1")
     assert "rl/state.safetensors was made from another start" in error
+    assert not (out / "report.json").exists()  # it would tell of the old first stage
     (out / "config.json").unlink()
     assert "is missing, but a run was there" in fails(capsys, *flags)
+
+
+def test_a_lost_base_of_the_toy_is_made_again_but_not_another_one(
+    toy_run, tmp_path, monkeypatch, capsys
+):
+    out = shutil.copytree(toy_run, tmp_path / "out")
+    (out / "base" / "model.safetensors").unlink()
+    monkeypatch.setitem(train.TOY_BASE, "steps", 2)
+    assert "was made from another base" in fails(capsys, *QUICK, "--out", out)
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_last_good_state(toy_run, tmp_path, monkeypatch):

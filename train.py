@@ -96,7 +96,10 @@ def evaluate(c, row, model, inputs) -> dict:
     file = Path(c.out) / "answers" / f"{row}.jsonl"
     if file.exists():
         try:
-            means = averages([record for _, record in data.read_records(file)])
+            records = [record for _, record in data.read_records(file)]
+            if [r["id"] for r in records] != [e.id for e in inputs.test]:
+                raise ValueError
+            means = averages(records)
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
             raise ValueError(f"{file}: not the answers of a run; delete it to ask again") from None
     else:
@@ -466,7 +469,8 @@ def load_state(c, stage: str, model, optimizer, steps: int) -> int:
     else:
         write_json(folder / "origin.json", origin)
         if lorapar.rank_and_size()[0] == 0:  # a user who deletes a stage's folder redoes the stage
-            (Path(c.out) / "answers" / f"{stage}.jsonl").unlink(missing_ok=True)
+            for name in (f"answers/{stage}.jsonl", "report.json", "report.md"):
+                (Path(c.out) / name).unlink(missing_ok=True)
     order = {name: i for i, name in enumerate(ORDERS[c.order])}
     keep_lines(
         Path(c.out) / "metrics.jsonl",
@@ -765,6 +769,8 @@ def read_config(arguments):
     if c.out is None:
         name = data.split_spec(c.data)[0]
         c.out = f"runs/{Path(c.model).name}-{Path(name).stem}" if c.model else "runs/toy"
+    if c.labels and Path(c.labels).resolve() == Path(c.out, "labels.jsonl").resolve():
+        raise ValueError(f"--labels {c.labels} is a file that the run writes: name another --out")
     if c.method != "lora" and c.order != "sft":
         raise ValueError(f"--method {c.method} has the SFT stage alone: --order sft")
     if not c.targets or set(c.targets) - set(PROJECTIONS) or len(set(c.targets)) < len(c.targets):
@@ -843,8 +849,8 @@ def read_inputs(c, folder):
         rl_examples = examples_of["S2"] + examples_of["S1"]
     if "rl" in ORDERS[c.order]:
         rl_pairs = rl_prompts(c, tokenizer, rl_examples, notes)
-        example = rl_pairs[0][0]  # the reward is tried before hours of work
-        parts = reward(example, example.answer)
+        example = rl_pairs[0][0]  # the reward is tried before hours of work, in a thread as in RL
+        (parts,) = data.in_parallel(reward, [(example, example.answer)])
         notes["reward"] = f"of the reference answer of {example.id}: {parts}"
     test = checkable(c, sets["test"], label_of)[: c.eval_examples]
     notes["test"] = f"{len(test)} {c.eval_split} examples of {c.eval_data or c.data}"
@@ -1065,7 +1071,9 @@ def toy_base(c) -> Path:
 def make_toy_base(c, folder: Path):
     """The toy's data and its tiny base, trained on the unreliable corpus: a Hugging Face folder."""
     steps, batch = TOY_BASE["steps"], TOY_BASE["batch"]
-    write_json(Path(c.out) / "config.json", flags_of(c))
+    config = Path(c.out) / "config.json"
+    if not config.exists():  # else it says which base the run was made from
+        write_json(config, flags_of(c))
     world = data.make_toy(Path(c.out) / "world", c.seed)
     data.save_toy_tokenizer(folder)
     write_json(folder / "config.json", {"eos_token_id": 0})  # the tokenizer reads it here
@@ -1304,7 +1312,7 @@ def run_eval(arguments):
     records = answer_all(c, model, inputs, examples[: c.eval_examples], c.data)
     print(json.dumps(averages(records), indent=2))
     data.write_jsonl(out, records)
-    print(f"every answer is in {out}")
+    print(f"every answer of {adapter or c.model} is in {out}")
 
 
 def last_adapter(c) -> Path:
@@ -1571,7 +1579,8 @@ def run_cell(base, c) -> dict:
     if done and flags_of(c).items() <= read_json(folder / "config.json").items():
         report = read_json(folder / "report.json")
     else:
-        with open(folder / "log.txt", "a") as log, redirect_stdout(log), redirect_stderr(log):
+        log = open(folder / "log.txt", "a", encoding="utf-8")
+        with log, redirect_stdout(log), redirect_stderr(log):
             share_toy(base, c)
             report = run(c)
     numbers = {name: report["partition"][name] for name in ("elements", "jaccard")}
@@ -1745,7 +1754,7 @@ COMMANDS |= {"figure": run_figure, "sweep": run_sweep}
 
 
 def main(arguments=None):
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     arguments = sys.argv[1:] if arguments is None else arguments
     handlers = {name: signal.signal(name, ask_to_stop) for name in (signal.SIGINT, signal.SIGTERM)}
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # torchrun says so
