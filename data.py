@@ -61,8 +61,9 @@ class Tokenizer:
 
     def __init__(self, path):
         self.folder = folder = Path(path)
-        self.settings = read_fields(folder / "special_tokens_map.json")
-        self.settings |= read_fields(folder / "tokenizer_config.json")
+        self.settings = read_fields(folder / "tokenizer_config.json")
+        if "added_tokens_decoder" not in self.settings:  # as transformers: then the map wins
+            self.settings |= read_fields(folder / "special_tokens_map.json")
         self.special_tokens = {}  # "bos_token", "eos_token" ..: the token's text
         for kind, token in self.settings.items():
             if kind.endswith("_token") and not isinstance(token, bool):
@@ -115,8 +116,10 @@ class Tokenizer:
         bpe.no_padding()
         self.text_to_ids = lambda text: bpe.encode(text, add_special_tokens=False).ids
         self.ids_to_text = lambda ids: bpe.decode(ids, skip_special_tokens=False)
-        bos = bpe.token_to_id(self.special_tokens.get("bos_token", ""))
-        return bos, None, bpe.encode("x").ids[:1] == [bos], bpe.token_to_id
+        first = bpe.encode("x").ids[:1]
+        puts_bos = first != self.text_to_ids("x")[:1]
+        bos = first[0] if puts_bos else bpe.token_to_id(self.special_tokens.get("bos_token", ""))
+        return bos, None, puts_bos, bpe.token_to_id
 
     def load_sentencepiece(self, file):
         """-> the same as load_json."""
@@ -129,13 +132,15 @@ class Tokenizer:
         return pieces.bos_id(), pieces.eos_id(), True, ids.get
 
     def encode(self, text: str, bos=False, eos=False, goes_on=False) -> list[int]:
-        """Token ids; bos=True puts the BOS in front where the model wants one. goes_on: the text
-        continues another one, so LLaMA's tokenizer must not add its space."""
+        """Token ids; bos=True puts the BOS in front where the model wants one and the text does not
+        begin with it, as chats may. goes_on: the text continues another one, so LLaMA's tokenizer
+        must not add its space."""
         ids = self.text_to_ids(text)
         if goes_on and self.adds_space:
             ids = self.text_to_ids("\n" + text)[len(self.front) :]
-        if bos:
-            ids = self.virtual + ([] if self.bos_id is None else [self.bos_id]) + ids
+        if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids = [self.bos_id, *ids]
+        ids = self.virtual + ids if bos else ids
         return ids + [self.eos_ids[0]] if eos else ids
 
     def decode(self, ids) -> str:
@@ -152,12 +157,10 @@ class Tokenizer:
         sandbox as the ecosystem does. ValueError if there is no template, or it refuses."""
         words = {"tools": None, "documents": None, "add_generation_prompt": True}
         try:
-            text = self.template.render(messages=messages, **words, **self.special_tokens)
+            return self.template.render(messages=messages, **words, **self.special_tokens)
         except Exception as error:  # a template may raise anything
             reason = f"{type(error).__name__}: {error}".partition("\n")[0]
             raise ValueError(f"{self.folder}: no chat template that works: {reason}") from None
-        bos = self.special_tokens.get("bos_token", "")  # encode(bos=True) adds it as an id
-        return text if self.bos_id is None else text.removeprefix(bos)
 
     @cached_property
     def template(self):
@@ -174,7 +177,9 @@ class Tokenizer:
         if (self.folder / "chat_template.jinja").exists():
             text = (self.folder / "chat_template.jinja").read_text(encoding="utf-8")
         if isinstance(text, list):  # several named templates
-            text = {t["name"]: t["template"] for t in text}.get("default")
+            text = {t["name"]: t["template"] for t in text}
+        if isinstance(text, dict):
+            text = text.get("default")
         if not isinstance(text, str):
             raise ValueError("chat_template is absent or no text; --prompt plain needs none")
         if not (self.folder / "tokenizer.json").exists():

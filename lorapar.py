@@ -107,16 +107,17 @@ def lora_factors(model) -> dict[str, nn.Parameter]:
     return factors
 
 
+WRAPPERS = (
+    "OptimizedModule", "DataParallel", "DistributedDataParallel", "AveragedModel",
+    "DeepSpeedEngine", "_FabricModule",
+)  # fmt: skip
+
+
 def unwrapped(model):
-    """The model inside torch.compile, DataParallel and their kind."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while True:
-        if isinstance(model, (*parallel, torch.optim.swa_utils.AveragedModel)):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
+    """The model inside torch.compile, DataParallel and their kind: their only child."""
+    while type(model).__name__ in WRAPPERS:
+        (model,) = set(model.children())
+    return model
 
 
 def is_baseline(model) -> bool:
@@ -402,7 +403,8 @@ def per_example_gradients(model, tokens, labels) -> torch.Tensor:
         logits = logits_of(output)  # (1, T-1, V)
         return F.cross_entropy(logits[0].float(), y[1:])  # leaves out labels of -100
 
-    with warnings.catch_warnings():  # the CPU's fused attention has no batching rule and says so
+    with warnings.catch_warnings(), torch.autocast(tokens.device.type, enabled=False):
+        # the CPU's fused attention has no batching rule and says so
         warnings.filterwarnings("ignore", message=".*_flash_attention_for_cpu")
         try:
             losses = vmap(loss)(copies, tokens, labels)  # (E,)
@@ -413,7 +415,8 @@ def per_example_gradients(model, tokens, labels) -> torch.Tensor:
             raise
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
-            why = f"vmap cannot run this model (is gradient checkpointing on?): {reason}"
+            hint = "is gradient checkpointing or autocast on?"
+            why = f"vmap cannot run this model ({hint}): {reason}"
             raise ValueError(f"importance: {why}") from None
     return torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
 

@@ -89,7 +89,7 @@ class ModelConfig:
         if model_type == "mistral" and "sliding_window" not in raw:
             window = "4096 by default"
         raw = {name: value for name, value in raw.items() if value is not None}
-        if model_type in ("qwen2", "qwen3") and not raw.get("use_sliding_window"):
+        if model_type != "mistral" and not raw.get("use_sliding_window"):
             window = None  # Qwen files carry a window that is switched off
         lacking = raw.get("layer_types")
         if isinstance(lacking, list):  # the first kind that we lack

@@ -67,7 +67,7 @@ FAMILIES = {  # fields of config.json
     "qwen3": dict(model_type="qwen3", head_dim=12, rms_norm_eps=1e-6, rope_theta=1e6)
     | dict(attention_bias=False, use_sliding_window=False),
     "linear": dict(model_type="llama", num_key_value_heads=1, rope_theta=10000.0)
-    | dict(rope_scaling={"type": "linear", "factor": 4.0}),
+    | dict(rope_scaling={"type": "linear", "factor": 4.0}, sliding_window=4),  # llama has none
 }
 # Six logits of the last position of row 1, one of row 0, and the mean square of all, which
 # transformers 5 (eager, float32) gave for the formula weights below.
@@ -429,6 +429,7 @@ def test_a_checkpoint_we_cannot_run_is_refused_by_name(tmp_path):
         ("model_type", {}, {"model_type": "gpt2"}),
         ("sliding_window", {}, {"model_type": "mistral", "sliding_window": 8}),
         ("sliding_window", {}, {"model_type": "mistral", "sliding_window": None}),
+        ("sliding_window", {}, {"use_sliding_window": True, "sliding_window": 8}),
         ("yarn", {}, {"rope_scaling": yarn}),
         ("yarn", {}, {"rope_parameters": yarn}),
         ("rope_parameters", {}, {"rope_parameters": [1]}),
@@ -671,7 +672,18 @@ def compile_inside(model):
 
 
 WRAPS = [torch.compile, nn.DataParallel, compile_inside, torch.optim.swa_utils.AveragedModel]
-WRAPS.append(lambda model: torch.compile(nn.DataParallel(model)))
+WRAPS += [lambda model: torch.compile(nn.DataParallel(model)), lambda model: DeepSpeedEngine(model)]
+
+
+class DeepSpeedEngine(nn.Module):
+    """As DeepSpeed's: the model is its only child."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+    def forward(self, *arguments):
+        return self.module(*arguments)
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
@@ -924,6 +936,9 @@ def test_default_dtype_and_device_of_the_caller_change_nothing():
         assert decoder.generate(expected[0], PROMPTS, 4, generator=seeded(0)) == expected[1]
     finally:
         torch.set_default_dtype(torch.float32)
+    scores = lorapar.importance(expected[0], [answer_batch()])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lorapar.importance(expected[0], [answer_batch()]), scores)
     with torch.device("meta"):  # a default device that can do nothing
         A, B = lorapar.start_factors(torch.empty(6, 5), "anchored", 2, 1.0, 0.1, seeded(0))
         assert A.device.type == B.device.type == "cpu"
@@ -1309,6 +1324,11 @@ def test_tokenizer_reads_special_tokens_from_the_checkpoints_files(toy_tokenizer
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
     tokenizer = data.Tokenizer(tmp_path)
     assert tokenizer.encode("A", bos=True, eos=True) == [2, 1, 0] and tokenizer.eos_ids == (0, 5)
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "c1"}')
+    assert data.Tokenizer(tmp_path).eos_ids[0] == data.TOY_TOKENS.index("c1")  # the map wins,
+    config.write_text(json.dumps(settings | {"added_tokens_decoder": {}}))  # but not over this
+    assert data.Tokenizer(tmp_path).eos_ids == (0, 5)
+    (tmp_path / "special_tokens_map.json").unlink()
     config.write_text("{}")  # the model's files alone name an EOS
     assert data.Tokenizer(tmp_path).eos_ids == (0, 5)
     config.write_text("{")
@@ -1318,6 +1338,27 @@ def test_tokenizer_reads_special_tokens_from_the_checkpoints_files(toy_tokenizer
     config.unlink()
     refuses("no tokenizer", data.Tokenizer, tmp_path)
     refuses("no tokenizer", data.Tokenizer, tmp_path / "nowhere")
+
+
+def test_a_chat_and_a_plain_prompt_begin_with_the_bos_as_in_transformers(tmp_path):
+    """tokenizer.json alone says that there is one; a chat's first word is not the text's first."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    words = {"<s>": 0, "▁hi": 1, "hi": 2, "</s>": 3, "▁": 4, "x": 5}
+    bpe = Tokenizer(models.WordLevel(words, unk_token="x"))
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    bpe.add_special_tokens(["<s>", "</s>"])
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"eos_token_id": 3}')
+    template = {"default": "<s>{{ messages[0].content }}"}
+    config = {"chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = data.Tokenizer(tmp_path)
+    assert tokenizer.encode("hi", bos=True) == bpe.encode("hi").ids == [0, 1]
+    chat = tokenizer.chat([{"role": "user", "content": "hi"}])
+    expected = bpe.encode(chat, add_special_tokens=False).ids
+    assert tokenizer.encode(chat, bos=True) == expected == [0, 2]
 
 
 def test_a_tokenizer_file_saved_with_truncation_and_padding_cuts_and_pads_nothing(tmp_path):

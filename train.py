@@ -386,10 +386,9 @@ def end_step(c, stage, model, optimizer, inputs, step: int, steps: int, values: 
     validates = c.eval_every and ((step + 1) % c.eval_every == 0 or last)
     if validates:
         values = values | validate(c, stage, model, inputs, step)
-    saves = validates or (step + 1) % c.save_every == 0 or last
-    if not saves:
-        late = time.monotonic() - STAGE["saved"] > 600  # steps may take minutes
-        saves = in_any_process(c, STAGE["stop"] or late)
+    late = time.monotonic() - STAGE["saved"] > 600  # steps may take minutes
+    due = validates or last or late or (step + 1) % c.save_every == 0
+    saves = in_any_process(c, due or STAGE["stop"])
     if saves:
         refuse_overflow(c, stage, model, step)
     append_line(Path(c.out) / "metrics.jsonl", {"stage": stage, "step": step} | values)
