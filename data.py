@@ -372,7 +372,8 @@ def own_file(path, split):
         kind = "text" if check == "none" else check
         gold = answer
         if check == "number":
-            value = marked_number(answer if marked(answer) is None else marked(answer))
+            final = final_part(answer)
+            value = marked_number(final if marked(final) is None else marked(final))
             if value is None:
                 what = f"not one number to check in the answer {answer[:40]!r}"
                 raise ValueError(f"{where}: {what}; mark it: #### 18")
@@ -510,9 +511,10 @@ def vote(labels: list[str]) -> str:
 
 
 VERDICT = re.compile(
-    r"(?<!not )(?<!not a )(?:(?<![A-Za-z0-9])system[\W_]{0,3}(?:no\W{0,2}|number )?"
+    r"(?<!not )(?<!not a )(?<!n't )(?<!no )(?<!than )"
+    r"(?:(?<![A-Za-z0-9])system[\W_]{0,3}(?:no\W{0,2}|number )?"
     r"|(?:系统|系統|システム) ?|(?<!\w)s)"
-    r"([12１２]|one|two)(?![A-Za-z0-9]| ?(?:or|and|/) ?[12])",
+    r"([12１２一二]|one|two)(?![A-Za-z0-9]| ?(?:or|and|/) ?[12])",
     re.IGNORECASE,
 )
 
@@ -520,14 +522,14 @@ VERDICT = re.compile(
 def verdict(text: str) -> str | None:
     """The system a teacher's free text names: on its last line if that names one alone and is
     short or ends with it, else in the whole text if it names one alone, else None (not guessed)."""
-    text = final_part(text).strip()
+    text = after_thoughts(text).strip()
     last_line = text.rpartition("\n")[2]
     for part in (last_line, text):
         found = list(VERDICT.finditer(part))
-        systems = {"S2" if m[1].lower() in ("2", "２", "two") else "S1" for m in found}
+        systems = {"S2" if m[1].lower() in ("2", "２", "二", "two") else "S1" for m in found}
         if len(systems) == 1:
             ends_with_it = len(part) - found[-1].end() < 3
-            if part is text or len(part) < 40 or ends_with_it:
+            if part is text or len(part) < 20 or ends_with_it:
                 return systems.pop()
     return None
 
@@ -563,12 +565,16 @@ def read_teacher(path) -> dict[str, str]:
 
 def status_of(record: dict) -> str:
     """What one answer of a batch service is: see read_teacher. A body may be wrapped
-    (response.body) or bare, its content a text or a list of parts."""
+    (response.body) or bare, or Anthropic's, its content a text or a list of parts."""
     try:
-        response = record.get("response", {"body": record})
-        choice = response["body"]["choices"][0]
-        message, end = choice["message"], str(choice.get("finish_reason")).lower()
-        content = message.get("content")
+        response = record.get("response", record)
+        if "result" in record:  # Anthropic's
+            message = record["result"]["message"]
+            end = message["stop_reason"]
+        else:
+            choice = response.get("body", response)["choices"][0]
+            message, end = choice["message"], choice.get("finish_reason")
+        content, end = message.get("content"), str(end).lower()
         if isinstance(content, list):  # thoughts are parts of another type
             content = "".join(
                 p["text"] for p in content if p.get("type") in ("text", "output_text")
@@ -576,13 +582,13 @@ def status_of(record: dict) -> str:
         code = response.get("status_code")
     except (TypeError, KeyError, IndexError, AttributeError):
         return "error"
-    if end in ("length", "max_tokens", "model_length"):
-        return "cut"
     if message.get("refusal") or end in ("content_filter", "safety", "refusal", "sensitive"):
         return "refused"
     failed = end in ("error", "abort") or not str(code or 200).startswith("2")
     if failed or not isinstance(content, str) or record.get("error"):
         return "error"
+    if end not in ("none", "", "stop", "eos", "eos_token", "end_turn", "stop_sequence"):
+        return "cut"  # length, max_tokens, and what services call it
     return verdict(content) or "unclear"
 
 
@@ -765,7 +771,7 @@ TURN = re.compile(
     r"<\|start_header_id\|>\w+<\|end_header_id\|>|<[|｜][^|｜\s]{1,40}[|｜]>|</?s>|<(?:eos|unk|pad)>"
     r"|<(?:end|start)_of_turn>|\[/?INST\]"
     r"|^(?:> ?)?(?:#+ *|\**)(?:human|user|instructions?|用户"
-    r"|(?P<task>input|response|question|q|problem|问题|问|問題|質問))"
+    r"|(?P<task>input|response|exercise|question|q|problem|问题|问|問題|質問))"
     r"(?: ?#?\d{1,3})?[. *]{0,4}(?:[:：]|\n|\Z)",
     re.MULTILINE | re.IGNORECASE,
 )
@@ -804,8 +810,8 @@ def in_tags(text: str) -> str | None:
     return inside.partition("</answer>")[0] if opened else None
 
 
-# GSM8K's mark "#### 18"; before a word it is Markdown's heading
-HASHES = re.compile(r"####([^\w\n]{0,9}\d[^\n]*)")
+# GSM8K's mark "#### 18"; before a word, or "1. " and a word, it is Markdown's heading
+HASHES = re.compile(r"####(?![^\w\n]{0,9}\d{1,2}[.)][^\w\n]{1,4}[^\W\d])([^\w\n]{0,9}\d[^\n]*)")
 
 
 def marked(text: str) -> str | None:
@@ -846,12 +852,15 @@ FORMULA = re.compile(  # 5!, 7(x + 3), 18 + x, 5x; not $18/h
 BULLET = re.compile(r"^[ \t]*[-+*•][ \t]+", re.M)
 WIDE = str.maketrans("，．－／％＄￥~", ",.-/%$¥ ")
 WRAPPER = re.compile(
-    r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf|it|sf)|boldsymbol|underline|[fm]box|boxed) ?\{([^{}]*)\}"
+    r"\\(?:(?:text|math)(?:bf|it|rm|sf|up)?|boldsymbol|underline|operatorname|[fm]box|boxed) ?"
+    r"\{([^{}]*)\}"
 )
 FRACTION = re.compile(r"\\[dtc]?frac ?(?:\{ ?(-?[\d.,]+) ?\}|(\d)) ?(?:\{ ?([\d.,]+) ?\}|(\d))")
 SPACE = re.compile(  # LaTeX that changes how a number looks, not what it is
-    r"\\(?:[,;:! ()\[\]]|(?:left|right|q?quad|approx|displaystyle|color ?\{[^{}]*\})(?![a-z]))|"
-    r"\^ ?(?:\\circ|\{ ?\\circ ?\})|(?<!\d)\*\*|\*\*(?!\d)|`|\$\$|<<[^<>]*>>|__|</?[a-z]{1,9}>"
+    r"\\(?:[,;:! ()\[\]]|(?:left|right|q?quad|approx|sim|displaystyle|implies|therefore|Rightarrow"
+    r"|hline|(?:begin|end|tag|(?:text)?color) ?\{[^{}]*\})(?![a-zA-Z]))"
+    r"|\^ ?(?:\\circ|\{ ?\\circ ?\})|(?<=[a-z]\})\^\{\d\}"  # 90^\circ, \text{cm}^{2}
+    r"|(?<!\d)\*\*|\*\*(?!\d)|`|\$\$|<<[^<>]*>>|__|</?[a-z]{1,9}>"
 )
 COMMAND = re.compile(r"\\[a-zA-Z]+ ?(?:\{[^{}]*\})*(?![{a-zA-Z])|\^\{[^{}]*\}")
 
@@ -921,22 +930,33 @@ def final_number(reply: str):
 # One of four letters, alone: "A or B", "B, C" and "A. B. C. D." are none.
 LETTER = (
     r"(?<![A-Za-z0-9])([A-D])(?![A-Za-zÀ-ɏ0-9+]|['’]\w| is (?:wrong|not)\b|\. [A-D]\."
-    r"|\W{0,3}(?:[,/]|or\b|and\b) ?\(?[A-D]\b)"
+    r"|\W{0,3}(?:[,/]|or\b|and\b) ?\(?[A-D]\b(?! is\b))"
 )
-BEFORE = r"(?:(?!\n\n)\W){0,6}(?:(?i:option|choice) )?"  # what may stand before it
-SAID_LETTER = re.compile(  # "The answer is B", "B is correct"
-    r"(?:(?i:\banswer|\bchoose|\b(?:correct|right|best) (?:option|choice))|答案|正解|选项?)"
-    rf"(?:(?i: is| would be| should be)|是|为|は)?{BEFORE}{LETTER}"
-    rf"|{LETTER}\W{{0,3}} is (?:the )?(?:correct|right)\b"
+BEFORE = r"[^\w\n]{0,6}(?:(?i:option|choice) )?"  # what may stand before it
+OTHERWISE = r"(?i:\bnot\b|n't|\bcannot\b|\bneither\b|\bexcept\b|\bmight\b|\bcould\b)|\b[A-D]\b"
+SAID_LETTER = re.compile(  # "The correct answer to this must be: B", "answer B", "B is correct"
+    r"(?:(?i:\banswer|\bchoose|\b(?:correct|right|best) (?:option|choice))"
+    r"|答案|答え|正解|正确选项|选(?!项))"
+    rf"(?:(?:(?!{OTHERWISE})[^\n,.!?。]){{0,40}}?(?:\bis|\bbe|[:：=]|是|为|は)"
+    rf"(?::\s{{1,3}}|(?:(?!{OTHERWISE})[^\n.!?。]){{0,40}}?))?{BEFORE}{LETTER}"
+    rf"|^\W{{0,4}}(?i:(?:(?:the|final|correct) )*answer)\W{{1,8}}{LETTER}"
+    rf"|{LETTER}(?:\W{{0,3}} is (?:the )?(?:correct|right)\b|(?:选项)?是?正确)",
+    re.MULTILINE,
+)
+# "B", "B. Paris", then a blank line, behind which a model may run on; not a list of choices
+FIRST_PARAGRAPH = re.compile(
+    rf"{BEFORE}{LETTER}(?:[.)][^\n]*|[^\w\n:：]*)(?:\Z|\n\n(?!\W{{0,6}}[A-D]\b))"
 )
 FIRST_LETTER = re.compile(rf"{BEFORE}(?!A (?!is\b)[a-z]){LETTER}")
+LAST_LETTER = re.compile(rf"(?:(?!{OTHERWISE}).)*{LETTER}\W*")  # "Therefore, B."
 
 
 def final_letter(reply: str):
-    """The one choice that a reply says is its answer, or begins with."""
+    """The one choice that a reply says is its answer, or begins with, or ends in."""
     text = final_part(reply)
     text = plain(text if marked(text) is None else marked(text))
-    letter = SAID_LETTER.search(text) or FIRST_LETTER.match(text)
+    letter = FIRST_PARAGRAPH.match(text) or SAID_LETTER.search(text) or FIRST_LETTER.match(text)
+    letter = letter or LAST_LETTER.fullmatch(text.rpartition("\n")[2])
     return letter[letter.lastindex] if letter else None
 
 
@@ -1397,7 +1417,7 @@ def bound_names(statement) -> set[str]:
 
 # A fenced block, up to a fence at least as long as the one that opened, or to the end.
 BLOCK = re.compile(
-    r"^[^\S\n]*(`{3,}|~{3,})[^\n]*\n(.*?)(?:^[^\S\n]*\1[`~]*[^\S\n]*$|\Z)", re.M | re.S
+    r"^[^\S\n]*(`{3,}|~{3,})(?![`~])[^\n]*\n(.*?)(?:^[^\S\n]*\1[`~]*[^\S\n]*$|\Z)", re.M | re.S
 )
 FIRST_CODE = re.compile(r"^(?:import |from |async def |def |class |@|\w+ *=)", re.M)
 
@@ -1425,7 +1445,7 @@ def codes_of(reply: str, definition: re.Pattern) -> list[str]:
     """
     codes = []
     for text in (final_part(reply), reply):  # the second for code whose strings look like a turn
-        text = re.sub(r"(?<=\S)```\s*\Z", "", text)
+        text = re.sub(r"(?m)(?<=[^\s`])```[^\S\n]*$", "\n```", text)
         whole, others, helpers = [], [], ""
         for _, code in BLOCK.findall(text)[:20]:
             if definition.search(code):

@@ -1566,7 +1566,9 @@ FINAL_NUMBERS = {  # a reply, and the number it gives
     "9\n__18__": 18,
     "The temperature is - 18 degrees": -18, "so − 18": -18, "<reflection>12</reflection>18": 18,
     "#### 18 dollars/day": 18, "<answer>$18/h</answer>": 18, "\\boxed{18/x}": None,
-    "#### 18-year-old": 18, "<answer>18 dollars!</answer>": 18,
+    "#### 1. Compute\n7\n#### **2. Add**\nIt is 18": 18, "\\boxed{18\\text{ cm}^{2}}": 18,
+    "\\begin{align*}\n9 \\times 2 &= 18\n\\end{align*}": 18, "\\implies 18 \\tag{1}": 18,
+    "18\n\nExercise 2: 20": 18, "#### 18-year-old": 18, "<answer>18 dollars!</answer>": 18,
     "<answer>The value of x is 18</answer>": 18, "Final answer - 18": 18, "#### 5-x": None,
     "La réponse est 12 500 €": None,
 }  # fmt: skip
@@ -1587,10 +1589,18 @@ def test_letters_and_texts_are_read_from_the_same_part_of_a_reply():
     right += "|The answer is B, since C is false.|**B**\n\nOption D fails.|Answer: B\nRejected: C"
     right += "|Therefore, option B is correct.|The answer should be 'B'|正解はBです|正确选项是B"
     right += "|To find the answer:\n\nA) is less.\nSo the answer is B"
-    right += "|The answer is B.\n\nWhat next?\nA. x\nAnswer: C|B\nQuestion: next?\nA"
+    right += "|The answer is B.\n\nWhat next?\nA. x\nAnswer: C|B\nQuestion: next?\nA|Therefore, B."
+    right += "| B\n\nWhat next?\nA. x\nAnswer: C|B. Paris\n\nWhat next?\nAnswer: C|It is Paris (B)"
+    right += (
+        "|The correct answer is:\n\n**B. Paris**|**Answer:**\n\nB|### Answer\n\nB|La bonne est B."
+    )
+    right += "|The correct answer to this question must be Paris, option B.|选项A错误。选项B正确。"
+    right += "|The answer is B, C is wrong|To answer, take A. It fails. The answer is B"
+    right += "|A. no.\n\nB. yes.\n\nSo the answer is B"
     for reply in right.split("|"):
         assert data.is_correct(letter, reply), reply
-    wrong = "A|Both|The answer is not B|Also B|<think>B</think> A|be|Answer: A or B|B, C|Béton"
+    wrong = "A|Both|The answer is not B|<think>B</think> A|be|Answer: A or B|B, C|Béton|not B"
+    wrong += "|The answer is A, and not B|The answer cannot be B|The answers are A and B"
     for reply in [*wrong.split("|"), "B or C", "A. B. C. D."]:
         assert not data.is_correct(letter, reply), reply
     assert not data.is_correct(data.Example("x", "q", " A", "letter", "A"), "A cat is on it")
@@ -1608,6 +1618,7 @@ MANY = 100_000
 HOSTILE_PARTS = ["<answer>", "</answer>", "<reasoning>", "####", "- ", "\\boxed{", "\\frac{", "1,"]
 HOSTILE_PARTS += ["1/", "1e", "1 ", " -$ ", "Q:\n", "= 1", "\t \n", "</reasoning>\n<answer>\n"]
 HOSTILE_PARTS += [*" \n\t1.-{\\_*$,#", "system ", "1,0", "1 000 ", "Q: x\n", "<think>", "1 or "]
+HOSTILE_PARTS += ["answer ", "answer is ", "B\n\n", "A. ", "not "]
 HOSTILE = [part * (MANY // len(part)) for part in HOSTILE_PARTS]
 HOSTILE += [f"<answer>{c * MANY}</answer>" for c in " 1"]
 HOSTILE += ["1," * (MANY // 2) + "x", "<answer>" + "1," * (MANY // 2) + "x</answer>"]
@@ -1651,13 +1662,13 @@ def test_rewards_of_the_five_parts():
 def test_verdicts_and_votes():
     for expected, replies in {
         "S1": "System1|system-1.|Not System 2, for it is recalled.\nSystem1|System #1|System One"
-        "|<think>System2?</think>System1|System (1)|System No. 1",
+        "|<think>System2?</think>System1|System (1)|System No. 1|It isn't System2, it's System1.",
         "S2": "System2\nThis line is longer than forty characters and names no system"
         "|系统 2|Let me think.\nResponse: System2|I would chain two facts.\nSystem 2|S2"
-        "|**System2**|System‑2|System: 2|系统２"
+        "|**System2**|System‑2|System: 2|系统２|系统二|As LLaMA.\n\nQuestion: how?\n\nSystem2"
         "|No System1 recall.\nSo this question should be answered by System2.",
         None: "It is System1 or System2|I cannot help with that.|System3|It's 1 step."
-        "|The System's 2 steps||It is not System1.|System 1 and 2"
+        "||It is not System1.|System 1 and 2|System2\n\nWhy: System1 would fail."
         "|System2\n\nFor it takes several steps, which System1 cannot do.",
     }.items():
         for reply in replies.split("|"):
@@ -1730,9 +1741,22 @@ def test_teacher_answers_are_joined_by_id_and_counted_and_a_random_split_keeps_s
     data.write_jsonl(tmp_path / "third.jsonl", [{"id": "7", "label": "S2"}])
     (tie,), lines = data.count_votes([other, tmp_path / "third.jsonl"])
     assert tie["label"] == "S2" and "1 ties" in lines[-1] and "agree in 0.0%" in lines[-1]
-    ends = {"model_length": "cut", "sensitive": "refused", "end_turn": "S1"}
+    ends = {"model_length": "cut", "sensitive": "refused", "end_turn": "S1", "time_limit": "cut"}
     data.write_jsonl(other, [spoken(end, "System1", finish_reason=end) for end in ends])
     assert data.read_teacher(other) == ends
+    message = {"content": [{"type": "text", "text": "System2"}], "stop_reason": "end_turn"}
+    choices = [{"message": {"content": "System1"}, "finish_reason": "stop"}]
+    data.write_jsonl(
+        other,
+        [
+            {"custom_id": "Anthropic", "result": {"type": "succeeded", "message": message}},
+            {"custom_id": "Fireworks", "response": {"choices": choices}},
+            {"custom_id": "Together", "body": {"choices": choices}},
+            {"custom_id": "failed", "result": {"type": "errored", "error": {}}},
+        ],
+    )
+    expected = {"Anthropic": "S2", "Fireworks": "S1", "Together": "S1", "failed": "error"}
+    assert data.read_teacher(other) == expected
     data.write_jsonl(other, [spoken("q1", "who knows")])
     done = python("data.py", "vote", other, "--out", tmp_path / "none")
     assert done.returncode == 2 and "no labels" in done.stderr and not (tmp_path / "none").exists()
@@ -2122,6 +2146,7 @@ draft, then a fence => def add(a, b):\n    return 0\n\nBetter:\nFENCE
 shell, stub, then whole => ```\npip install x\n```\n```python\ndef add(a, b):\n    ...\n```\nNow:\nFENCE
 first line stripped => if a:\n        b = b + a\n    return b
 fence closed on the last line => ```python\ndef add(a, b):\n    return a + b```
+prose after such a fence => ```python\ndef add(a, b):\n    return a + b```\nIt adds them.
 stub, then whole => def add(a, b):\n    pass\n\nWHOLE
 stub, then whole, in a fence => ```python\ndef add(a, b):\n    pass\n\nWHOLE```
 end token =>     if a == 99:\n        return 0\n    return a + b<|endoftext|>junk
@@ -2218,8 +2243,8 @@ def test_right_code_passes_in_every_form_models_write_it(form):
 
 
 @needs_seccomp
-@pytest.mark.parametrize("junk", ["a + " * 3000 + "1", "-" * 10_000 + "x"])
-def test_a_run_on_too_deep_for_the_parser_spoils_no_answer(junk):
+@pytest.mark.parametrize("junk", ["a + " * 3000 + "1", "-" * 10_000 + "x", "\n" + "`" * 100_000])
+def test_a_run_on_that_is_hard_to_parse_spoils_no_answer(junk):
     assert data.is_correct(task(CHECK), f"{BODY}\n\nx = {junk}") is True
 
 
