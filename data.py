@@ -933,22 +933,23 @@ LETTER = (
     r"|\W{0,3}(?:[,/]|or\b|and\b) ?\(?[A-D]\b(?! is\b))"
 )
 BEFORE = r"[^\w\n]{0,6}(?:(?i:option|choice) )?"  # what may stand before it
-OTHERWISE = r"(?i:\bnot\b|n't|\bcannot\b|\bneither\b|\bexcept\b|\bmight\b|\bcould\b)|\b[A-D]\b"
-SAID_LETTER = re.compile(  # "The correct answer to this must be: B", "answer B", "B is correct"
-    r"(?:(?i:\banswer|\bchoose|\b(?:correct|right|best) (?:option|choice))"
-    r"|答案|答え|正解|正确选项|选(?!项))"
-    rf"(?:(?:(?!{OTHERWISE})[^\n,.!?。]){{0,40}}?(?:\bis|\bbe|[:：=]|是|为|は)"
-    rf"(?::\s{{1,3}}|(?:(?!{OTHERWISE})[^\n.!?。]){{0,40}}?))?{BEFORE}{LETTER}"
+KEYWORD = r"(?:(?i:\banswer|\bchoose|\b(?:correct|right|best) (?:option|choice))"
+KEYWORD += r"|答案|答え|正解|正确选项|选(?!项))"
+# the rest of a sentence up to its letter, but not over another one or "not"
+NOT = r"(?i:\bnot\b|n't|\bcannot\b|\bneither\b|\bexcept\b|\bmight\b|\bcould\b)|\b[A-D]\b"
+WORDS = rf"(?:(?!{NOT})[^\n.!?。]){{0,40}}?"
+SAID_LETTER = re.compile(  # "The correct answer to this must be: B", "Answer\n\nB", "B is correct"
+    rf"{KEYWORD}(?:{WORDS}(?:\bis|\bbe|[:：=]|是|为|は)(?::\s{{1,3}}|{WORDS}))?{BEFORE}{LETTER}"
     rf"|^\W{{0,4}}(?i:(?:(?:the|final|correct) )*answer)\W{{1,8}}{LETTER}"
     rf"|{LETTER}(?:\W{{0,3}} is (?:the )?(?:correct|right)\b|(?:选项)?是?正确)",
     re.MULTILINE,
 )
-# "B", "B. Paris", then a blank line, behind which a model may run on; not a list of choices
+# "B" or "B. Paris" and a blank line, after which a model may run on; not a list of choices
 FIRST_PARAGRAPH = re.compile(
     rf"{BEFORE}{LETTER}(?:[.)][^\n]*|[^\w\n:：]*)(?:\Z|\n\n(?!\W{{0,6}}[A-D]\b))"
 )
 FIRST_LETTER = re.compile(rf"{BEFORE}(?!A (?!is\b)[a-z]){LETTER}")
-LAST_LETTER = re.compile(rf"(?:(?!{OTHERWISE}).)*{LETTER}\W*")  # "Therefore, B."
+LAST_LETTER = re.compile(rf"(?:(?!{NOT}).)*{LETTER}\W*")  # "Therefore, B."
 
 
 def final_letter(reply: str):

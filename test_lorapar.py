@@ -1968,7 +1968,7 @@ def test_mmlu_is_asked_after_five_solved_examples_and_keeps_the_answer_none(tmp_
     (e,) = data.load_dataset("mmlu", tmp_path, "test")
     assert e.question == "Which, then?\nA. None\nB. NA\nC. a, b\nD. 4\nAnswer:"
     assert data.is_correct(e, e.answer) and data.is_correct(e, " A. None")
-    assert not data.is_correct(e, "B") and not data.is_correct(e, "Also A")
+    assert not data.is_correct(e, "B") and not data.is_correct(e, "Also Rome")
     prompt, answer = data.prompt_and_answer(e, None, "plain", "rl")
     head, *shots, question = prompt.split("\n\n")
     assert head.endswith("about high school x.") and len(shots) == 5
