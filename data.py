@@ -927,21 +927,21 @@ def final_number(reply: str):
     return value_of(numbers[-1]) if numbers else None
 
 
-# One of four letters, alone: "A or B", "B, C" and "A. B. C. D." are none.
+# One of four letters, alone: "A or B" and "B, C" are none.
 LETTER = (
-    r"(?<![A-Za-z0-9])([A-D])(?![A-Za-zÀ-ɏ0-9+]|['’]\w| is (?:wrong|not)\b|\. [A-D]\."
+    r"(?<![A-Za-z0-9])([A-D])(?![A-Za-zÀ-ɏ0-9+]|['’]\w| is (?:wrong|not)\b"
     r"|\W{0,3}(?:[,/]|or\b|and\b) ?\(?[A-D]\b(?! is\b))"
 )
 BEFORE = r"[^\w\n]{0,6}(?:(?i:option|choice) )?"  # what may stand before it
 KEYWORD = r"(?:(?i:\banswer|\bchoose|\b(?:correct|right|best) (?:option|choice))"
 KEYWORD += r"|答案|答え|正解|正确选项|选(?!项))"
 # the rest of a sentence up to its letter, but not over another one or "not"
-NOT = r"(?i:\bnot\b|n't|\bcannot\b|\bneither\b|\bexcept\b|\bmight\b|\bcould\b)|\b[A-D]\b"
+NOT = r"(?i:\bnot\b|n't|\bcannot\b|\bmight\b)|\b[A-D]\b"
 WORDS = rf"(?:(?!{NOT})[^\n.!?。]){{0,40}}?"
 SAID_LETTER = re.compile(  # "The correct answer to this must be: B", "Answer\n\nB", "B is correct"
     rf"{KEYWORD}(?:{WORDS}(?:\bis|\bbe|[:：=]|是|为|は)(?::\s{{1,3}}|{WORDS}))?{BEFORE}{LETTER}"
     rf"|^\W{{0,4}}(?i:(?:(?:the|final|correct) )*answer)\W{{1,8}}{LETTER}"
-    rf"|{LETTER}(?:\W{{0,3}} is (?:the )?(?:correct|right)\b|(?:选项)?是?正确)",
+    rf"|{LETTER}(?:\W{{0,3}} is (?:the )?(?:correct|right)\b|是?正确)",
     re.MULTILINE,
 )
 # "B" or "B. Paris" and a blank line, after which a model may run on; not a list of choices

@@ -1618,7 +1618,7 @@ MANY = 100_000
 HOSTILE_PARTS = ["<answer>", "</answer>", "<reasoning>", "####", "- ", "\\boxed{", "\\frac{", "1,"]
 HOSTILE_PARTS += ["1/", "1e", "1 ", " -$ ", "Q:\n", "= 1", "\t \n", "</reasoning>\n<answer>\n"]
 HOSTILE_PARTS += [*" \n\t1.-{\\_*$,#", "system ", "1,0", "1 000 ", "Q: x\n", "<think>", "1 or "]
-HOSTILE_PARTS += ["answer ", "answer is ", "B\n\n", "A. ", "not "]
+HOSTILE_PARTS += ["answer ", "answer is ", "B\n\n", "B. ", "not "]
 HOSTILE = [part * (MANY // len(part)) for part in HOSTILE_PARTS]
 HOSTILE += [f"<answer>{c * MANY}</answer>" for c in " 1"]
 HOSTILE += ["1," * (MANY // 2) + "x", "<answer>" + "1," * (MANY // 2) + "x</answer>"]
