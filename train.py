@@ -907,6 +907,7 @@ def read_sets(c) -> dict:
     could not be checked, or where the evaluation holds training examples."""
     specs = {"S1": c.data, "S2": c.rl_data or c.data, "test": c.eval_data or c.data}
     splits = {"S1": "train", "S2": "train", "test": c.eval_split}
+    # one file that both trains and tests
     cut = specs["test"] if specs["test"] in (specs["S1"], specs["S2"]) else None
     for spec in dict.fromkeys(specs.values()):
         if data.in_one_file(*source(c, spec)):
@@ -1532,10 +1533,12 @@ def run_sweep(arguments):
     if args.name == "splits" and base.model:
         raise ValueError("sweep splits is for the toy: only there are several teachers at hand")
     rows = sweep_rows(args.name)
-    # no table works with another order, and each sets its seeds
-    own_flags = ["--order", "--seed", *" ".join(flags for flags, _ in rows.values()).split()]
-    for flag in [word.partition("=")[0] for word in said if word.startswith("--")]:
-        if flag in own_flags:
+    own_flags = {"--order", "--seed"}  # no table works with another order, and each sets its seeds
+    for flags, _ in rows.values():
+        own_flags |= set(flags.split())
+    for word in said:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and flag in own_flags:
             raise ValueError(f"sweep {args.name} sets {flag} itself")
     configs = {row: read_config([*said, *flags.split()]) for row, (flags, _) in rows.items()}
     tried = sum(len(RATES) * len(ORDERS[c.order]) for c in configs.values())
