@@ -11,7 +11,8 @@ I_j = |g_j phi_j - 1/2 F_jj phi_j^2|, and a stage trains only the elements that 
 
 The file stands alone: copy it into a project of your own. It works on any `nn.Module` that maps
 tokens (B, T) to logits (B, T, V). Paper: Huang et al., LoRA-PAR, Findings of EMNLP 2025.
-Left out: DoRA, adapters on embeddings, quantised bases (load_adapter refuses them by name).
+Left out: DoRA, adapters on embeddings, quantised bases (load_adapter refuses them by name), and
+models whose layers are spread over several devices.
 """
 
 import hashlib
