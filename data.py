@@ -354,9 +354,11 @@ def toy(path, split):
 
 
 def own_file(path, split):
-    """One's own jsonl: "question", "answer", "check" (number, letter, exact, or none: answers that
-    cannot be checked) and, where they are known, "label" (S1 or S2) and "id" (else a hash of the
-    question). A letter's question holds the choices and ends as it should be asked ("Answer:")."""
+    """One's own jsonl: the texts "question" and "answer", and "check": "number" (one number in the
+    answer, or marked: #### 18), "letter" (A to D; the question holds the choices and ends as it
+    should be asked, "Answer:"), "exact", or none: such answers train but cannot be tested. Where
+    they are known, "label" (S1 or S2; a row without one does not train) and "id" (else a hash of
+    the question)."""
     asked = {}  # id: its question
     for where, record in read_records(path):
         question, answer = text_of(record, "question", where), text_of(record, "answer", where)
@@ -1177,8 +1179,8 @@ def main():
         if not args.target.strip() or (args.examples is not None and args.examples < 1):
             raise ValueError("--target needs a name, --examples a number from 1")
         for file, teacher in files.items():
-            if path and file.resolve() == Path(path).resolve():
-                raise ValueError(f"{file} would overwrite --data: name another --out")
+            if file.exists():  # the data, or answers that were paid for
+                raise ValueError(f"{file} exists: name another --out")
             requests = []
             for e in examples:
                 text = roleplay_prompt(e, args.target, not args.no_roleplay)

@@ -2025,13 +2025,13 @@ def test_requests_hold_the_roleplay_prompt_in_the_batch_format(tmp_path):
     (message,) = records[0]["body"]["messages"]
     assert records[0]["body"]["model"] == "org/B" and message["role"] == "user"
     assert "LLaMA2 7B" in message["content"] and "How many?" in message["content"]
-    assert "5 requests" in python("data.py", *flags, "--teachers", "A", "--examples", "5").stdout
+    assert "5 requests" in python("data.py", *flags, "--teachers", "C", "--examples", "5").stdout
     for teachers in ("A,,B", "A,A", "org/B,org_B"):
         assert "--teachers" in python("data.py", *flags, "--teachers", teachers).stderr
     own = tmp_path / "own.jsonl"
     data.write_jsonl(own, [{"question": "q", "answer": str(i)} for i in range(2)])
     flags = ["prompts", "--data", own, "--target", "x", "--out", tmp_path]
-    assert "would overwrite" in python("data.py", *flags, "--teachers", "own").stderr
+    assert "own.jsonl exists" in python("data.py", *flags, "--teachers", "own").stderr
     assert "1 requests" in python("data.py", *flags, "--teachers", "A").stdout  # one an id
     e = data.Example("x", "What is {target}?", "{answer} 42", "number")
     prompt = data.roleplay_prompt(e, "LLaMA2 7B")
@@ -3062,11 +3062,13 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         each once => --targets qq
         every importance is 0 => --init lora
         sets --seed itself => sweep order --seed 3
+        holds test.jsonl, but no run => {run} --labels steps:2 --out {good}
+        is not of a run: name => {run} --labels steps:2 --out {base}
         is a file that the run writes => {run} --labels {tmp_path}/out/labels.jsonl
         it has 'elsewhere', the data 'gsm8k/train/ => {run} --labels {none}
         0 files train.jsonl there => {labelled} --data gsm8k:{base}
         train.jsonl:3: no number after #### => {labelled} --data gsm8k:{unmarked}
-        S2: 0 training examples => {labelled}
+        S2 of gsm8k:{good}: 0 training examples => {labelled}
         holds training examples => {labelled} --eval-data gsm8k:{good}/train.jsonl
         longer than --max-prompt 2 => {toy} --max-prompt 2 --train-examples 70
         sees no device cuda:7 => --device cuda:7
@@ -3358,7 +3360,7 @@ def test_what_a_run_was_made_from_may_not_change(toy_run, tmp_path, capsys):
     assert "rl/state.safetensors was made from another start" in error
     assert not (out / "report.json").exists()  # it would tell of the old first stage
     (out / "config.json").unlink()
-    assert "is missing, but a run was there" in fails(capsys, *flags)
+    assert "no run: name another --out" in fails(capsys, *flags)
 
 
 def test_a_lost_base_of_the_toy_is_made_again_but_not_another_one(

@@ -642,7 +642,7 @@ FLAGS = {
     "what goes in and out": {
         "model": (str, None, "a model folder or Hub id; without it the toy world runs"),
         "data": (str, "toy", "NAME, NAME:PATH or a .jsonl of your own; names: see README"),
-        "rl_data": (str, None, "another set for RL, where --data cannot be checked"),
+        "rl_data": (str, None, "another set for System 2, where --data cannot be checked"),
         "eval_data": (str, None, "another set for the evaluation"),
         "labels": (str, None, "labels.jsonl, authors' csv, steps:K; toy: teachers:K[:shuffled]"),
         "reward": (str, None, "FILE.py:FUNCTION(question, answer, completion) -> float or dict"),
@@ -811,8 +811,8 @@ def prepare(c):
     config = Path(c.out) / "config.json"
     if config.exists():
         refuse_changes(config, read_json(config).get("made_from", {}), inputs.made_from)
-    write_lines(Path(c.out) / "labels.jsonl", labels)
     write_json(config, flags_of(c) | {"made_from": inputs.made_from})
+    write_lines(Path(c.out) / "labels.jsonl", labels)
     describe(c, model, linears, inputs)
     if inputs.rl:  # one rollout and its reward are tried too
         example, prompt = inputs.rl[0]
@@ -838,9 +838,9 @@ def read_inputs(c, folder):
         words = [f"{len(encoded)} training examples", *(f"{n} {k}" for k, n in counts.items() if n)]
         notes[system] = ", ".join(words)
         if not encoded:
-            raise ValueError(
-                f"{system}: {notes[system]}: check --labels, --train-examples, --max-length"
-            )
+            spec = c.data if system == "S1" else c.rl_data or c.data
+            cure = "check --labels (ids of both sets), --train-examples, --max-length"
+            raise ValueError(f"{system} of {spec}: {notes[system]}: {cure}")
         examples_of[system], encoded_of[system] = examples, encoded
     sft_encoded, rl_examples, rl_pairs = encoded_of["S1"], examples_of["S2"], []
     if c.stage_data == "all":  # an ablation: both stages train on both systems
@@ -1111,17 +1111,21 @@ def flags_of(c) -> dict:
 
 def open_folder(c):
     """Locks the run folder -> the lock, a file that must stay open. ValueError if another process
-    works there, or it holds another run: a stage's own flags may change until it begins, those of
-    size and speed always."""
-    out = Path(c.out)
+    works there, or it holds a user's files, or another run: a stage's own flags may change until it
+    begins, those of size and speed always."""
+    out, rank = Path(c.out), lorapar.rank_and_size()[0]
     out.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(out) if lorapar.rank_and_size()[0] == 0 else None
+    lock = lock_folder(out) if rank == 0 else None
     config = out / "config.json"
     if not config.exists():
-        if (out / "importance.safetensors").exists():
-            raise ValueError(f"{config} is missing, but a run was there: name another --out")
+        ours = (".lock", "config.json.tmp", "base", "world", "log.txt")  # the last three: a sweep's
+        others = [path.name for path in out.iterdir() if path.name not in ours]
+        if others and rank == 0:
+            raise ValueError(f"{out} holds {min(others)}, but no run: name another --out")
         return lock
     old, new = read_json(config), flags_of(c)
+    if not new.keys() <= old.keys():
+        raise ValueError(f"{config} is not of a run: name another --out")
     free = list(FLAGS[SIZE_AND_SPEED])
     for stage, group in (("sft", "SFT"), ("rl", "RL (GRPO)")):
         if not (out / stage / "state.safetensors").exists():
@@ -1129,7 +1133,7 @@ def open_folder(c):
     for name in new:
         if name not in free and new[name] != old.get(name):
             changed = f"{option(name)} {old.get(name)}, not {new[name]}"
-            raise ValueError(f"{out} holds a run with {changed}: another --out, or delete it")
+            raise ValueError(f"{out} holds a run with {changed}: name another --out")
     if lock:
         for leftover in out.rglob("*.tmp"):  # of a save that was killed
             if Path(leftover.stem).suffix in (".json", ".jsonl", ".md", ".safetensors"):
@@ -1293,8 +1297,10 @@ def run_eval(arguments):
         examples = checkable(c, read_sets(c)["test"], label_of)
         c.data = c.eval_data or c.data
     else:
-        place = source(c, c.data)
-        split = "all" if data.in_one_file(*place) else c.eval_split
+        place, split = source(c, c.data), c.eval_split
+        if data.in_one_file(*place):
+            print(split_words(place, is_cut=False))
+            split = "all"
         examples = checkable(c, data.load_dataset(*place, split), {})
     if all(e.kind == "text" for e in examples) and not c.reward:
         raise ValueError(f"answers of {c.data} cannot be checked")
