@@ -3191,7 +3191,7 @@ def test_resampling_is_partitions_of_ordinary_scores(toy_run, tmp_path):
     encoded = inputs.encoded["S1"]
     draws = [lorapar.importance(model, [data.collate(encoded[i : i + 50])]) for i in (0, 50)]
     expected = train.jaccard(lorapar.partition(*draws, 0.9))
-    (ours,) = (r for r in indices if (r["examples"], r["theta"]) == ("50", "0.9"))
+    (ours,) = (r for r in indices if r["examples"] == "50")
     assert float(ours["S1 / S1"]) == pytest.approx(expected, abs=2e-3)
     assert float(ours["S1 / S2"]) < float(ours["S1 / S1"])
 

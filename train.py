@@ -1118,8 +1118,9 @@ def open_folder(c):
     lock = lock_folder(out) if rank == 0 else None
     config = out / "config.json"
     if not config.exists():
-        ours = (".lock", "config.json.tmp", "base", "world", "log.txt")  # the last three: a sweep's
-        others = [path.name for path in out.iterdir() if path.name not in ours]
+        ours = ("config.json.tmp", "base", "world", "log.txt")  # the last three: a sweep's
+        names = [path.name for path in out.iterdir() if not path.name.startswith(".")]
+        others = [name for name in names if name not in ours]
         if others and rank == 0:
             raise ValueError(f"{out} holds {min(others)}, but no run: name another --out")
         return lock
@@ -1705,39 +1706,38 @@ def resample(base, seeds: int):
                 batches = data.batches(encoded, c.micro_batch, c.device)
                 scores.append(lorapar.importance(model, batches).cpu())
             first_s1, second_s1, first_s2, second_s2, first_mixed, second_mixed = scores
-            for theta in (0.1, 0.3, 0.5, 0.7, 0.9):
-                between = []
-                for s1, s2 in itertools.product((first_s1, second_s1), (first_s2, second_s2)):
-                    between.append(jaccard(lorapar.partition(s1, s2, theta)))
-                record = {
-                    "seed": seed,
-                    "examples": n,
-                    "theta": theta,
-                    "S1 / S2": statistics.mean(between),
-                    "S1 / S1": jaccard(lorapar.partition(first_s1, second_s1, theta)),
-                    "S2 / S2": jaccard(lorapar.partition(first_s2, second_s2, theta)),
-                    "shuffled": jaccard(lorapar.partition(first_mixed, second_mixed, theta)),
-                }
-                records.append(record)
+            between = []
+            for s1, s2 in itertools.product((first_s1, second_s1), (first_s2, second_s2)):
+                between.append(jaccard(lorapar.partition(s1, s2, c.theta)))
+            record = {
+                "seed": seed,
+                "examples": n,
+                "S1 / S2": statistics.mean(between),
+                "S1 / S1": jaccard(lorapar.partition(first_s1, second_s1, c.theta)),
+                "S2 / S2": jaccard(lorapar.partition(first_s2, second_s2, c.theta)),
+                "shuffled": jaccard(lorapar.partition(first_mixed, second_mixed, c.theta)),
+            }
+            records.append(record)
     kinds, rows, curves = ("S1 / S2", "S1 / S1", "S2 / S2", "shuffled"), [], {}
-    for n, theta in dict.fromkeys((r["examples"], r["theta"]) for r in records):
-        of_row = [r for r in records if (r["examples"], r["theta"]) == (n, theta)]
+    for n in dict.fromkeys(r["examples"] for r in records):
+        of_row = [r for r in records if r["examples"] == n]
         gaps = [(r["S1 / S1"] + r["S2 / S2"]) / 2 - r["S1 / S2"] for r in of_row]
         spreads = [spread([r[kind] for r in of_row], 3) for kind in kinds]
-        rows.append([n, theta, *spreads, mean_and_error(gaps, 3)])
-        for kind in kinds if theta == 0.9 else ():
+        rows.append([n, *spreads, mean_and_error(gaps, 3)])
+        for kind in kinds:
             curves.setdefault(kind, {})[n] = [r[kind] for r in of_row]
     lines = [
-        f"## resample: Jaccard indices, {seeds} seeds",
+        f"## resample: Jaccard indices at theta {base.theta}, {seeds} seeds",
         "",
-        *table(["examples a draw", "theta", *kinds, "beyond sampling"], rows),
+        *table(["examples a draw", *kinds, "beyond sampling"], rows),
         "",
         "S1 / S2: the mean of four pairs of draws. S1 / S1, S2 / S2: disjoint draws of one system. "
         "Shuffled: two disjoint draws, each half S1 and half S2. Beyond sampling: the mean of the "
         "second and third less the first, ± its standard error.",
     ]
     write_sweep(base, "resample", records, lines)
-    draw_curves(base, "resample", curves, "examples a draw", "Jaccard index at theta 0.9")
+    y = f"Jaccard index at theta {base.theta}"
+    draw_curves(base, "resample", curves, "examples a draw", y)
 
 
 def draw_curves(base, name: str, curves: dict, x: str, y: str):
