@@ -3004,6 +3004,7 @@ def test_eval_command_gives_the_number_and_every_answer(toy_run, tmp_path, capsy
     def evaluated(*command):
         train.main(["eval", *command])
         said = capsys.readouterr().out
+        assert ("examples: taken whole" in said) == command[-1].endswith(".jsonl")
         out = re.search("every answer of .* is in (.*)", said)[1]
         rows = json.loads(said[said.index("{") : said.rindex("}") + 1])
         records = [r for _, r in data.read_records(out)]
