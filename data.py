@@ -140,7 +140,8 @@ class Tokenizer:
             ids = self.text_to_ids("\n" + text)[len(self.front) :]
         if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
-        ids = self.virtual + ids if bos else ids
+        if bos:
+            ids = self.virtual + ids
         return ids + [self.eos_ids[0]] if eos else ids
 
     def decode(self, ids) -> str:
@@ -392,12 +393,13 @@ class Source(NamedTuple):
     """Where a data set comes from and who reads its files."""
 
     read: object  # (path, split) -> yields examples
-    splits: dict  # split: the publisher's split, begin and end of the share that it is of that
+    splits: dict  # split -> the publisher's split that it is cut from, begin and end of its share
     home: str
 
 
 ALL_SPLITS = {split: (split, 0, 1) for split in ("train", "validation", "test")}
 TRAIN_ALONE = {"train": ("train", 0.05, 1), "validation": ("train", 0, 0.05)}
+# one file, for which no publisher's split is named
 ONE_FILE = {"train": ("", 0, 0.8), "validation": ("", 0.8, 0.9), "test": ("", 0.9, 1)}
 ONE_FILE["all"] = ("", 0, 1)
 TEST_ALONE = {"test": ("test", 0, 1)}
@@ -557,10 +559,10 @@ def read_teacher(path) -> dict[str, str]:
         if type(name) not in (str, int) or "url" in record:
             raise ValueError(f'{where}: not a teacher\'s answer with "custom_id", or "id", "label"')
         name = str(name)
-        earlier_counts = statuses.get(name) in ("S1", "S2")
-        if earlier_counts and status in ("S1", "S2"):
+        has_verdict = statuses.get(name) in ("S1", "S2")
+        if has_verdict and status in ("S1", "S2"):
             raise ValueError(f"{where}: second answer for {name}")
-        if not earlier_counts:  # a retry may follow what failed
+        if not has_verdict:  # a retry may follow what failed
             statuses[name] = status
     return statuses
 

@@ -108,7 +108,7 @@ def lora_factors(model) -> dict[str, nn.Parameter]:
     return factors
 
 
-WRAPPERS = (
+WRAPPERS = (  # by name: some belong to libraries that need not be installed
     "OptimizedModule", "DataParallel", "DistributedDataParallel", "AveragedModel",
     "DeepSpeedEngine", "_FabricModule",
 )  # fmt: skip

@@ -1591,9 +1591,8 @@ def test_letters_and_texts_are_read_from_the_same_part_of_a_reply():
     right += "|To find the answer:\n\nA) is less.\nSo the answer is B"
     right += "|The answer is B.\n\nWhat next?\nA. x\nAnswer: C|B\nQuestion: next?\nA|Therefore, B."
     right += "| B\n\nWhat next?\nA. x\nAnswer: C|B. Paris\n\nWhat next?\nAnswer: C|It is Paris (B)"
-    right += (
-        "|The correct answer is:\n\n**B. Paris**|**Answer:**\n\nB|### Answer\n\nB|La bonne est B."
-    )
+    right += "|The correct answer is:\n\n**B. Paris**|**Answer:**\n\nB|### Answer\n\nB"
+    right += "|La bonne est B."
     right += "|The correct answer to this question must be Paris, option B.|选项A错误。选项B正确。"
     right += "|The answer is B, C is wrong|To answer, take A. It fails. The answer is B"
     right += "|A. no.\n\nB. yes.\n\nSo the answer is B"
@@ -1746,15 +1745,13 @@ def test_teacher_answers_are_joined_by_id_and_counted_and_a_random_split_keeps_s
     assert data.read_teacher(other) == ends
     message = {"content": [{"type": "text", "text": "System2"}], "stop_reason": "end_turn"}
     choices = [{"message": {"content": "System1"}, "finish_reason": "stop"}]
-    data.write_jsonl(
-        other,
-        [
-            {"custom_id": "Anthropic", "result": {"type": "succeeded", "message": message}},
-            {"custom_id": "Fireworks", "response": {"choices": choices}},
-            {"custom_id": "Together", "body": {"choices": choices}},
-            {"custom_id": "failed", "result": {"type": "errored", "error": {}}},
-        ],
-    )
+    services = [
+        {"custom_id": "Anthropic", "result": {"type": "succeeded", "message": message}},
+        {"custom_id": "Fireworks", "response": {"choices": choices}},
+        {"custom_id": "Together", "body": {"choices": choices}},
+        {"custom_id": "failed", "result": {"type": "errored", "error": {}}},
+    ]
+    data.write_jsonl(other, services)
     expected = {"Anthropic": "S2", "Fireworks": "S1", "Together": "S1", "failed": "error"}
     assert data.read_teacher(other) == expected
     data.write_jsonl(other, [spoken("q1", "who knows")])
@@ -3321,9 +3318,7 @@ def test_the_first_interrupt_saves_and_a_second_process_is_refused(whole_run, tm
 def test_what_a_run_was_made_from_may_not_change(toy_run, tmp_path, capsys):
     """Nor may its config vanish; a redone first stage is not mixed with the old second one."""
     (tmp_path / "reward.py").write_text(REWARD)
-    mine = tmp_path / "mine.jsonl"
-    rows = [{"answer": "c5", "check": "exact", "question": f"F t1 e{i} A"} for i in range(60)]
-    rows = [row | {"label": f"S{1 + i % 2}"} for i, row in enumerate(rows)]
+    mine, rows = tmp_path / "mine.jsonl", own_rows(60, check="exact")
     data.write_jsonl(mine, rows)
     base, out = shutil.copytree(toy_run / "base", tmp_path / "base"), tmp_path / "out"
     flags = ["--model", base, "--data", mine, *SHORT, "--out", out]
@@ -3364,9 +3359,7 @@ def test_what_a_run_was_made_from_may_not_change(toy_run, tmp_path, capsys):
     assert "no run: name another --out" in fails(capsys, *flags)
 
 
-def test_a_lost_base_of_the_toy_is_made_again_but_not_another_one(
-    toy_run, tmp_path, monkeypatch, capsys
-):
+def test_a_lost_base_is_not_replaced_by_another(toy_run, tmp_path, monkeypatch, capsys):
     out = shutil.copytree(toy_run, tmp_path / "out")
     (out / "base" / "model.safetensors").unlink()
     monkeypatch.setitem(train.TOY_BASE, "steps", 2)

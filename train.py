@@ -35,7 +35,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load as tensors_in
+from safetensors.torch import load as tensors_from_bytes
 from safetensors.torch import save as safetensors_bytes
 from tqdm import tqdm
 
@@ -798,7 +798,7 @@ class Inputs:
     validation: list  # of examples, for --eval-every
     reward: object  # (example, reply) -> its parts
     notes: dict  # name -> a line of the report
-    made_from: dict  # what of -> its hash
+    made_from: dict  # hashes of base, data, labels, reward
 
 
 def prepare(c):
@@ -1120,9 +1120,9 @@ def open_folder(c):
     if not config.exists():
         ours = ("config.json.tmp", "base", "world", "log.txt")  # the last three: a sweep's
         names = [path.name for path in out.iterdir() if not path.name.startswith(".")]
-        others = [name for name in names if name not in ours]
-        if others and rank == 0:
-            raise ValueError(f"{out} holds {min(others)}, but no run: name another --out")
+        foreign = set(names) - set(ours)
+        if foreign and rank == 0:
+            raise ValueError(f"{out} holds {min(foreign)}, but no run: name another --out")
         return lock
     old, new = read_json(config), flags_of(c)
     if not new.keys() <= old.keys():
@@ -1171,7 +1171,7 @@ def write_tensors(path, tensors: dict):
 
 def read_tensors(path, needed) -> dict[str, torch.Tensor]:
     try:
-        tensors = tensors_in(Path(path).read_bytes())  # no mapping: the file is written again
+        tensors = tensors_from_bytes(Path(path).read_bytes())  # a mapped file could not be replaced
         if not set(needed) <= tensors.keys():
             raise OSError(f"it does not hold {', '.join(needed)}")
     except (SafetensorError, OSError) as error:
