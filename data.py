@@ -56,7 +56,8 @@ class Tokenizer:
     """A checkpoint's tokenizer: `tokenizer.json` (tokenizers) or `tokenizer.model` (sentencepiece).
 
     bos_id: the token the model wants in front, None if it wants none. eos_ids: every token that
-    ends an answer; SFT trains the first. ValueError, one line, on files that do not fit.
+    ends an answer; SFT trains the first. pad_id: for a caller's own padding; nothing here reads it.
+    ValueError, one line, on files that do not fit.
     """
 
     def __init__(self, path):
@@ -77,6 +78,7 @@ class Tokenizer:
             bos, eos, puts_bos, id_of = load(file)
             missing = [token for token in self.named_tokens() if id_of(token) is None]
             named_eos = id_of(self.special_tokens.get("eos_token", ""))
+            pad = id_of(self.special_tokens.get("pad_token", ""))
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(f"{file}: {error}") from None
         if missing:
@@ -95,6 +97,7 @@ class Tokenizer:
             where = f"{folder}: config.json, generation_config.json and tokenizer"
             raise ValueError(f"{where} name {str(ends)[:40]} as eos_token_id: no ids of the model")
         self.eos_ids = tuple(dict.fromkeys(ends))
+        self.pad_id = self.eos_ids[0] if pad is None else pad
         self.virtual = []  # ids that a baseline of table 6 puts before every prompt
         self.front = self.text_to_ids("\n")  # encode and decode put it before what goes on
         self.adds_space = self.decode(self.text_to_ids("x")) != "x"  # LLaMA's: "x" -> "▁x"

@@ -1318,12 +1318,15 @@ def toy_tokenizer(tmp_path):
 def test_tokenizer_reads_special_tokens_from_the_checkpoints_files(toy_tokenizer, tmp_path):
     assert toy_tokenizer.decode(toy_tokenizer.encode("M b d | rev A", eos=True)) == "M b d | rev A"
     assert (toy_tokenizer.bos_id, toy_tokenizer.eos_ids) == (None, (0,))
+    assert toy_tokenizer.pad_id == 0  # none is named: the EOS
     settings = {"bos_token": {"content": "F"}, "eos_token": "<eos>", "add_bos_token": True}
+    settings["pad_token"] = "M"
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps(settings))
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [0, 5]}')
     tokenizer = data.Tokenizer(tmp_path)
     assert tokenizer.encode("A", bos=True, eos=True) == [2, 1, 0] and tokenizer.eos_ids == (0, 5)
+    assert tokenizer.pad_id == data.TOY_TOKENS.index("M")
     (tmp_path / "special_tokens_map.json").write_text('{"eos_token": "c1"}')
     assert data.Tokenizer(tmp_path).eos_ids[0] == data.TOY_TOKENS.index("c1")  # the map wins,
     config.write_text(json.dumps(settings | {"added_tokens_decoder": {}}))  # but not over this
@@ -2561,8 +2564,8 @@ def test_without_a_model_the_toys_settings_hold_and_with_one_the_papers():
 
 
 QUICK = "--sft-epochs 1 --rl-steps 3 --eval-examples 40 --rl-batch 4".split()
-QUICK += "--score-examples 16 --save-every 2".split()
-SHORT = "--rl-steps 1 --sft-steps 1 --max-response 4".split()
+QUICK += "--score-examples 16 --save-every 2 --device cpu".split()
+SHORT = "--rl-steps 1 --sft-steps 1 --max-response 4 --device cpu".split()
 DERIVED = "sft/adapter_model.safetensors rl/adapter_config.json answers/sft.jsonl partition.json"
 DERIVED = f"{DERIVED} partition.safetensors report.md labels.jsonl importance.safetensors".split()
 
@@ -2999,7 +3002,7 @@ def test_eval_command_gives_the_number_and_every_answer(toy_run, tmp_path, capsy
     base = ["--model", str(toy_run / "base"), "--max-response", "4"]
 
     def evaluated(*command):
-        train.main(["eval", *command])
+        train.main(["eval", "--device", "cpu", *command])
         said = capsys.readouterr().out
         assert ("examples: taken whole" in said) == command[-1].endswith(".jsonl")
         out = re.search("every answer of .* is in (.*)", said)[1]
