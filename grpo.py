@@ -36,7 +36,7 @@ class Settings:
     kl: float = 0.04  # weight of the KL penalty (beta); 0: no reference is computed
     iterations: int = 1  # optimizer steps per batch of rollouts (mu)
     batch_rows: int = 64  # answers decoded together
-    micro_batch: int = 8  # answers per forward and backward
+    micro_batch: int = 4  # answers per forward and backward
 
 
 @dataclass

@@ -21,7 +21,6 @@ import json
 import math
 import os
 import re
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -34,6 +33,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 from torch import nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 __all__ = [
     "LoRALinear", "add_lora", "cached_factors", "lora_layers", "lora_factors",
@@ -169,7 +169,7 @@ def start_factors(weight, init: str, r: int, scale: float, std: float, generator
         return root[:, None] * Vh[:r], U[:, :r] * root
     if init == "olora":  # Büyükakyüz 2024: the leading rows and columns of W = Q R
         Q, R = torch.linalg.qr(weight.float())
-        return R[:r], Q[:, :r]
+        return R[:r].clone(), Q[:, :r].clone()  # a view would keep all of Q and R
     raise ValueError(f"unknown init {init!r}; one of {', '.join(STARTS)}")
 
 
@@ -404,9 +404,9 @@ def per_example_gradients(model, tokens, labels) -> torch.Tensor:
         logits = logits_of(output)  # (1, T-1, V)
         return F.cross_entropy(logits[0].float(), y[1:])  # leaves out labels of -100
 
-    with warnings.catch_warnings(), torch.autocast(tokens.device.type, enabled=False):
-        # the CPU's fused attention has no batching rule and says so
-        warnings.filterwarnings("ignore", message=".*_flash_attention_for_cpu")
+    # MATH: under vmap no tensor says that it needs a gradient, so CUDA's fused attention kernels
+    # would keep nothing for the backward
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast(tokens.device.type, enabled=False):
         try:
             losses = vmap(loss)(copies, tokens, labels)  # (E,)
             gradients = torch.autograd.grad(

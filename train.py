@@ -706,7 +706,7 @@ FLAGS = {
     SIZE_AND_SPEED: {
         "device": (device_name, "cuda" if torch.cuda.is_available() else "cpu", "torch device"),
         "batch_rows": (COUNT, 64, "answers decoded together, in rollouts and evaluation"),
-        "micro_batch": (COUNT, 8, "examples or answers a forward and backward"),
+        "micro_batch": (COUNT, 4, "examples or answers a forward and backward"),
         "checkpointing": (bool, False, "recompute layers in the backward: less memory, slower"),
         "save_every": (COUNT, 50, "steps between saves of the resume state"),
         "allow_unconfined_code": (bool, False, "run code answers where no sandbox can be had"),
