@@ -567,6 +567,9 @@ class MaskedAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         flat = get_flat(self.model)
+        if flat.device != self.packed.device:  # a Trainer moves the model after its optimizer
+            self.packed.data = self.packed.data.to(flat.device)
+            self.mask, self.index = self.mask.to(flat.device), self.index.to(flat.device)
         self.packed.copy_(flat[self.index])  # set_flat may have been called since
         self.packed.grad = self.active_gradient()
         self.grad_norm = nn.utils.clip_grad_norm_(self.packed, self.max_grad_norm)

@@ -3491,6 +3491,11 @@ def test_the_whole_program_on_cuda(dtype, limit, toy_run, tmp_path):
     here, there = (decoder.load_model(toy_run / "base", device) for device in ("cpu", "cuda"))
     tokens = torch.arange(12)[None]
     assert (there(tokens.cuda()).cpu() - here(tokens)).abs().max() < 1
+    model = lora_model()
+    optimizer = lorapar.MaskedAdamW(model)
+    model.cuda()(tokens.cuda()).sum().backward()  # moved after its optimizer, as a Trainer does
+    optimizer.step()
+    assert optimizer.packed.is_cuda
 
 
 def test_readmes_snippet_runs_and_its_names_and_flags_are_the_codes(tmp_path, monkeypatch):
