@@ -333,7 +333,8 @@ def sum_over_ranks(tensor):
 
 
 def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
-    """I = |g * phi - 1/2 * F * phi^2| for every LoRA element -> (N,) float32 (paper, eq. 3).
+    """I = |g * phi - 1/2 * F * phi^2| for every LoRA element -> (N,) float32, on the CPU as
+    CUDA's cumsum in `partition` is not deterministic (paper, eq. 3).
 
     g is the mean over the examples of the per-example gradient, F (the diagonal of the Fisher
     matrix) the mean of its square; an example's loss is the mean cross-entropy of its answer
@@ -357,6 +358,7 @@ def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
     model.eval()
     try:
         for tokens, labels in batches:
+            tokens, labels = tokens.to(phi.device), labels.to(phi.device)
             answer_tokens = (labels[:, 1:] != -100).sum(1)  # (B,)
             if not answer_tokens.all():
                 first = count + int(answer_tokens.argmin())
@@ -374,7 +376,7 @@ def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
     if count == 0:
         raise ValueError("importance needs at least one example")
     g, fisher = sum_over_ranks(g) / count, sum_over_ranks(fisher) / count
-    scores = (g * phi - 0.5 * fisher * phi**2).abs().float()  # eq. 3
+    scores = (g * phi - 0.5 * fisher * phi**2).abs().float().cpu()  # eq. 3
     if not scores.isfinite().all():
         raise ValueError("the importance scores are not finite; is a loss NaN?")
     if not scores.any():
@@ -416,7 +418,7 @@ def per_example_gradients(model, tokens, labels) -> torch.Tensor:
             raise
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
-            hint = "is gradient checkpointing or autocast on?"
+            hint = "is gradient checkpointing or autocast on? Score before any trainer"
             why = f"vmap cannot run this model ({hint}): {reason}"
             raise ValueError(f"importance: {why}") from None
     return torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
@@ -449,8 +451,6 @@ class Partition(NamedTuple):
 def partition(s1, s2, theta: float) -> Partition:
     """Splits N elements by two score vectors (N,), the paper's coordinator: a system's region is
     what reaches cumulative importance theta, globally over all elements; the overlap is shared.
-
-    Give it CPU tensors where two runs must agree: CUDA's cumsum is not deterministic.
     Raises ValueError on theta outside (0, 1] or on bad scores.
     """
     if not 0 < theta <= 1:
@@ -570,6 +570,7 @@ class MaskedAdamW(torch.optim.AdamW):
         if flat.device != self.packed.device:  # a Trainer moves the model after its optimizer
             self.packed.data = self.packed.data.to(flat.device)
             self.mask, self.index = self.mask.to(flat.device), self.index.to(flat.device)
+            self.load_state_dict(self.state_dict())  # Adam's state follows `packed`
         self.packed.copy_(flat[self.index])  # set_flat may have been called since
         self.packed.grad = self.active_gradient()
         self.grad_norm = nn.utils.clip_grad_norm_(self.packed, self.max_grad_norm)
@@ -633,12 +634,12 @@ def save_adapter(model, folder, base_model=""):
     all_adapted = all(isinstance(m, LoRALinear) for m in named)
     layer = next(iter(layers.values()))  # rank, scale and dropout are the same in all
     rank = len(layer.factors()[0])
-    is_hugging_face = hasattr(getattr(model, "config", None), "model_type")  # or has its names
-    task = "CAUSAL_LM" if is_hugging_face else None
+    of_model = getattr(model, "config", None)  # Hugging Face's, or with its names
+    task = "CAUSAL_LM" if hasattr(of_model, "model_type") else None
     config = {
         "peft_type": "LORA",
         "task_type": task,
-        "base_model_name_or_path": str(base_model),
+        "base_model_name_or_path": str(base_model or getattr(of_model, "_name_or_path", "")),
         "r": rank,
         "lora_alpha": layer.scale * rank,
         "lora_dropout": layer.dropout,

@@ -574,6 +574,7 @@ def test_one_formula_serves_start_forward_export_and_merge(init, tmp_path):
         dense[name] = layer.weight + 2.0 * delta.detach()  # s = alpha / r = 6 / 3
         x = torch.randn(4, layer.in_features)
         close(layer(x), F.linear(x, dense[name], layer.bias))
+    model.config._name_or_path = "org/base"  # Hugging Face's models say where they are from
     lorapar.save_adapter(model, tmp_path)
     umask = os.umask(0)
     os.umask(umask)
@@ -581,6 +582,7 @@ def test_one_formula_serves_start_forward_export_and_merge(init, tmp_path):
     config = read(tmp_path / "adapter_config.json")
     tensors = load_file(tmp_path / "adapter_model.safetensors")
     assert config["r"] == len(next(t for n, t in tensors.items() if "lora_A" in n))
+    assert config["base_model_name_or_path"] == "org/base"
     reference = small()
     for name, weight in dense.items():  # as PEFT reads it, on the untouched base
         A, B = (tensors[f"base_model.model.{name}.lora_{f}.weight"] for f in "AB")
@@ -2855,14 +2857,14 @@ def test_a_baseline_trains_evaluates_and_is_loaded_again(method, toy_run, tmp_pa
     elements = {"prompt": 20 * 128, "ia3": 2 * (128 * 2 + 256)}[method]
     assert report["partition"]["elements"] == elements
     capsys.readouterr()
-    train.main(["eval", str(out)])
+    train.main(["eval", str(out), "--device", "cpu"])
     said = capsys.readouterr().out
     rows = json.loads(said[: said.rindex("}") + 1])
     assert rows["all"]["accuracy"] == report["evaluation"]["sft"]["all"]["accuracy"]
     assert "--order sft" in fails(capsys, "--method", method)
 
 
-def test_readmes_trainers_move_active_elements_alone(tmp_path):
+def test_readmes_trainers_move_active_elements_alone(tmp_path, monkeypatch):
     """transformers' Trainer, then TRL's GRPOTrainer, as the README shows them."""
     pytest.importorskip("trl")
     transformers, datasets = pytest.importorskip("transformers"), pytest.importorskip("datasets")
@@ -2892,6 +2894,7 @@ def test_readmes_trainers_move_active_elements_alone(tmp_path):
     (snippet,) = re.findall(r"```python\n(from transformers.*?)```", readme, re.S)
     imports, sft, rl = snippet.split("\n\n")
     exec(f"from lorapar import *\nimport torch\n{imports}", names)
+    monkeypatch.chdir(tmp_path)
     for stage in (sft, rl):
         before = lorapar.get_flat(names["model"]) if stage is rl else None
         exec(stage, names)
@@ -2901,6 +2904,7 @@ def test_readmes_trainers_move_active_elements_alone(tmp_path):
         mask, after = lorapar.get_mask(names["model"]), lorapar.get_flat(names["model"])
         moved = after != before
         assert moved[mask].float().mean() > 0.95 and not moved[~mask].any() and (~mask).any()
+    assert lorapar.load_adapter(decoder.load_model(tmp_path), tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("stage", ["sft", "rl"])
@@ -3493,8 +3497,9 @@ def test_the_whole_program_on_cuda(dtype, limit, toy_run, tmp_path):
     assert (there(tokens.cuda()).cpu() - here(tokens)).abs().max() < 1
     model = lora_model()
     optimizer = lorapar.MaskedAdamW(model)
-    model.cuda()(tokens.cuda()).sum().backward()  # moved after its optimizer, as a Trainer does
-    optimizer.step()
+    for x in (tokens, tokens.cuda()):  # a Trainer moves the model after its optimizer was made
+        model.to(x.device)(x).sum().backward()
+        optimizer.step()
     assert optimizer.packed.is_cuda
 
 

@@ -133,7 +133,7 @@ def score(c, model, encoded):
     saved = {"start": lorapar.get_flat(model)}  # PiSSA's SVD may differ on another machine
     for name, system in (("s1", "S1"), ("s2", "S2")):
         if ranks_nothing(c):
-            saved[name] = torch.ones_like(saved["start"])
+            saved[name] = torch.ones_like(saved["start"], device="cpu")
             continue
         examples = encoded[system]
         examples = random.Random(c.seed).sample(examples, min(c.score_examples, len(examples)))
@@ -143,7 +143,7 @@ def score(c, model, encoded):
         saved[name] = lorapar.importance(model, batches)
         print(f"score: {system} on {len(examples)} examples")
     write_tensors(path, saved)
-    return saved["s1"].cpu(), saved["s2"].cpu()
+    return saved["s1"], saved["s2"]
 
 
 def ranks_nothing(c) -> bool:
@@ -1704,7 +1704,7 @@ def resample(base, seeds: int):
             scores = []
             for encoded in bar(draws, f"resample {n}"):
                 batches = data.batches(encoded, c.micro_batch, c.device)
-                scores.append(lorapar.importance(model, batches).cpu())
+                scores.append(lorapar.importance(model, batches))
             first_s1, second_s1, first_s2, second_s2, first_mixed, second_mixed = scores
             between = []
             for s1, s2 in itertools.product((first_s1, second_s1), (first_s2, second_s2)):
