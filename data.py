@@ -783,7 +783,7 @@ TURN = re.compile(
     re.MULTILINE | re.IGNORECASE,
 )
 DIGIT = re.compile(r"\d")
-LEAD_IN = re.compile(r"\s*(?:<reasoning>|(?i:let|sure|okay|given|first|we|to|i'll|i will|here)\b)")
+LEAD_IN = re.compile(r"\s*(?:let|sure|okay|given|first|we|to|i'll|i will|here)\b", re.I)
 
 
 def after_thoughts(reply: str) -> str:
@@ -798,6 +798,9 @@ def final_part(reply: str) -> str:
     """The part of a reply that answers: after its last thought, before the next turn into which a
     base model runs on. All that reads a reply begins here."""
     reply = after_thoughts(reply)
+    if reply.lstrip().startswith("<reasoning>") and "</answer>" in reply:
+        turn = TURN.search(reply, reply.index("</answer>"))  # one before it belongs to the answer
+        return reply[: turn.start()] if turn else reply
     begin, digit = 0, None
     for turn in TURN.finditer(reply):
         if reply[begin : turn.start()].strip():
@@ -1009,7 +1012,7 @@ def reward_parts(example: Example, reply: str, unconfined=False) -> dict[str, fl
     loose = re.search(r"</reasoning>\s*<answer>", before.partition("<reasoning>")[2])
     names = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
     tags = sum(reply.count(name) == 1 for name in names)
-    excess = len(tail.strip()) if closed else 0
+    excess = len(tail.removeprefix("\n")) if closed else 0
     return {
         "correct": 2.0 * (value is not None and value == parse_number(example.gold)),
         "integer": 0.5 * (alone is not None and alone.denominator == 1),

@@ -206,6 +206,7 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
         batches.append(collate_rollouts(own[start : start + s.micro_batch], device))
     if s.kl:
         add_reference_logprobs(model, batches, reference, s.temperature)
+    trained_answers = max(1, sum(r.trains for r in rollouts))
     trained_tokens = max(1, sum(len(r.answer) for r in rollouts if r.trains))
     totals = {}
     for name in ("loss", "gap", "kl", "ratio", "clipped"):
@@ -226,8 +227,8 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
             weight = b.mask.sum() / trained_tokens if s.loss == "token" else share
             (loss * weight).backward()
             totals["loss"] += loss.detach() * weight / s.iterations
-            for name, value in stats.items():
-                totals[name] += value * share / s.iterations
+            for name, value in stats.items():  # means over the answers that train
+                totals[name] += value * len(b.tokens) / trained_answers / s.iterations
         optimizer.step()
     values = sum_over_ranks(torch.stack(list(totals.values())))
     return dict(zip(totals, values.tolist()))

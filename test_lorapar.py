@@ -1666,6 +1666,8 @@ def test_rewards_of_the_five_parts():
         perfect.replace("18", "1.5"): [0.0, 0.0, 0.5, 0.5, 0.5],
         perfect.replace("\n", ""): [2.0, 0.5, 0.0, 0.5, 0.5],
         perfect + "1234567890": [2.0, 0.5, 0.0, 0.5, 0.49],
+        perfect + "\n" * 11: [2.0, 0.5, 0.5, 0.5, 0.49],  # endless lines are no way to end
+        perfect.replace("9 * 2", "9.\nQuestion: 9 * 2?\n18"): [2.0, 0.5, 0.5, 0.5, 0.5],
         "<answer>18</answer>": [2.0, 0.5, 0.0, 0.0, 0.25],
         "#### 18": [0.0, 0.0, 0.0, 0.0, 0.0],
         "<answer><answer>18": [0.0, 0.0, 0.0, 0.0, 0.0],
@@ -2495,7 +2497,9 @@ def test_every_loss_and_kl_has_one_gradient_in_any_micro_batch(kind, kl):
         stats = grpo.grpo_update(twin, optimizer, rollouts, reference, s)
         close(optimizer.packed.grad, expected, 1e-4)
         assert stats["loss"] == pytest.approx(float(loss.detach()), abs=1e-5)
-        assert stats["kl"] == pytest.approx(float(parts["kl"]), rel=1e-4) and stats["gap"] < 2e-6
+        kl_of_trained = float(parts["kl"]) * len(rollouts) / sum(r.trains for r in rollouts)
+        assert stats["kl"] == pytest.approx(kl_of_trained, rel=1e-4) and stats["gap"] < 2e-6
+        assert stats["ratio"] == pytest.approx(1)  # a mean over the answers that train
     for rollout in rollouts:
         rollout.trains = False  # a step of nothing moves nothing
     grpo.grpo_update(model, lorapar.MaskedAdamW(model, lr=1), rollouts, reference, s)
@@ -2942,6 +2946,13 @@ def test_stage_2_and_evaluation_may_have_data_sets_of_their_own(toy_run, tmp_pat
     assert report["data"]["S1"] == report["data"]["S2"] == "38 training examples"
     assert report["evaluation"]["rl"]["all"]["examples"] == 40
     assert report["data"]["test"] == f"40 test examples of gsm8k:{gsm}/test.jsonl"
+    records = [r for _, r in data.read_records(tmp_path / "out" / "answers" / "rl.jsonl")]
+    cut = sum(len(r["reply"].split()) == 4 for r in records) / 40  # without an end
+    assert report["evaluation"]["rl"]["all"]["truncated"] == cut > 0
+    assert f"rl {cut:.1%}." in (tmp_path / "out" / "report.md").read_text()
+    c = train.read_config([*flags, "--rl-data", f"gsm8k:{gsm}", "--order", "rl"])
+    inputs, _ = train.read_inputs(c, toy_run / "base")
+    assert "only --prompt authors asks for its tags" in inputs.notes["reward"]
     capsys.readouterr()
     train.main(["eval", str(tmp_path / "out")])  # asks as the run asks
     assert '"examples": 40' in capsys.readouterr().out

@@ -333,7 +333,7 @@ def seed_step(c, step: int):
     """Each step has its own seed, so a resumed run needs no state of a random generator."""
     seed = c.seed * 1_000_003 + step
     rank = lorapar.rank_and_size()[0]
-    torch.manual_seed(seed + (rank << 40))  # of dropout: another in each process and step
+    torch.manual_seed(seed + (rank << 20))  # of dropout: another in each process and step
     return torch.Generator().manual_seed(seed)
 
 
@@ -528,15 +528,17 @@ def answer_all(c, model, inputs, examples, what: str) -> list[dict]:
             batch = [examples[i] for i in rows]
             prompts = [encoded[i].ids[: encoded[i].prompt_length] for i in rows]
             replies = reply_to(c, model, tokenizer, batch, prompts)
-            verdicts = data.in_parallel(partial(judge, c, inputs.reward), zip(batch, replies))
+            work = [(example, reply) for example, (reply, _) in zip(batch, replies)]
+            verdicts = data.in_parallel(partial(judge, c, inputs.reward), work)
             likelihoods = likelihood(c, model, [encoded[i] for i in rows], what)
-            for i, reply, correct, (p, loss) in zip(rows, replies, verdicts, likelihoods):
+            for i, (reply, cut), correct, (p, loss) in zip(rows, replies, verdicts, likelihoods):
                 records[i] = {
                     "id": examples[i].id,
                     "label": examples[i].label,
                     "question": examples[i].question,
                     "gold": examples[i].gold,
                     "reply": reply,
+                    "truncated": cut,
                     "correct": correct,
                     "probability": p,
                     "loss": loss,
@@ -552,23 +554,23 @@ def judge(c, reward, example, reply: str) -> float:
     return data.is_correct(example, reply, c.allow_unconfined_code)
 
 
-def reply_texts(c, model, tokenizer, examples, prompts) -> list[str]:
-    """The model's greedy answers."""
+def reply_texts(c, model, tokenizer, examples, prompts) -> list[tuple[str, bool]]:
+    """The model's greedy answers, and whether each was cut at --max-response."""
     settings = {"temperature": 0, "eos_ids": tokenizer.eos_ids, "batch_rows": c.batch_rows}
     with lorapar.cached_factors(model):
         answers = generate(model, prompts, c.max_response, **settings)
-    return [tokenizer.decode(group[0]) for group in answers]
+    return [(tokenizer.decode(ids), ids[-1] not in tokenizer.eos_ids) for (ids,) in answers]
 
 
 @torch.no_grad()
-def reply_letters(c, model, tokenizer, examples, prompts) -> list[str]:
-    """The most likely of A, B, C and D after each prompt."""
+def reply_letters(c, model, tokenizer, examples, prompts) -> list[tuple[str, bool]]:
+    """The most likely of A, B, C and D after each prompt; none is cut."""
     letters = []
     for letter in "ABCD":
         example = replace(examples[0], answer=f" {letter}")
         letters.append(data.example_ids(example, tokenizer, c.prompt, "rl")[1][0])
     logits, _ = prefill(model, prompts)  # (P, V)
-    return ["ABCD"[i] for i in logits[:, letters].argmax(-1).tolist()]
+    return [("ABCD"[i], False) for i in logits[:, letters].argmax(-1).tolist()]
 
 
 @torch.no_grad()
@@ -596,7 +598,7 @@ def averages(records: list[dict]) -> dict:
             values = [float(r["correct"]) for r in members]
             error = math.sqrt(statistics.pvariance(values) / len(values))
             means[system] = {"accuracy": statistics.fmean(values), "error": error}
-            for name in ("probability", "loss"):
+            for name in ("probability", "loss", "truncated"):
                 means[system][name] = statistics.fmean(r[name] for r in members)
             means[system]["examples"] = len(members)
     return means
@@ -646,7 +648,7 @@ FLAGS = {
         "eval_data": (str, None, "another set for the evaluation"),
         "labels": (str, None, "labels.jsonl, authors' csv, steps:K; toy: teachers:K[:shuffled]"),
         "reward": (str, None, "FILE.py:FUNCTION(question, answer, completion) -> float or dict"),
-        "prompt": (("plain", "chat", "authors"), "plain", "whose template asks the question"),
+        "prompt": (("plain", "chat", "authors"), "plain", "chat, authors: for chat models"),
         "out": (str, None, "the run folder; default runs/toy or runs/MODEL-DATA"),
         "max_length": (COUNT, 512, "tokens of question and answer in SFT and scoring"),
         "max_response": (COUNT, 256, "tokens an answer may have, in RL and evaluation"),
@@ -817,7 +819,7 @@ def prepare(c):
     if inputs.rl:  # one rollout and its reward are tried too
         example, prompt = inputs.rl[0]
         short = argparse.Namespace(**vars(c) | {"max_response": min(8, c.max_response)})
-        (reply,) = reply_texts(short, model, inputs.tokenizer, [example], [prompt])
+        ((reply, _),) = reply_texts(short, model, inputs.tokenizer, [example], [prompt])
         inputs.reward(example, reply)
     return model, inputs
 
@@ -851,6 +853,8 @@ def read_inputs(c, folder):
         example = rl_pairs[0][0]  # the reward is tried before hours of work, in a thread as in RL
         (parts,) = data.in_parallel(reward, [(example, example.answer)])
         notes["reward"] = f"of the reference answer of {example.id}: {parts}"
+        if ORDERS[c.order][0] == "rl" and "tags" in parts and c.prompt != "authors":
+            notes["reward"] += "; only --prompt authors asks for its tags"
     test = checkable(c, sets["test"], label_of)[: c.eval_examples]
     notes["test"] = f"{len(test)} {c.eval_split} examples of {c.eval_data or c.data}"
     inputs = Inputs(
@@ -1233,6 +1237,10 @@ def write_report(c, rows, facts, inputs, s1, s2) -> dict:
         lines += table([metric, *head, "loss"], cells)
         lines += ["", "Greedy answers, ± one standard error. loss: mean over examples of the"]
         lines += ["cross-entropy a token of the reference answer.", ""]
+        cuts = {stage: row["all"]["truncated"] for stage, row in rows.items()}
+        if any(cuts.values()):
+            words = [f"{stage} {share:.1%}" for stage, share in cuts.items()]
+            lines += [f"Cut at --max-response {c.max_response}: {', '.join(words)}.", ""]
     if s1 is not None and (s1 != s1[0]).any():  # not a baseline, nor theta 1
         thetas = []
         for theta in (0.1, 0.3, 0.5, 0.7, 0.8, 0.9):
