@@ -333,8 +333,8 @@ def sum_over_ranks(tensor):
 
 
 def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
-    """I = |g * phi - 1/2 * F * phi^2| for every LoRA element -> (N,) float32, on the CPU as
-    CUDA's cumsum in `partition` is not deterministic (paper, eq. 3).
+    """I = |g * phi - 1/2 * F * phi^2| for every LoRA element -> (N,) float32, on the CPU (paper,
+    eq. 3).
 
     g is the mean over the examples of the per-example gradient, F (the diagonal of the Fisher
     matrix) the mean of its square; an example's loss is the mean cross-entropy of its answer
@@ -376,7 +376,8 @@ def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
     if count == 0:
         raise ValueError("importance needs at least one example")
     g, fisher = sum_over_ranks(g) / count, sum_over_ranks(fisher) / count
-    scores = (g * phi - 0.5 * fisher * phi**2).abs().float().cpu()  # eq. 3
+    scores = (g * phi - 0.5 * fisher * phi**2).abs()  # eq. 3
+    scores = scores.float().cpu()  # where `partition` is deterministic: CUDA's cumsum is not
     if not scores.isfinite().all():
         raise ValueError("the importance scores are not finite; is a loss NaN?")
     if not scores.any():
