@@ -1023,9 +1023,11 @@ def reward_parts(example: Example, reply: str, unconfined=False) -> dict[str, fl
 
 
 def in_parallel(function, items) -> list:
-    """[function(*item) ...], on as many threads as this process may use cores."""
-    available = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
-    with ThreadPoolExecutor(len(available)) as pool:
+    """[function(*item) ...], on as many threads as this process may use cores; torchrun's processes
+    share them, as code answers have a time limit."""
+    available = len(getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0))
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    with ThreadPoolExecutor(max(1, available // processes)) as pool:
         return list(pool.map(lambda item: function(*item), items))
 
 

@@ -24,6 +24,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
@@ -3489,6 +3490,25 @@ def test_two_processes_compute_what_one_computes(tmp_path):
     assert counts[1][0]["bytes"] == 0
     few = 100 * sum(steps.values())
     assert 0 <= counts[2][0]["bytes"] - gradients - scores < few
+
+
+def test_processes_must_agree_share_the_cores_and_run_no_other_command(
+    toy_run, tmp_path, monkeypatch, capsys
+):
+    c = train.read_config([*QUICK, "--out", str(borrow(toy_run, tmp_path / "run"))])
+    model, _ = train.prepare(c)
+    train.add_adapters(c, model)
+    optimizer = lorapar.MaskedAdamW(model)
+    load = (train.load_state, c, "sft", model, optimizer, 3)
+    assert load[0](*load[1:]) == 0
+    with monkeypatch.context() as patch:  # the other one would begin with step 2
+        patch.setattr(grpo, "gather_over_ranks", lambda own: [*own, (own[0][0], 2)])
+        refuses("do not have the same start, mask and step", *load)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    threads = data.in_parallel(lambda: time.sleep(0.01) or threading.get_ident(), [()] * 9)
+    assert len(set(threads)) == 1
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "eval runs in one process" in fails(capsys, "eval", toy_run)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -248,9 +248,10 @@ def rl(c, model, inputs):
     )
     reference = lorapar.get_flat(model)  # of the KL: RL's start, before load_state changes it
     if c.kl_reference == "base":  # the factors that add nothing: the anchor, or zeros
-        start = read_tensors(Path(c.out) / "importance.safetensors", ["start"])["start"]
-        anchored = c.init in lorapar.ANCHORED
-        reference = (start if anchored else torch.zeros_like(start)).to(c.device)
+        reference = torch.zeros_like(reference)
+        if c.init in lorapar.ANCHORED:
+            anchors = lorapar.lora_buffers(model, "anchor")
+            reference = torch.cat([anchor.flatten() for anchor in anchors])
     settings = grpo.Settings(
         group=c.rl_group,
         max_new_tokens=c.max_response,
@@ -470,6 +471,9 @@ def load_state(c, stage: str, model, optimizer, steps: int) -> int:
         if lorapar.rank_and_size()[0] == 0:  # a user who deletes a stage's folder redoes the stage
             for name in (f"answers/{stage}.jsonl", "report.json", "report.md"):
                 (Path(c.out) / name).unlink(missing_ok=True)
+    states = grpo.gather_over_ranks([(origin, first)])
+    if any(state != states[0] for state in states):  # another machine's SVD, a folder of its own
+        raise ValueError(f"{stage}: the processes do not have the same start, mask and step")
     order = {name: i for i, name in enumerate(ORDERS[c.order])}
     keep_lines(
         Path(c.out) / "metrics.jsonl",
@@ -1776,6 +1780,8 @@ def main(arguments=None):
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # torchrun says so
     try:
         if arguments and arguments[0] in COMMANDS:
+            if several:
+                raise ValueError(f"{arguments[0]} runs in one process, without torchrun")
             COMMANDS[arguments[0]](arguments[1:])
             return
         c = read_config(arguments)
@@ -1785,6 +1791,8 @@ def main(arguments=None):
         if lorapar.rank_and_size()[0] == 0:
             draw_figures(Path(c.out))
             print(f"everything is in {c.out}")
+        if several:
+            torch.distributed.destroy_process_group()
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
         sys.exit(f"train.py: {reason}: lower --micro-batch and --batch-rows, or --checkpointing")
@@ -1795,7 +1803,7 @@ def main(arguments=None):
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if not several:
+        if "gloo" not in str(error) and "NCCL" not in str(error):
             raise
         sys.exit(f"train.py: a process of the group ended ({str(error)[:100]})")
     finally:
@@ -1811,7 +1819,7 @@ def join_processes(c):
         torch.cuda.set_device(c.device)
     torch.distributed.init_process_group("nccl" if c.device.startswith("cuda") else "gloo")
     if lorapar.rank_and_size()[0]:
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w", errors="backslashreplace")
 
 
 if __name__ == "__main__":
