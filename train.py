@@ -630,9 +630,10 @@ def within(kind, low, high):
 
 def device_name(name: str) -> str:
     try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError):
-        raise argparse.ArgumentTypeError(f"this PyTorch sees no device {name}") from None
+        torch.empty(0, device=name, dtype=torch.float64)  # Apple's has none
+    except (RuntimeError, AssertionError, TypeError):
+        why = f"this PyTorch sees no device {name} with float64"
+        raise argparse.ArgumentTypeError(why) from None
     return name
 
 
