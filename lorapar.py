@@ -128,7 +128,9 @@ def is_baseline(model) -> bool:
 
 def refuse_adapted(model):
     if any(isinstance(m, (LoRALinear, *BASELINES)) for m in model.modules()):
-        raise ValueError("the model has LoRA layers or a baseline already: take a fresh base")
+        raise ValueError(
+            "the model has LoRA layers or a baseline already: merge, or take a fresh base"
+        )
 
 
 def trainable(model) -> dict[str, nn.Parameter]:
@@ -754,6 +756,9 @@ def merge(model):
             delattr(layer, name)
         del layer.scale, layer.dropout, layer.cached
         layer.__class__ = nn.Linear
+    config = getattr(unwrapped(model), "config", None)
+    if hasattr(config, "_name_or_path"):
+        config._name_or_path = ""  # another adapter on top is none of the old checkpoint
     return model
 
 

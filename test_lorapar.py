@@ -590,6 +590,8 @@ def test_one_formula_serves_start_forward_export_and_merge(init, tmp_path):
         scale = config["lora_alpha"] / config["r"]
         close(base.get_submodule(name).weight + scale * B @ A, weight)
         reference.get_submodule(name).weight.copy_(weight)
+    twin = copy.deepcopy(model)
+    assert lorapar.merge(twin).config._name_or_path == ""  # no longer that checkpoint
     for ours in (model, lorapar.load_adapter(small(), tmp_path)):
         close(ours(tokens), reference(tokens))
         assert not any(isinstance(m, lorapar.LoRALinear) for m in lorapar.merge(ours).modules())
@@ -601,14 +603,19 @@ def test_merge_command_writes_a_whole_checkpoint(dtype, tmp_path, monkeypatch):
     """Merged in float32, stored in the checkpoint's dtype, every other file copied but
     the index of the weights; a Hub id works too."""
     base, out, adapter = tmp_path / "base", tmp_path / "merged", tmp_path / "adapter"
-    decoder.save_model(small().to(dtype), base, eos_token_id=7)
+    decoder.save_model(small("llama2").to(dtype), base, eos_token_id=7)
     data.save_toy_tokenizer(base)
     tuned = lorapar.add_lora(decoder.load_model(base), r=3, lora_alpha=6)
     lorapar.set_flat(tuned, 0.1 * torch.randn(len(lorapar.get_flat(tuned))))
     lorapar.save_adapter(tuned, adapter)
     (base / "model.safetensors.index.json").write_text('{"weight_map": {"x": "model.safetensors"}}')
     monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(return_value=base))
-    train.main(["merge", "--adapter", str(adapter), "--out", str(out), "--model", "org/base"])
+    (base / "LICENSE").write_text("MIT")
+    rewrite(base / "config.json", tie_word_embeddings=True)  # it says so wrongly
+    with pytest.warns(UserWarning, match="not tied"):
+        train.main(["merge", "--adapter", str(adapter), "--out", str(out), "--model", "org/base"])
+    assert read(out / "config.json")["tie_word_embeddings"] is False
+    assert (out / "LICENSE").exists() and not list(tmp_path.glob("*.tmp"))
     merged, tokens = decoder.load_model(out, dtype=None), torch.arange(20)[None]
     assert merged.head_weight.dtype == dtype and data.Tokenizer(out).eos_ids == (0, 7)
     assert not (out / "model.safetensors.index.json").exists() and len(modes(out)) == 1
@@ -2792,8 +2799,9 @@ def test_ablation_switches_do_what_they_say(toy_run, tmp_path, capsys):
     moved = load_file(out / "rl" / "state.safetensors")["flat"] != start
     assert not moved[~(regions["s2_only"] | regions["shared"])].any()
 
-    out, rows, _, _ = run("--order sft --init gaussian")
+    out, rows, part, _ = run("--order sft --init gaussian")
     assert list(rows) == ["base", "init", "sft"] and not (out / "rl").exists()
+    assert list(part["active_percent"]) == ["sft"]
     assert rows["init"]["all"]["loss"] != rows["base"]["all"]["loss"]
 
     _, _, part, regions = run("--order rl --select random")
@@ -2994,6 +3002,7 @@ def test_ones_own_file_and_reward_train_stage_2(toy_run, tmp_path, capsys):
     train.main(with_reward("length"))
     said = capsys.readouterr().out
     assert f"{mine}: 60 examples: 48 train, 6 validation, 6 test" in said
+    assert "leave --data out" in fails(capsys, "eval", tmp_path / "length", "--data", mine)
     assert "reward    of the reference answer of" in said and "'short': -0.02" in said
     report = read(tmp_path / "length" / "report.json")
     assert report["evaluation"]["rl"]["all"]["examples"] == 6  # 80/10/10
@@ -3068,6 +3077,7 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
     base, nowhere, file = toy_run / "base", tmp_path / "nowhere", tmp_path / "file"
     few = sweep_folder(toy_run, tmp_path / "few", 1)
     good, none = gsm8k_folder(tmp_path / "good"), tmp_path / "none.jsonl"
+    split = f"gsm8k:{good}/train.jsonl"
     run = f"--model {base} --data gsm8k:{good} --out {tmp_path}/out"
     labelled, toy = f"{run} --labels steps:2", f"--out {borrow(toy_run, tmp_path / 'toy')}"
     merge = f"merge --model {base} --adapter {toy_run}/rl --out"
@@ -3109,6 +3119,7 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         train.jsonl:3: no number after #### => {labelled} --data gsm8k:{unmarked}
         S2 of gsm8k:{good}: 0 training examples => {labelled}
         holds training examples => {labelled} --eval-data gsm8k:{good}/train.jsonl
+        evaluation holds => {labelled} --data {split} --eval-data gsm8k:{good} --eval-every 1
         longer than --max-prompt 2 => {toy} --max-prompt 2 --train-examples 70
         sees no device cuda:7 => --device cuda:7
         --seed: -1 is not from 0 => --seed -1

@@ -166,13 +166,13 @@ def split_elements(c, model, s1, s2):
         if not masks[stage].any():
             share = "--alpha" if stage == "sft" else "--beta"
             raise ValueError(f"{stage}: no element is active: raise {share} or change --theta")
-    facts = partition_facts(model, part, masks)
+    stages = ORDERS[c.order] or masks  # without stages: what both would move
+    facts = partition_facts(model, part, {stage: masks[stage] for stage in stages})
     write_json(Path(c.out) / "partition.json", facts)
     write_tensors(Path(c.out) / "partition.safetensors", part._asdict())  # flat order
-    percent = facts["active_percent"]
+    active = [f"{percent:.1f}% in {stage}" for stage, percent in facts["active_percent"].items()]
     print(
-        f"partition: {len(s1)} elements, active {percent['sft']:.1f}% in sft, "
-        f"{percent['rl']:.1f}% in rl, Jaccard {facts['jaccard']:.3f}"
+        f"partition: {len(s1)} elements, active {', '.join(active)}, Jaccard {facts['jaccard']:.3f}"
     )
     return masks, facts
 
@@ -941,7 +941,7 @@ def read_sets(c) -> dict:
             f"{specs['test']}: no answer can be checked: name a --eval-data or --reward"
         )
     training_ids = {e.id for e in sets["S1"] + sets["S2"]}
-    if any(e.id in training_ids for e in sets["test"]):
+    if any(e.id in training_ids for e in sets["test"] + sets["validation"]):
         raise ValueError(f"{specs['test']}: the evaluation holds training examples (by their ids)")
     return sets
 
@@ -1240,8 +1240,8 @@ def write_report(c, rows, facts, inputs, s1, s2) -> dict:
                 cell.append(f"{mean:.{digits}f} ± {error:.{digits}f}")
             cells.append([*cell, f"{row['all']['loss']:.3f}"])
         lines += table([metric, *head, "loss"], cells)
-        lines += ["", "Greedy answers, ± one standard error. loss: mean over examples of the"]
-        lines += ["cross-entropy a token of the reference answer.", ""]
+        lines += ["", "Greedy answers, ± one standard error over questions (not seeds). loss:"]
+        lines += ["mean over examples of the cross-entropy a token of the reference answer.", ""]
         cuts = {stage: row["all"]["truncated"] for stage, row in rows.items()}
         if any(cuts.values()):
             words = [f"{stage} {share:.1%}" for stage, share in cuts.items()]
@@ -1313,6 +1313,8 @@ def run_eval(arguments):
     else:
         place, split = source(c, c.data), c.eval_split
         if data.in_one_file(*place):
+            if c.data in (old.get("data"), old.get("rl_data")):
+                raise ValueError(f"{folder} trained on {c.data}: leave --data out")
             print(split_words(place, is_cut=False))
             split = "all"
         examples = checkable(c, data.load_dataset(*place, split), {})
@@ -1390,7 +1392,8 @@ def read_finished(folder: Path):
 
 
 def run_merge(arguments):
-    """Folds an adapter into its checkpoint: a whole Hugging Face folder, weights in their dtype."""
+    """Folds an adapter into its checkpoint: a whole Hugging Face folder, weights in their dtype.
+    Rounding to bfloat16 may lose much of a small update: the adapter itself is more exact."""
     parser = Parser("train.py merge", description=run_merge.__doc__)
     parser.add_argument("--model", required=True, help="the base: a model folder or Hub id")
     parser.add_argument("--adapter", required=True, help="a folder in PEFT's format")
@@ -1400,12 +1403,20 @@ def run_merge(arguments):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not empty; name a new folder")
     model = load_model(folder, dtype=None)  # each tensor as it is stored
-    save_model(lorapar.merge(lorapar.load_adapter(model, args.adapter)), out)
+    unfinished = out.with_name(out.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_model(lorapar.merge(lorapar.load_adapter(model, args.adapter)), unfinished)
     for file in folder.iterdir():
-        described = file.suffix in (".json", ".model", ".jinja", ".txt")
+        described = file.suffix in (".json", ".model", ".jinja", ".txt", "")  # "": LICENSE
         if file.is_file() and described and not file.name.endswith(".index.json"):
-            shutil.copy(file, out / file.name)
-    print(f"merged: {out}")
+            shutil.copy(file, unfinished / file.name)
+    tied = {"tie_word_embeddings": model.config.tie_word_embeddings}  # a file may say it wrongly
+    write_json(unfinished / "config.json", read_json(folder / "config.json") | tied)
+    if out.exists():
+        out.rmdir()
+    os.replace(unfinished, out)
+    made_for = read_json(Path(args.adapter) / "adapter_config.json").get("base_model_name_or_path")
+    print(f"merged: {out} (the adapter was made for {made_for!r})")
 
 
 def run_figure(arguments):
