@@ -527,8 +527,8 @@ VERDICT = re.compile(
 
 
 def verdict(text: str) -> str | None:
-    """The system a teacher's free text names: on its last line if that names one alone and is
-    short or ends with it, else in the whole text if it names one alone, else None (not guessed)."""
+    """The one system that the last line of a teacher's text names, if the line is short or ends
+    with the name; else the one system that the whole text names; None if it names both or none."""
     text = after_thoughts(text).strip()
     last_line = text.rpartition("\n")[2]
     for part in (last_line, text):
@@ -536,7 +536,7 @@ def verdict(text: str) -> str | None:
         systems = {"S2" if m[1].lower() in ("2", "２", "二", "two") else "S1" for m in found}
         if len(systems) == 1:
             ends_with_it = len(part) - found[-1].end() < 3
-            if part is text or len(part) < 20 or ends_with_it:
+            if part is text or len(part) < 20 or ends_with_it:  # the whole text: no condition
                 return systems.pop()
     return None
 
@@ -600,7 +600,7 @@ def status_of(record: dict) -> str:
 
 
 def count_votes(paths):
-    """Teachers' files -> (labels records [{id, label, votes}], report lines a person reads).
+    """Teachers' files -> (label records [{id, label, votes}], report lines a person reads).
 
     Teachers are named by path. Only "S1" and "S2" vote; an example without any vote gets no label.
     """
@@ -713,13 +713,13 @@ def prompt_and_answer(example: Example, tokenizer, style: str, stage: str):
 
 
 def example_ids(example: Example, tokenizer, style="plain", stage="sft"):
-    """-> prompt ids, answer ids with EOS: each text's own tokens, as when a model answers. The
-    authors' SFT puts an EOS between them."""
+    """-> prompt ids, answer ids with EOS. They are encoded apart, as a model that answers sees the
+    prompt alone. The authors' SFT puts an EOS between them."""
     prompt, answer = prompt_and_answer(example, tokenizer, style, stage)
-    start = tokenizer.encode(prompt, bos=True)
+    prompt_ids = tokenizer.encode(prompt, bos=True)
     if style == "authors" and stage == "sft":
-        return start + [tokenizer.eos_ids[0]], tokenizer.encode(answer, eos=True)
-    return start, tokenizer.encode(answer, eos=True, goes_on=True)
+        return prompt_ids + [tokenizer.eos_ids[0]], tokenizer.encode(answer, eos=True)
+    return prompt_ids, tokenizer.encode(answer, eos=True, goes_on=True)  # without a leading space
 
 
 class Encoded(NamedTuple):

@@ -222,12 +222,12 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
                 logp, b.old, b.ref, b.advantages, b.mask, s.clip, s.kl,
                 clip_high=s.clip_high, loss=s.loss, max_new_tokens=s.max_new_tokens,
             )  # fmt: skip
-            # what the micro-batch counts in the batch's mean, over answers or over tokens
-            share = len(b.tokens) / len(rollouts)
-            weight = b.mask.sum() / trained_tokens if s.loss == "token" else share
-            (loss * weight).backward()
-            totals["loss"] += loss.detach() * weight / s.iterations
-            for name, value in stats.items():  # means over the answers that train
+            share = len(b.tokens) / len(rollouts)  # of all answers, also of those that do not train
+            if s.loss == "token":
+                share = b.mask.sum() / trained_tokens
+            (loss * share).backward()
+            totals["loss"] += loss.detach() * share / s.iterations
+            for name, value in stats.items():  # means over the answers that train, alone
                 totals[name] += value * len(b.tokens) / trained_answers / s.iterations
         optimizer.step()
     values = sum_over_ranks(torch.stack(list(totals.values())))

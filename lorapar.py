@@ -346,7 +346,7 @@ def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
     one example) pass through it at once; the result does not depend on that.
     Under torch.distributed each process gives examples of its own, and all get the scores of all.
     Runs in eval mode; every module gets its own flag back. Raises ValueError on a model that vmap
-    cannot run (gradient checkpointing goes on only after scoring), an example without answer
+    cannot run (switch gradient checkpointing on after scoring), an example without answer
     tokens, and scores that are all zero or not finite.
     """
     if torch.is_inference_mode_enabled():
@@ -355,7 +355,7 @@ def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
     phi = get_flat(model).double()
     g, fisher = torch.zeros_like(phi), torch.zeros_like(phi)
     count = 0
-    # as model.eval_mode, which this file cannot import
+    # eval_mode of model.py, written out as this file stands alone
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -77,7 +77,7 @@ def run(c) -> dict:
         rows["init"] = evaluate(c, "init", model, inputs)
     s1, s2 = score(c, model, inputs.encoded)  # importance on S1, importance on S2: eq. 1-3
     masks, facts = split_elements(c, model, s1, s2)  # Algorithm 1, step 1
-    model.model.checkpointing = c.checkpointing  # only now: the vmap of scoring cannot recompute
+    model.model.checkpointing = c.checkpointing  # of gradients; scoring's vmap cannot run it
     for stage in ORDERS[c.order]:
         lorapar.set_mask(model, masks[stage])
         if stage == "sft":  # step 2: moves S1-only and the top alpha of shared
@@ -147,8 +147,8 @@ def score(c, model, encoded):
 
 
 def ranks_nothing(c) -> bool:
-    """Do the masks take all elements or none, whatever the scores?"""
-    return c.theta == 1 and c.alpha in (0, 1) and c.beta in (0, 1)
+    """At theta 1 all elements are shared; to take all or none of them needs no scores."""
+    return c.theta == 1 and {c.alpha, c.beta} <= {0, 1}
 
 
 def split_elements(c, model, s1, s2):
@@ -166,7 +166,7 @@ def split_elements(c, model, s1, s2):
         if not masks[stage].any():
             share = "--alpha" if stage == "sft" else "--beta"
             raise ValueError(f"{stage}: no element is active: raise {share} or change --theta")
-    stages = ORDERS[c.order] or masks  # without stages: what both would move
+    stages = ORDERS[c.order] or ("sft", "rl")  # --order none: what both would move
     facts = partition_facts(model, part, {stage: masks[stage] for stage in stages})
     write_json(Path(c.out) / "partition.json", facts)
     write_tensors(Path(c.out) / "partition.safetensors", part._asdict())  # flat order
@@ -224,9 +224,8 @@ def sft(c, model, inputs):
 
 
 def backward(model, encoded, batch_size: int, micro_batch: int, device):
-    """Backward on these examples -> their share of the batch's loss: the mean over its examples of
-    each answer's mean token cross-entropy. At most micro_batch examples at a time; the gradient
-    does not depend on it."""
+    """Backward of (sum over these examples of the answer's mean token cross-entropy) / batch_size,
+    which it returns. At most micro_batch examples at a time; the gradient does not depend on it."""
     total = torch.zeros((), device=device)
     for tokens, labels in data.batches(encoded, micro_batch, device):
         logp = token_logprobs(model, tokens, labels)  # (B, T-1), 0 on the prompt
@@ -246,7 +245,7 @@ def rl(c, model, inputs):
         max_grad_norm=c.rl_grad_norm,
         sum_gradients=True,
     )
-    reference = lorapar.get_flat(model)  # of the KL: RL's start, before load_state changes it
+    reference = lorapar.get_flat(model)  # the KL's: RL's start; load_state changes the factors
     if c.kl_reference == "base":  # the factors that add nothing: the anchor, or zeros
         reference = torch.zeros_like(reference)
         if c.init in lorapar.ANCHORED:
@@ -824,8 +823,8 @@ def prepare(c):
     if inputs.rl:  # one rollout and its reward are tried too
         example, prompt = inputs.rl[0]
         short = argparse.Namespace(**vars(c) | {"max_response": min(8, c.max_response)})
-        ((reply, _),) = reply_texts(short, model, inputs.tokenizer, [example], [prompt])
-        inputs.reward(example, reply)
+        replies = reply_texts(short, model, inputs.tokenizer, [example], [prompt])
+        inputs.reward(example, replies[0][0])
     return model, inputs
 
 
