@@ -545,9 +545,8 @@ def read_teacher(path) -> dict[str, str]:
     """One teacher's file -> {id: status}: "S1" or "S2", "unclear" (a text without one verdict),
     "refused" (or filtered), "cut" (the text ended at its length limit), "error" (no text).
 
-    Lines are {"id", "label"}, or answers of a batch service: joined by custom_id, never by order. A
-    retry may follow a failed request. ValueError on a second answer, on requests, on
-    the result of a vote.
+    Lines are {"id", "label"}, or answers of a batch service: joined by custom_id, never by order.
+    ValueError on a second answer, on requests, on the result of a vote.
     """
     statuses = {}
     for where, record in read_records(path):

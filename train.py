@@ -915,7 +915,6 @@ def read_sets(c) -> dict:
     could not be checked, or where the evaluation holds training examples."""
     specs = {"S1": c.data, "S2": c.rl_data or c.data, "test": c.eval_data or c.data}
     splits = {"S1": "train", "S2": "train", "test": c.eval_split}
-    # one file that both trains and tests
     cut = specs["test"] if specs["test"] in (specs["S1"], specs["S2"]) else None
     for spec in dict.fromkeys(specs.values()):
         if data.in_one_file(*source(c, spec)):
@@ -1084,7 +1083,6 @@ def make_toy_base(c, folder: Path):
         write_json(config, flags_of(c))
     world = data.make_toy(Path(c.out) / "world", c.seed)
     data.save_toy_tokenizer(folder)
-    write_json(folder / "config.json", {"eos_token_id": 0})  # the tokenizer reads it here
     torch.manual_seed(c.seed)
     shape = ModelConfig(
         len(data.TOY_TOKENS), 128, 256, 2, 4, 4, 32,
