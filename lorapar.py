@@ -637,12 +637,12 @@ def save_adapter(model, folder, base_model=""):
     all_adapted = all(isinstance(m, LoRALinear) for m in named)
     layer = next(iter(layers.values()))  # rank, scale and dropout are the same in all
     rank = len(layer.factors()[0])
-    of_model = getattr(model, "config", None)  # Hugging Face's, or with its names
-    task = "CAUSAL_LM" if hasattr(of_model, "model_type") else None
+    model_config = getattr(model, "config", None)  # Hugging Face's, or with its names
+    task = "CAUSAL_LM" if hasattr(model_config, "model_type") else None
     config = {
         "peft_type": "LORA",
         "task_type": task,
-        "base_model_name_or_path": str(base_model or getattr(of_model, "_name_or_path", "")),
+        "base_model_name_or_path": str(base_model or getattr(model_config, "_name_or_path", "")),
         "r": rank,
         "lora_alpha": layer.scale * rank,
         "lora_dropout": layer.dropout,

@@ -3510,14 +3510,18 @@ def test_processes_must_agree_share_the_cores_and_run_no_other_command(
     model, _ = train.prepare(c)
     train.add_adapters(c, model)
     optimizer = lorapar.MaskedAdamW(model)
-    load = (train.load_state, c, "sft", model, optimizer, 3)
-    assert load[0](*load[1:]) == 0
+    stage = (c, "sft", model, optimizer, 3)
+    assert train.load_state(*stage) == 0
     with monkeypatch.context() as patch:  # the other one would begin with step 2
         patch.setattr(grpo, "gather_over_ranks", lambda own: [*own, (own[0][0], 2)])
-        refuses("do not have the same start, mask and step", *load)
+        refuses("do not have the same start, mask and step", train.load_state, *stage)
+
+    def thread():
+        time.sleep(0.01)
+        return threading.get_ident()
+
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
-    threads = data.in_parallel(lambda: time.sleep(0.01) or threading.get_ident(), [()] * 9)
-    assert len(set(threads)) == 1
+    assert len(set(data.in_parallel(thread, [()] * 9))) == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "eval runs in one process" in fails(capsys, "eval", toy_run)
 

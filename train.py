@@ -450,7 +450,7 @@ def save_state(folder, model, optimizer, step: int):
 def load_state(c, stage: str, model, optimizer, steps: int) -> int:
     """Puts a saved state back -> the step to go on with, 0 if there is none. Drops the metrics and
     samples of the steps that will run again. ValueError if it was made with another mask or reward,
-    or from another start (after another first stage)."""
+    or from another start (after another first stage), or if several processes differ in these."""
     folder, first = Path(c.out) / stage, 0
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "state.safetensors"
@@ -1400,7 +1400,7 @@ def run_merge(arguments):
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not empty; name a new folder")
     model = load_model(folder, dtype=None)  # each tensor as it is stored
-    unfinished = out.with_name(out.name + ".tmp")
+    unfinished = out.with_name(out.name + ".merging.tmp")
     shutil.rmtree(unfinished, ignore_errors=True)
     save_model(lorapar.merge(lorapar.load_adapter(model, args.adapter)), unfinished)
     for file in folder.iterdir():
