@@ -9,8 +9,8 @@ I_j = |g_j phi_j - 1/2 F_jj phi_j^2|, and a stage trains only the elements that 
     set_mask(model, stage_mask(part.s1_only, part.shared, s1, fraction=1.0))
     optimizer = MaskedAdamW(model, lr=2e-4)      # frozen elements stay bit-identical
 
-The file stands alone: copy it into a project of your own. It works on any `nn.Module` that maps
-tokens (B, T) to logits (B, T, V). Paper: Huang et al., LoRA-PAR, Findings of EMNLP 2025.
+The file stands alone: copy it into a project of your own. It works on any causal `nn.Module` that
+maps tokens (B, T) to logits (B, T, V). Paper: Huang et al., LoRA-PAR, Findings of EMNLP 2025.
 Left out: DoRA, adapters on embeddings, quantised bases (load_adapter refuses them by name), and
 models whose layers are spread over several devices.
 """
@@ -80,6 +80,8 @@ class LoRALinear(nn.Linear):
         A, B = self.lora_A, self.lora_B
         if self.anchor_A is None:
             return A, B
+        if A.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"{A.dtype} would lose the update: merge or save before a cast")
         return torch.cat((A, A - self.anchor_A)), torch.cat((B - self.anchor_B, self.anchor_B), 1)
 
     def forward(self, x):  # (.., in) -> (.., out)
@@ -127,10 +129,9 @@ def is_baseline(model) -> bool:
 
 
 def refuse_adapted(model):
-    if any(isinstance(m, (LoRALinear, *BASELINES)) for m in model.modules()):
-        raise ValueError(
-            "the model has LoRA layers or a baseline already: merge, or take a fresh base"
-        )
+    of_peft = hasattr(unwrapped(model), "peft_config")
+    if of_peft or any(isinstance(m, (LoRALinear, *BASELINES)) for m in model.modules()):
+        raise ValueError("the model has adapters already: merge them, or take a fresh base")
 
 
 def trainable(model) -> dict[str, nn.Parameter]:
@@ -359,8 +360,10 @@ def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
     was_training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        for tokens, labels in batches:
-            tokens, labels = tokens.to(phi.device), labels.to(phi.device)
+        for batch in batches:
+            if not isinstance(batch, tuple | list) or len(batch) != 2:
+                raise ValueError("importance needs pairs (tokens, labels), each (B, T)")
+            tokens, labels = (tensor.to(phi.device) for tensor in batch)
             answer_tokens = (labels[:, 1:] != -100).sum(1)  # (B,)
             if not answer_tokens.all():
                 first = count + int(answer_tokens.argmin())
@@ -406,7 +409,7 @@ def per_example_gradients(model, tokens, labels) -> torch.Tensor:
     def loss(factors, t, y):  # of one example, t, y (T,): mean cross-entropy of its answer
         # tie_weights=False: one layer may have two names
         output = functional_call(model, factors, (t[None, :-1],), tie_weights=False)
-        logits = logits_of(output)  # (1, T-1, V)
+        logits = logits_of(output, len(t) - 1)  # (1, T-1, V)
         return F.cross_entropy(logits[0].float(), y[1:])  # leaves out labels of -100
 
     # MATH: under vmap no tensor says that it needs a gradient, so CUDA's fused attention kernels
@@ -427,15 +430,16 @@ def per_example_gradients(model, tokens, labels) -> torch.Tensor:
     return torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
 
 
-def logits_of(output) -> torch.Tensor:
+def logits_of(output, T: int) -> torch.Tensor:
     """The logits (B, T, V) in what a model gives; ValueError if there are none."""
     if isinstance(output, tuple) and output:
         output = output[0]
     logits = getattr(output, "logits", output)
-    if not torch.is_tensor(logits) or logits.ndim != 3:
+    if not torch.is_tensor(logits) or logits.ndim != 3 or logits.shape[1] != T:
         raise ValueError(
             "the model must give logits (B, T, V), an object with .logits, or a tuple that begins "
-            f"with them; it gave a {type(output).__name__} {tuple(getattr(logits, 'shape', ()))}"
+            f"with them; it gave a {type(output).__name__} {tuple(getattr(logits, 'shape', ()))} "
+            f"for T = {T}"
         )
     return logits
 
@@ -505,8 +509,9 @@ class MaskedAdamW(torch.optim.AdamW):
     the layers hold at construction; step() gathers their gradients, clips their norm, updates them
     and writes them back between the frozen ones, whose bits stay. Adam's state is 8 bytes per
     active element. Weight decay pulls the factors to 0, not to the anchor. A float16 base would
-    need a GradScaler, which does not work here: take bfloat16. sum_gradients: the packed gradient,
-    |active| numbers, is summed over all processes of torch.distributed.
+    need a GradScaler, which does not work here: take bfloat16. Gradients stay on the model's
+    factors, not on `packed`. sum_gradients: the packed gradient, |active| numbers, is summed over
+    all processes of torch.distributed (not under DistributedDataParallel, which averages it).
     Raises ValueError if the mask selects nothing, where the factors are not float32, or if
     max_grad_norm is not above 0 (inf: no clipping).
     """
@@ -535,7 +540,7 @@ class MaskedAdamW(torch.optim.AdamW):
         return super().__getstate__() | {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict):
-        if [g.get("mask") for g in state_dict["param_groups"]] != [self.param_groups[0]["mask"]]:
+        if state_dict["param_groups"][0].get("mask") != self.param_groups[0]["mask"]:
             raise ValueError("this optimizer state belongs to another mask")
         super().load_state_dict(state_dict)
 
