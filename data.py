@@ -22,6 +22,7 @@ import ctypes
 import gzip
 import hashlib
 import importlib
+import io
 import json
 import math
 import os
@@ -76,24 +77,18 @@ class Tokenizer:
             raise ValueError(f"{folder}: no tokenizer.json and no tokenizer.model")
         try:
             bos, eos, puts_bos, id_of = load(file)
-            missing = [token for token in self.named_tokens() if id_of(token) is None]
             named_eos = id_of(self.special_tokens.get("eos_token", ""))
             pad = id_of(self.special_tokens.get("pad_token", ""))
         except Exception as error:  # tokenizers raises nothing narrower
             raise ValueError(f"{file}: {error}") from None
-        if missing:
-            raise ValueError(
-                f"{file} does not hold {missing[0]!r}, which another file there names: load the "
-                "tokenizer with transformers and save it once"
-            )
         eos = eos if named_eos is None else named_eos
         self.bos_id = bos if self.settings.get("add_bos_token", puts_bos) else None
         model = read_fields(folder / "config.json") | read_fields(folder / "generation_config.json")
         ends = model.get("eos_token_id", [])
         ends = [eos, *(ends if isinstance(ends, list) else [ends])]
         ends = [i for i in ends if i is not None]
-        size = model["vocab_size"] if type(model.get("vocab_size")) is int else 10**9
-        if not ends or not all(type(i) is int and 0 <= i < size for i in ends):
+        self.vocab_size = model["vocab_size"] if type(model.get("vocab_size")) is int else 10**9
+        if not ends or not all(type(i) is int and 0 <= i < self.vocab_size for i in ends):
             where = f"{folder}: config.json, generation_config.json and tokenizer"
             raise ValueError(f"{where} name {str(ends)[:40]} as eos_token_id: no ids of the model")
         self.eos_ids = tuple(dict.fromkeys(ends))
@@ -117,6 +112,8 @@ class Tokenizer:
         bpe = tokenizers.Tokenizer.from_file(str(file))
         bpe.no_truncation()  # a file carries both if they were on when it was saved
         bpe.no_padding()
+        known = {token.content for token in bpe.get_added_tokens_decoder().values()}
+        bpe.add_special_tokens([token for token in self.named_tokens() if token not in known])
         self.text_to_ids = lambda text: bpe.encode(text, add_special_tokens=False).ids
         self.ids_to_text = lambda ids: bpe.decode(ids, skip_special_tokens=False)
         first = bpe.encode("x").ids[:1]
@@ -130,6 +127,10 @@ class Tokenizer:
 
         pieces = sentencepiece.SentencePieceProcessor(str(file))
         ids = {pieces.id_to_piece(i): i for i in range(len(pieces))}
+        missing = [token for token in self.named_tokens() if token not in ids]
+        if missing:  # it would be spelled
+            cure = "load the tokenizer with transformers and save it once"
+            raise ValueError(f"does not hold {missing[0]!r}, which another file names: {cure}")
         self.text_to_ids = pieces.encode
         self.ids_to_text = lambda ids: pieces.decode([i for i in ids if i < len(pieces)])
         return pieces.bos_id(), pieces.eos_id(), True, ids.get
@@ -141,6 +142,10 @@ class Tokenizer:
         ids = self.text_to_ids(text)
         if goes_on and self.adds_space:
             ids = self.text_to_ids("\n" + text)[len(self.front) :]
+        if max(ids, default=0) >= self.vocab_size:
+            raise ValueError(
+                f"{self.folder}: token id {max(ids)} is not below vocab_size {self.vocab_size}"
+            )
         if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
         if bos:
@@ -224,9 +229,10 @@ def read_records(path, columns=None):
     opener = open if name == str(path) else gzip.open
     number = 0  # of the last line read (of an array: its record)
     try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="") as file:  # leaves out the BOM
+        with opener(path, "rb") as file:
             if name.endswith(".csv"):
-                records = csv.DictReader(file, columns)
+                text = io.TextIOWrapper(file, "utf-8-sig", newline="")  # leaves out the BOM
+                records = csv.DictReader(text, columns)
             elif name.endswith(".json"):
                 records = json.load(file)
             else:
@@ -363,17 +369,20 @@ def own_file(path, split):
     should be asked, "Answer:"), "exact", or none: such answers train but cannot be tested. Where
     they are known, "label" (S1 or S2; a row without one does not train) and "id" (else a hash of
     the question)."""
-    asked = {}  # id: its question
+    seen = {}  # id: its question and label
     for where, record in read_records(path):
         question, answer = text_of(record, "question", where), text_of(record, "answer", where)
         check, label = record.get("check") or "none", record.get("label")
-        name = record.get("id", hashlib.sha256(question.encode()).hexdigest()[:12])
+        name = record.get("id")
+        if name is None:
+            name = hashlib.sha256(question.encode()).hexdigest()[:12]
         if check not in ("number", "letter", "exact", "none"):
             raise ValueError(f'{where}: "check" is {check!r}, not number, letter, exact or none')
         if label not in (None, "S1", "S2"):
             raise ValueError(f'{where}: "label" is {label!r}, not S1 or S2')
-        if type(name) not in (str, int) or asked.setdefault(str(name), question) != question:
-            why = "no text or number, or another question has it"
+        this = question, label
+        if type(name) not in (str, int) or seen.setdefault(str(name), this) != this:
+            why = "no text or number, or another question or label has it"
             raise ValueError(f'{where}: "id" {name!r}: {why}')
         kind = "text" if check == "none" else check
         gold = answer
@@ -464,10 +473,10 @@ def load_dataset(name: str, path, split: str) -> list[Example]:
 
 def take_share(examples, begin: float, end: float) -> list[Example]:
     """The examples of this share of the different questions, drawn with a fixed seed."""
-    questions = list(dict.fromkeys(e.context + e.question for e in examples))
+    questions = list(dict.fromkeys(e.question.strip() for e in examples))
     random.Random(0).shuffle(questions)
     chosen = set(questions[int(begin * len(questions)) : int(end * len(questions))])
-    return [e for e in examples if e.context + e.question in chosen]
+    return [e for e in examples if e.question.strip() in chosen]
 
 
 # ----------------------------------------------------------------- the paper's sample splitter
@@ -517,28 +526,40 @@ def vote(labels: list[str]) -> str:
     return "S1" if counts["S1"] > counts["S2"] else "S2"
 
 
-VERDICT = re.compile(
-    r"(?<!not )(?<!not a )(?<!n't )(?<!no )(?<!than )"
-    r"(?:(?<![A-Za-z0-9])system[\W_]{0,3}(?:no\W{0,2}|number )?"
-    r"|(?:系统|系統|システム) ?|(?<!\w)s)"
-    r"([12１２一二]|one|two)(?![A-Za-z0-9]| ?(?:or|and|/) ?[12])",
+# "System 2", "system No. 1", "S2", "系统二"
+NAME = (
+    r"(?:(?<![A-Za-z0-9])system[\W_]{0,3}(?:no\W{0,2}|number )?|(?:系统|系統|システム) ?|(?<!\w)s)"
+)
+NAME += r"([12１２一二]|one|two)(?![A-Za-z0-9])"
+SYSTEM = re.compile(NAME, re.IGNORECASE)
+ALONE = re.compile(rf"(?:.*[:：])?[\W_]*{NAME}[\W_]*", re.IGNORECASE)  # "Verdict: **System 2**."
+TAG = re.compile(r"</?\w+>|<\|\w+\|>|\\(?:boxed|text)\b")
+NEGATION = re.compile(
+    r"\b(?:not?|never|without|than|beyond|neither|nor|cannot|rather|instead)\b|n['’]t\b|[不非]|ない",
     re.IGNORECASE,
 )
 
 
 def verdict(text: str) -> str | None:
-    """The one system that the last line of a teacher's text names, if the line is short or ends
-    with the name; else the one system that the whole text names; None if it names both or none."""
-    text = after_thoughts(text).strip()
-    last_line = text.rpartition("\n")[2]
-    for part in (last_line, text):
-        found = list(VERDICT.finditer(part))
-        systems = {"S2" if m[1].lower() in ("2", "２", "二", "two") else "S1" for m in found}
-        if len(systems) == 1:
-            ends_with_it = len(part) - found[-1].end() < 3
-            if part is text or len(part) < 20 or ends_with_it:  # the whole text: no condition
-                return systems.pop()
-    return None
+    """The system that a teacher's text names alone on its last line, as it was asked to. Else the
+    one that it names alone on lines above and at the end of its last clause, if that does not say
+    "not"; None if these are both systems, or none."""
+    lines = TAG.sub("", after_thoughts(text)).strip().split("\n")
+    named, match = [], None
+    for line in lines:
+        match = ALONE.fullmatch(line) if len(line) < 100 else None
+        if match:
+            named.append(match[1])
+    if match:
+        named = [match[1]]  # the last line
+    else:
+        clause = re.split(r"[,;.:!?—，；。](?=.*\w)|\bbut\b", lines[-1][-300:])[-1]
+        found = list(SYSTEM.finditer(clause))
+        ends_with_it = found and not re.search(r"\w", clause[found[-1].end() :])
+        if ends_with_it and not NEGATION.search(clause):
+            named += [name[1] for name in found]
+    systems = {"S2" if name.lower() in ("2", "２", "二", "two") else "S1" for name in named}
+    return systems.pop() if len(systems) == 1 else None
 
 
 def read_teacher(path) -> dict[str, str]:
@@ -546,7 +567,7 @@ def read_teacher(path) -> dict[str, str]:
     "refused" (or filtered), "cut" (the text ended at its length limit), "error" (no text).
 
     Lines are {"id", "label"}, or answers of a batch service: joined by custom_id, never by order.
-    ValueError on a second answer, on requests, on the result of a vote.
+    ValueError on a second answer, on requests, on the result of a vote, on an empty file.
     """
     statuses = {}
     for where, record in read_records(path):
@@ -566,6 +587,8 @@ def read_teacher(path) -> dict[str, str]:
             raise ValueError(f"{where}: second answer for {name}")
         if not has_verdict:  # a retry may follow what failed
             statuses[name] = status
+    if not statuses:
+        raise ValueError(f"{path}: no answers")
     return statuses
 
 
@@ -582,19 +605,16 @@ def status_of(record: dict) -> str:
             message, end = choice["message"], choice.get("finish_reason")
         content, end = message.get("content"), str(end).lower()
         if isinstance(content, list):  # thoughts are parts of another type
-            content = "".join(
-                p["text"] for p in content if p.get("type") in ("text", "output_text")
-            )
-        code = response.get("status_code")
+            content = "".join(part["text"] for part in content if part.get("type") == "text")
+        code = response.get("status_code") or 200
     except (TypeError, KeyError, IndexError, AttributeError):
         return "error"
-    if message.get("refusal") or end in ("content_filter", "safety", "refusal", "sensitive"):
+    if message.get("refusal") or re.search("filter|safety|refusal|sensitive|prohibited", end):
         return "refused"
-    failed = end in ("error", "abort") or not str(code or 200).startswith("2")
-    if failed or not isinstance(content, str) or record.get("error"):
+    if re.search("length|max|limit|window", end):  # max_tokens, and what services call it
+        return "cut"
+    if end in ("error", "abort") or not str(code).startswith("2") or not isinstance(content, str):
         return "error"
-    if end not in ("none", "", "stop", "eos", "eos_token", "end_turn", "stop_sequence"):
-        return "cut"  # length, max_tokens, and what services call it
     return verdict(content) or "unclear"
 
 

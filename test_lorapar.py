@@ -804,6 +804,11 @@ def test_add_lora_refuses_bad_calls():
         model.q_proj.forward = lambda x: x
         return model
 
+    def of_peft():
+        model = small("llama2")
+        model.peft_config = {}
+        return model
+
     def half_quantised():
         model = small("llama2")
         model.model.layers[1].self_attn.q_proj = type("Linear4bit", (nn.Linear,), {})(32, 32)
@@ -820,7 +825,8 @@ def test_add_lora_refuses_bad_calls():
         (Foreign, "1 of 3 targets", {"targets": "all-linear", "r": 2}),
         (small, "lora_alpha = 0", {"lora_alpha": 0}),
         (small, "dropout = 1.5", {"dropout": 1.5}),
-        (lambda: baseline_model("ia3"), "a baseline already", {}),
+        (lambda: baseline_model("ia3"), "adapters already", {}),
+        (of_peft, "adapters already", {}),
         (Foreign, "the model's linears are 0, head, q_proj", {"targets": ["x"]}),
         (Foreign, "is a Conv1d", {"targets": ["conv"]}),
         (Foreign, "is a Doubled", {"targets": ["own"]}),
@@ -840,6 +846,7 @@ def test_what_would_be_wrong_in_silence_is_refused(tmp_path):
     refuses("adapters on lm_head", decoder.token_logprobs, model, *answer_batch())
     model = lora_model().to(torch.bfloat16)
     refuses("small steps need float32", lorapar.MaskedAdamW, model)
+    refuses("merge or save before a cast", model, answer_batch(1)[0])
     for adapted in (model, baseline_model("ia3")):
         refuses("merge the adapters first", decoder.save_model, adapted, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -850,10 +857,14 @@ def test_what_would_be_wrong_in_silence_is_refused(tmp_path):
         lambda logits: [logits],
         lambda logits: SimpleNamespace(last_hidden_state=logits),
         lambda logits: logits[:, 0],
+        lambda logits: logits[:, -1:],  # nanoGPT without targets
         lambda logits: (None, logits),
     ):
         model = lorapar.add_lora(Foreign(wrap), ["q_proj"], r=2)
         refuses("must give logits", lorapar.importance, model, [answer_batch(2)])
+    tokens, labels = answer_batch(2)
+    for batches in ([{"tokens": tokens, "labels": labels}], (tokens, labels), [(tokens,)]):
+        refuses("needs pairs (tokens, labels)", lorapar.importance, model, batches)
     branching = lorapar.add_lora(Foreign(lambda x: x if x.sum() > 0 else -x), ["q_proj"], r=2)
     refuses("vmap cannot run this model", lorapar.importance, branching, [answer_batch(2)])
     recurrent = lorapar.add_lora(Foreign(nn.LSTM(64, 64, batch_first=True)), ["q_proj"], r=2)
@@ -1133,6 +1144,8 @@ def test_the_optimizer_keeps_adamws_contract():
     assert its_optimizer.model is twin and alone.model is not model
     state = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(state)
+    optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    optimizer.load_state_dict(optimizer.state_dict())
     lorapar.set_mask(model, lorapar.get_mask(model).roll(1))  # as many, but others
     refuses("another mask", lorapar.MaskedAdamW(model).load_state_dict, state)
 
@@ -1268,7 +1281,7 @@ def test_baselines_start_as_their_papers_say(method, tmp_path):
     refuses("unknown method", lorapar.add_baseline, plain, "lora")
     (tmp_path / "baseline.json").write_text("{")
     refuses(f"{tmp_path}: not a readable", lorapar.load_baseline, plain, tmp_path)
-    refuses("a baseline already", lorapar.add_baseline, model, method)
+    refuses("adapters already", lorapar.add_baseline, model, method)
     if method in ("prefix", "ia3"):
         refuses("needs an nn.Embedding and linears", lorapar.add_baseline, Foreign(), method)
 
@@ -1397,10 +1410,12 @@ def test_a_tokenizer_file_saved_with_truncation_and_padding_cuts_and_pads_nothin
     assert data.Tokenizer(tmp_path).encode("M a b c d | rev rot A") == [3, 6, 7, 8, 9, 4, 14, 15, 1]
 
 
-def test_special_tokens_that_the_vocabulary_does_not_hold_are_refused_by_name(tmp_path):
-    """Where another file names them: else they would be spelled, or another id be trained."""
+def test_special_tokens_that_another_file_names_are_added_as_transformers_does(tmp_path):
+    """Else they would be spelled, or another id be trained. One that the model has no row for is
+    refused where a text needs it."""
     data.save_toy_tokenizer(tmp_path)
     config, added = tmp_path / "tokenizer_config.json", tmp_path / "added_tokens.json"
+    size = len(data.TOY_TOKENS)
     for fields in (
         {"eos_token": "<stop>"},
         {"eos_token": {"content": "<stop>"}},
@@ -1409,12 +1424,18 @@ def test_special_tokens_that_the_vocabulary_does_not_hold_are_refused_by_name(tm
         {"added_tokens_decoder": {"99": {"content": "<stop>"}}},
     ):
         config.write_text(json.dumps({"eos_token": "<eos>"} | fields))
-        refuses("does not hold '<stop>'", data.Tokenizer, tmp_path)
+        tokenizer = data.Tokenizer(tmp_path)
+        assert tokenizer.encode("M<stop>A") == [3, size, 1]
+        assert tokenizer.eos_ids == ((size if "eos_token" in fields else 0),)
     config.write_text('{"eos_token": "c1", "additional_special_tokens": ["c2"]}')
     assert data.Tokenizer(tmp_path).eos_ids == (data.TOY_TOKENS.index("c1"),)
     added.write_text('{"<stop>": 200}')
-    refuses("does not hold '<stop>'", data.Tokenizer, tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size}))
+    tokenizer = data.Tokenizer(tmp_path)
+    assert tokenizer.encode("M A") == [3, 1]
+    refuses(f"token id {size} is not below vocab_size", tokenizer.encode, "M <stop>")
     added.unlink()
+    (tmp_path / "config.json").unlink()
     config.write_text('{"eos_token": "<eos>", "additional_special_tokens": [1]}')
     refuses("tokenizer.json: ", data.Tokenizer, tmp_path)
     for kind in ("additional_special_tokens", "added_tokens_decoder", "eos_token"):
@@ -1688,14 +1709,18 @@ def test_rewards_of_the_five_parts():
 def test_verdicts_and_votes():
     for expected, replies in {
         "S1": "System1|system-1.|Not System 2, for it is recalled.\nSystem1|System #1|System One"
-        "|<think>System2?</think>System1|System (1)|System No. 1|It isn't System2, it's System1.",
+        "|<think>System2?</think>System1|System (1)|System No. 1|It isn't System2, it's System1."
+        "|Not System1?\nNo.\nSystem1|<answer>System1</answer>",
         "S2": "System2\nThis line is longer than forty characters and names no system"
+        "|System2\n\nWhy: System1 would fail.|Not System1 but System2.|System 1:\nno\n\nSystem2"
+        "|System2\n\nFor it takes several steps, which System1 cannot do."
         "|系统 2|Let me think.\nResponse: System2|I would chain two facts.\nSystem 2|S2"
         "|**System2**|System‑2|System: 2|系统２|系统二|As LLaMA.\n\nQuestion: how?\n\nSystem2"
         "|No System1 recall.\nSo this question should be answered by System2.",
         None: "It is System1 or System2|I cannot help with that.|System3|It's 1 step."
-        "||It is not System1.|System 1 and 2|System2\n\nWhy: System1 would fail."
-        "|System2\n\nFor it takes several steps, which System1 cannot do.",
+        "||It is not System1.|System 1 and 2|System 1 & 2|System1-2|It isn’t **System1**."
+        "|System1 would not be enough.|There is no need for System 2 thinking.|More than System1"
+        "|System1\n\n(A harder variant would be System2)|不是系统1|The heart sound S2 is louder",
     }.items():
         for reply in replies.split("|"):
             assert data.verdict(reply) == expected, reply
@@ -1768,6 +1793,7 @@ def test_teacher_answers_are_joined_by_id_and_counted_and_a_random_split_keeps_s
     (tie,), lines = data.count_votes([other, tmp_path / "third.jsonl"])
     assert tie["label"] == "S2" and "1 ties" in lines[-1] and "agree in 0.0%" in lines[-1]
     ends = {"model_length": "cut", "sensitive": "refused", "end_turn": "S1", "time_limit": "cut"}
+    ends |= {"COMPLETE": "S1", "content_filter: PROHIBITED": "refused", "error": "error"}
     data.write_jsonl(other, [spoken(end, "System1", finish_reason=end) for end in ends])
     assert data.read_teacher(other) == ends
     message = {"content": [{"type": "text", "text": "System2"}], "stop_reason": "end_turn"}
@@ -1777,10 +1803,15 @@ def test_teacher_answers_are_joined_by_id_and_counted_and_a_random_split_keeps_s
         {"custom_id": "Fireworks", "response": {"choices": choices}},
         {"custom_id": "Together", "body": {"choices": choices}},
         {"custom_id": "failed", "result": {"type": "errored", "error": {}}},
+        {"custom_id": "no error", "choices": choices, "error": {"code": "", "message": ""}},
+        spoken("all thought", None, finish_reason="length"),
     ]
     data.write_jsonl(other, services)
     expected = {"Anthropic": "S2", "Fireworks": "S1", "Together": "S1", "failed": "error"}
+    expected |= {"no error": "S1", "all thought": "cut"}
     assert data.read_teacher(other) == expected
+    data.write_jsonl(other, [])
+    refuses("other.jsonl: no answers", data.count_votes, [other, file])
     data.write_jsonl(other, [spoken("q1", "who knows")])
     done = python("data.py", "vote", other, "--out", tmp_path / "none")
     assert done.returncode == 2 and "no labels" in done.stderr and not (tmp_path / "none").exists()
@@ -1825,7 +1856,7 @@ def own_rows(count, **fields):
 
 def gsm8k_folder(folder, count=60):
     for split in ("train", "test"):
-        records = [GSM8K | {"question": f" How many? {i} "} for i in range(count)]
+        records = [GSM8K | {"question": f" How many to {split}? {i} "} for i in range(count)]
         data.write_jsonl(folder / f"{split}.jsonl", records)
     return folder
 
@@ -1840,7 +1871,9 @@ def test_splits_are_disjoint_and_fixed(tmp_path):
     assert len(train_ids) == 95 and len(validation) == 5 and not set(train_ids) & set(validation)
     assert train_ids == ids(tmp_path, "train")
     e = data.load_dataset("gsm8k", tmp_path, "test")[0]
-    assert data.is_correct(e, e.answer) and e.gold == "1,018" and e.question == "How many? 0"
+    assert (
+        data.is_correct(e, e.answer) and e.gold == "1,018" and e.question == "How many to test? 0"
+    )
     assert sum(data.reward_parts(e, e.answer).values()) == 4.0
     file = tmp_path / "test.jsonl"  # one file: 80/10/10, or all of it
     parts = [ids(file, split) for split in ("train", "validation", "test")]
@@ -1874,13 +1907,17 @@ def test_ones_own_data_and_its_bad_lines(tmp_path):
         "mark it: #### 18": {"question": "q", "answer": "3 of 4", "check": "number"},
         "is not A, B, C or D": {"question": "q", "answer": "E", "check": "letter"},
         "not S1 or S2": {"question": "q", "answer": "a", "label": "S3"},
-        "another question has it": {"question": "q", "answer": "a", "id": "first"},
+        "another question or label": {"question": "q", "answer": "a", "id": "first"},
+        "or label has it": OWN[0] | {"label": "S1"},
     }.items():
         data.write_jsonl(file, [OWN[0], line])
         assert expected in refuses(f"{file}:2: ", data.load_dataset, str(file), None, "all")
-    data.write_jsonl(file, [{"question": f"q{i // 2}", "answer": str(i)} for i in range(40)])
+    file.write_bytes(b'{"question": "q", "answer": "a"}\n' * 300 + b'{"question": "\xff"}\n')
+    refuses(f"{file}:301: not readable", data.load_dataset, str(file), None, "all")
+    rows = [{"question": f"q{i // 2}{' ' * (i % 2)}", "answer": str(i)} for i in range(40)]
+    data.write_jsonl(file, [row | {"id": None} for row in rows])
     splits = [data.load_dataset(str(file), None, split) for split in data.ALL_SPLITS]
-    questions = [{e.question for e in split} for split in splits]
+    questions = [{e.question.strip() for e in split} for split in splits]
     assert [len(q) for q in questions] == [16, 2, 2] and len(set().union(*questions)) == 20
 
 
@@ -2048,7 +2085,7 @@ def test_requests_hold_the_roleplay_prompt_in_the_batch_format(tmp_path):
     assert set(records[0]) == {"custom_id", "method", "url", "body"}
     (message,) = records[0]["body"]["messages"]
     assert records[0]["body"]["model"] == "org/B" and message["role"] == "user"
-    assert "LLaMA2 7B" in message["content"] and "How many?" in message["content"]
+    assert "LLaMA2 7B" in message["content"] and "How many to train?" in message["content"]
     assert "5 requests" in python("data.py", *flags, "--teachers", "C", "--examples", "5").stdout
     for teachers in ("A,,B", "A,A", "org/B,org_B"):
         assert "--teachers" in python("data.py", *flags, "--teachers", teachers).stderr
@@ -3002,7 +3039,8 @@ def test_ones_own_file_and_reward_train_stage_2(toy_run, tmp_path, capsys):
     train.main(with_reward("length"))
     said = capsys.readouterr().out
     assert f"{mine}: 60 examples: 48 train, 6 validation, 6 test" in said
-    assert "leave --data out" in fails(capsys, "eval", tmp_path / "length", "--data", mine)
+    for same_file in (mine, tmp_path / "length" / ".." / mine.name):
+        assert "leave --data out" in fails(capsys, "eval", tmp_path / "length", "--data", same_file)
     assert "reward    of the reference answer of" in said and "'short': -0.02" in said
     report = read(tmp_path / "length" / "report.json")
     assert report["evaluation"]["rl"]["all"]["examples"] == 6  # 80/10/10
@@ -3087,6 +3125,11 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
     mine = tmp_path / "mine.jsonl"
     owned = f"--model {base} --data {mine} --out {tmp_path}/own"
     data.write_jsonl(mine, own_rows(40, check="exact"))
+    data.write_jsonl(
+        tmp_path / "again.jsonl",
+        [row | {"id": i} for i, row in enumerate(own_rows(9, check="exact"))],
+    )
+    data.write_jsonl(tmp_path / "clash.jsonl", [GSM8K | {"id": "gsm8k/train/3", "check": "number"}])
     bare = [{"question": f"q{i}", "answer": "a", "check": "exact"} for i in range(20)]
     data.write_jsonl(tmp_path / "unlabelled.jsonl", bare)
     file.write_text("")
@@ -3118,7 +3161,9 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         0 files train.jsonl there => {labelled} --data gsm8k:{base}
         train.jsonl:3: no number after #### => {labelled} --data gsm8k:{unmarked}
         S2 of gsm8k:{good}: 0 training examples => {labelled}
-        holds training examples => {labelled} --eval-data gsm8k:{good}/train.jsonl
+        holds training questions => {labelled} --eval-data gsm8k:{good}/train.jsonl
+        the evaluation holds training => {owned} --eval-data {tmp_path}/again.jsonl
+        have the id gsm8k/train/3 => {labelled} --eval-data {tmp_path}/clash.jsonl
         evaluation holds => {labelled} --data {split} --eval-data gsm8k:{good} --eval-every 1
         longer than --max-prompt 2 => {toy} --max-prompt 2 --train-examples 70
         sees no device cuda:7 => --device cuda:7
@@ -3385,6 +3430,10 @@ def test_what_a_run_was_made_from_may_not_change(toy_run, tmp_path, capsys):
 
     refused("reward", tmp_path / "reward.py", lambda p: p.write_text(REWARD + "\n"))
     refused("data", mine, lambda p: p.write_text(p.read_text().replace("c5", "c6")))
+    content = mine.read_bytes()  # other rows would be the test's
+    mine.write_bytes(content.partition(b"\n")[2])
+    assert "made from another data" in fails(capsys, "eval", out)
+    mine.write_bytes(content)
     refused("base", base / "tokenizer_config.json", lambda p: p.write_text(p.read_text() + " "))
     other = decoder.load_model(base)
     other.model.norm.weight.data.add_(0.1)

@@ -938,9 +938,13 @@ def read_sets(c) -> dict:
         raise ValueError(
             f"{specs['test']}: no answer can be checked: name a --eval-data or --reward"
         )
-    training_ids = {e.id for e in sets["S1"] + sets["S2"]}
-    if any(e.id in training_ids for e in sets["test"] + sets["validation"]):
-        raise ValueError(f"{specs['test']}: the evaluation holds training examples (by their ids)")
+    question_of = {}
+    for e in itertools.chain(*sets.values()):
+        if question_of.setdefault(e.id, e.question) != e.question:
+            raise ValueError(f"two questions of {set(specs.values())} have the id {e.id}")
+    trained = {e.question.strip() for e in sets["S1"] + sets["S2"]}
+    if any(e.question.strip() in trained for e in sets["test"] + sets["validation"]):
+        raise ValueError(f"{specs['test']}: the evaluation holds training questions")
     return sets
 
 
@@ -998,7 +1002,8 @@ def made_from(c, folder, sets, labels) -> dict:
             base += [file.stat().st_size, tensors.read(1 << 20)]
             tensors.seek(-min(1 << 20, file.stat().st_size), 2)
             base.append(tensors.read())
-    parts = {"base": base, "data": [sets]}
+    parts = {"base": base, "data": [sets["S1"], sets["S2"]]}
+    parts["evaluation data"] = [sets["test"], sets["validation"]]
     parts["labels"] = [(r["id"], r["label"]) for r in labels]
     if sets["test"][0].kind == "text":  # the reward evaluates too; else RL alone depends on it
         parts["reward"] = [reward_code(c)]
@@ -1305,12 +1310,18 @@ def run_eval(arguments):
     if folder and "data" not in said:  # what the run itself evaluates
         labels = data.read_records(Path(folder) / "labels.jsonl")
         label_of = {record["id"]: record["label"] for _, record in labels}
-        examples = checkable(c, read_sets(c)["test"], label_of)
+        sets = read_sets(c)
+        trained = {"data": digest(sets["S1"], sets["S2"])}
+        refuse_changes(Path(folder) / "config.json", old.get("made_from", {}), trained)
+        examples = checkable(c, sets["test"], label_of)
         c.data = c.eval_data or c.data
     else:
         place, split = source(c, c.data), c.eval_split
         if data.in_one_file(*place):
-            if c.data in (old.get("data"), old.get("rl_data")):
+            specs = [old[name] for name in ("data", "rl_data") if old.get(name)]
+            trained = {Path(source(c, spec)[1]).resolve() for spec in specs}
+            file = Path(place[1]).resolve()
+            if file in trained or file.parent in trained:
                 raise ValueError(f"{folder} trained on {c.data}: leave --data out")
             print(split_words(place, is_cut=False))
             split = "all"
