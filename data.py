@@ -527,38 +527,31 @@ def vote(labels: list[str]) -> str:
 
 
 # "System 2", "system No. 1", "S2", "系统二"
-NAME = (
-    r"(?:(?<![A-Za-z0-9])system[\W_]{0,3}(?:no\W{0,2}|number )?|(?:系统|系統|システム) ?|(?<!\w)s)"
-)
-NAME += r"([12１２一二]|one|two)(?![A-Za-z0-9])"
-SYSTEM = re.compile(NAME, re.IGNORECASE)
-ALONE = re.compile(rf"(?:.*[:：])?[\W_]*{NAME}[\W_]*", re.IGNORECASE)  # "Verdict: **System 2**."
+SYSTEM = r"(?:(?<![A-Za-z0-9])system[\W_]{0,3}(?:no\W{0,2}|number )?|(?:系统|系統|システム) ?"
+SYSTEM += r"|(?<!\w)s)([12１２一二]|one|two)(?![A-Za-z0-9])"
+ALONE = re.compile(rf"(?:.*[:：])?[\W_]*{SYSTEM}[\W_]*", re.IGNORECASE)  # "So: **System 2**."
 TAG = re.compile(r"</?\w+>|<\|\w+\|>|\\(?:boxed|text)\b")
-NEGATION = re.compile(
-    r"\b(?:not?|never|without|than|beyond|neither|nor|cannot|rather|instead)\b|n['’]t\b|[不非]|ない",
-    re.IGNORECASE,
-)
+CLAUSE_END = re.compile(r"[,;.:!?—，；。](?=.*\w)|\bbut\b", re.IGNORECASE)
+DENIAL = r"\b(?:not?|never|without|than|beyond|neither|nor|cannot|rather|instead)\b|n['’]t\b"
+DENIAL = re.compile(DENIAL + "|[不非]|ない", re.IGNORECASE)
 
 
 def verdict(text: str) -> str | None:
     """The system that a teacher's text names alone on its last line, as it was asked to. Else the
-    one that it names alone on lines above and at the end of its last clause, if that does not say
-    "not"; None if these are both systems, or none."""
+    one that it names alone on other lines, or at the end of its last clause if that denies nothing;
+    None if these are both systems, or none."""
     lines = TAG.sub("", after_thoughts(text)).strip().split("\n")
-    named, match = [], None
-    for line in lines:
-        match = ALONE.fullmatch(line) if len(line) < 100 else None
-        if match:
-            named.append(match[1])
-    if match:
-        named = [match[1]]  # the last line
+    lines = [line[-200:] for line in lines]
+    numbers = [match[1] for match in map(ALONE.fullmatch, lines) if match]
+    if ALONE.fullmatch(lines[-1]):
+        numbers = numbers[-1:]
     else:
-        clause = re.split(r"[,;.:!?—，；。](?=.*\w)|\bbut\b", lines[-1][-300:])[-1]
-        found = list(SYSTEM.finditer(clause))
+        clause = CLAUSE_END.split(lines[-1])[-1]
+        found = list(re.finditer(SYSTEM, clause, re.IGNORECASE))
         ends_with_it = found and not re.search(r"\w", clause[found[-1].end() :])
-        if ends_with_it and not NEGATION.search(clause):
-            named += [name[1] for name in found]
-    systems = {"S2" if name.lower() in ("2", "２", "二", "two") else "S1" for name in named}
+        if ends_with_it and not DENIAL.search(clause):
+            numbers += [match[1] for match in found]
+    systems = {"S2" if n.lower() in ("2", "２", "二", "two") else "S1" for n in numbers}
     return systems.pop() if len(systems) == 1 else None
 
 
