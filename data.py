@@ -1007,10 +1007,10 @@ def is_correct(example: Example, reply: str, unconfined=False) -> bool:
 def reward_parts(example: Example, reply: str, unconfined=False) -> dict[str, float]:
     """The parts of the GRPO reward; the reward is their sum.
 
-    A reference answer with tags gets the authors' five, repaired where they punish good answers:
-    2.0 a correct <answer> (compared as numbers), 0.5 an integer in it, 0.5 the strict format, 0.5
-    the loose one, 0.125 each tag that occurs once, less 0.001 a character after </answer>. For
-    other answers 1.0 if the reply is correct.
+    Where the reference answer has tags, the authors' five, repaired where they punish good replies:
+    2.0 for a correct <answer> (compared as numbers), 0.5 for an integer in it, 0.5 for the strict
+    format, 0.5 for the loose one, 0.125 for each tag that occurs once, less 0.001 per character
+    after </answer>. Else 1.0 if the reply is correct.
     """
     if example.kind != "number" or "<answer>" not in example.answer:
         return {"correct": float(is_correct(example, reply, unconfined))}

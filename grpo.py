@@ -59,7 +59,7 @@ def grpo_step(model, optimizer, prompts, reward, reference, s: Settings, generat
     prompts: P lists of ids. reward(rollouts) gives {part: number} for each rollout. reference: the
     flat vector (N,) of the KL's reference policy. The model stays in eval mode, without dropout. Of
     several processes each answers its share of the prompts and computes its share of the gradient;
-    all return all P * G rollouts, a prompt's G in a row.
+    all return all P * G rollouts, the G of a prompt one after another.
     """
     if rank_and_size()[1] > 1 and not optimizer.sum_gradients:
         raise ValueError("with several processes the optimizer needs sum_gradients=True")
@@ -168,8 +168,8 @@ def grpo_loss(
     objective = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + high) * A)
     k3 = torch.zeros_like(logp)
     if kl:
-        log_ratio = (ref_logp - logp) * mask
-        k3 = torch.expm1(log_ratio) - log_ratio  # exp(x) - 1 would round below 0
+        distance = (ref_logp - logp) * mask
+        k3 = torch.expm1(distance) - distance  # exp(x) - 1 would round below 0
 
     def per_answer(x):
         return ((x * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
@@ -193,9 +193,9 @@ def grpo_update(model, optimizer, rollouts, reference, s: Settings) -> dict:
     """`s.iterations` optimizer steps on one batch of rollouts -> their mean statistics.
 
     At most s.micro_batch answers go through the model at a time; the gradient does not depend on
-    it. "gap" is the mean |difference| between sampling's log-probs and those of the first pass,
-    which is still the policy that sampled: more than rounding means that the two do not compute the
-    same. Raises FloatingPointError if the gradient is not finite, before that step moves anything.
+    it. "gap" is the mean |difference| between sampling's log-probs and those of the first pass of
+    the same policy: beyond rounding, decoding and training compute different models. Raises
+    FloatingPointError if the gradient is not finite, before that step moves anything.
     """
     model.eval()
     device = next(model.parameters()).device

@@ -337,12 +337,14 @@ def sum_over_ranks(tensor):
 
 def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
     """I = |g * phi - 1/2 * F * phi^2| for every LoRA element -> (N,) float32, on the CPU (paper,
-    eq. 3).
+    eq. 3): how much the loss would change if the element became 0, to second order.
 
-    g is the mean over the examples of the per-example gradient, F (the diagonal of the Fisher
-    matrix) the mean of its square; an example's loss is the mean cross-entropy of its answer
-    tokens. batches: iterable of (tokens, labels), int64 (B, T), right padded, labels[t] = tokens[t]
-    at answer positions (EOS included) and -100 elsewhere. The model may give logits (B, T, V), an
+    g is the mean over the examples of the per-example gradient; F, the diagonal of the empirical
+    Fisher matrix that stands in for the Hessian, is the mean of its square. An example's loss is
+    the mean cross-entropy of its answer tokens.
+
+    batches: iterable of (tokens, labels), int64 (B, T), right padded, labels[t] = tokens[t] at
+    answer positions (EOS included) and -100 elsewhere. The model may give logits (B, T, V), an
     object with .logits, or a tuple that begins with them. At most chunk_tokens tokens (and at least
     one example) pass through it at once; the result does not depend on that.
     Under torch.distributed each process gives examples of its own, and all get the scores of all.
@@ -382,7 +384,7 @@ def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
         raise ValueError("importance needs at least one example")
     g, fisher = sum_over_ranks(g) / count, sum_over_ranks(fisher) / count
     scores = (g * phi - 0.5 * fisher * phi**2).abs()  # eq. 3
-    scores = scores.float().cpu()  # where `partition` is deterministic: CUDA's cumsum is not
+    scores = scores.float().cpu()  # for `partition`, whose cumsum varies on CUDA
     if not scores.isfinite().all():
         raise ValueError("the importance scores are not finite; is a loss NaN?")
     if not scores.any():
@@ -448,7 +450,7 @@ def logits_of(output, T: int) -> torch.Tensor:
 
 
 class Partition(NamedTuple):
-    """Three disjoint bool (N,) regions; elements of neither system are in none of them."""
+    """Three disjoint bool (N,) regions; an element that neither system needs is in none."""
 
     s1_only: torch.Tensor
     s2_only: torch.Tensor
@@ -457,7 +459,7 @@ class Partition(NamedTuple):
 
 def partition(s1, s2, theta: float) -> Partition:
     """Splits N elements by two score vectors (N,), the paper's coordinator: a system's region is
-    what reaches cumulative importance theta, globally over all elements; the overlap is shared.
+    the fewest elements, over all layers, that hold theta of its importance; the overlap is shared.
     Raises ValueError on theta outside (0, 1] or on bad scores.
     """
     if not 0 < theta <= 1:
@@ -473,9 +475,9 @@ def cumulative_region(scores, theta: float) -> torch.Tensor:
     reaches theta times the sum of all; theta = 1 is everything."""
     if not (scores.isfinite().all() and (scores >= 0).all() and scores.any()):
         raise ValueError("importance scores must be finite, not negative and not all zero")
-    if theta == 1:
+    if theta == 1:  # also what has no importance at all
         return torch.ones_like(scores, dtype=torch.bool)
-    order = scores.argsort(descending=True, stable=True)  # ties go to the lower index
+    order = scores.argsort(descending=True, stable=True)  # ties fall alike on every machine
     cumulative = scores[order].double().cumsum(0)
     count = int(torch.searchsorted(cumulative, theta * cumulative[-1])) + 1
     region = torch.zeros_like(scores, dtype=torch.bool)
@@ -493,8 +495,9 @@ def stage_mask(own, shared, scores, fraction: float) -> torch.Tensor:
         raise ValueError(f"fraction = {fraction} is outside [0, 1]")
     indices = shared.nonzero()[:, 0]
     order = scores[indices].argsort(descending=True, stable=True)
+    top = order[: int(fraction * len(indices))]
     mask = own.clone()
-    mask[indices[order[: int(fraction * len(indices))]]] = True
+    mask[indices[top]] = True
     return mask
 
 

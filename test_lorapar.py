@@ -3601,19 +3601,22 @@ def test_the_whole_program_on_cuda(dtype, limit, toy_run, tmp_path):
 def test_readmes_snippet_runs_and_its_names_and_flags_are_the_codes(tmp_path, monkeypatch):
     """Each [`name`](file.py) of the README is defined in that file; commands name real flags."""
     text = (HERE / "README.md").read_text()
-    starts = []
+    starts, masks = [], []
 
     def loss(model, tokens, labels):
         starts.append(lorapar.get_flat(model))
+        masks.append(lorapar.get_mask(model))
         return F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), labels[:, 1:].flatten())
 
     names = vars(lorapar) | {"model": Foreign(), "s1_batches": [answer_batch()], "loss": loss}
     names |= {"s2_batches": [answer_batch(seed=1)]}
     monkeypatch.chdir(tmp_path)
-    exec(re.search(r"```python\n(.*?)```", text, re.S)[1], names)
+    snippet = re.search(r"```python\n(.*?)```", text, re.S)[1].replace("v_proj", "head")
+    exec(snippet, names)
     model = names["model"]
     moved = lorapar.get_flat(model) != starts[0]
-    assert moved.any() and not moved[~lorapar.get_mask(model)].any()
+    assert moved.any() and not moved[~masks[0]].any()
+    assert not torch.equal(lorapar.get_mask(model), masks[0])  # stage 2's
     assert lorapar.load_adapter(Foreign(), tmp_path / "adapter")
     assert read(tmp_path / "adapter/adapter_config.json")["task_type"] is None  # for PEFT
 

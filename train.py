@@ -77,7 +77,7 @@ def run(c) -> dict:
         rows["init"] = evaluate(c, "init", model, inputs)
     s1, s2 = score(c, model, inputs.encoded)  # importance on S1, importance on S2: eq. 1-3
     masks, facts = split_elements(c, model, s1, s2)  # Algorithm 1, step 1
-    model.model.checkpointing = c.checkpointing  # of gradients; scoring's vmap cannot run it
+    model.model.checkpointing = c.checkpointing  # not before: scoring's vmap cannot run it
     for stage in ORDERS[c.order]:
         lorapar.set_mask(model, masks[stage])
         if stage == "sft":  # step 2: moves S1-only and the top alpha of shared
@@ -219,8 +219,6 @@ def sft(c, model, inputs):
         }
         end_step(c, "sft", model, optimizer, inputs, step, len(plan), values)
     model.eval()
-    # again: after a kill between the last save_state and its save_adapter no step is left to run
-    lorapar.save_adapter(model, Path(c.out) / "sft", c.model or "toy")
 
 
 def backward(model, encoded, batch_size: int, micro_batch: int, device):
@@ -229,7 +227,8 @@ def backward(model, encoded, batch_size: int, micro_batch: int, device):
     total = torch.zeros((), device=device)
     for tokens, labels in data.batches(encoded, micro_batch, device):
         logp = token_logprobs(model, tokens, labels)  # (B, T-1), 0 on the prompt
-        loss = -(logp.sum(1) / (labels[:, 1:] != -100).sum(1)).sum() / batch_size
+        answer_tokens = (labels[:, 1:] != -100).sum(1)  # (B,)
+        loss = -(logp.sum(1) / answer_tokens).sum() / batch_size
         loss.backward()
         total += loss.detach()
     return total
@@ -245,7 +244,7 @@ def rl(c, model, inputs):
         max_grad_norm=c.rl_grad_norm,
         sum_gradients=True,
     )
-    reference = lorapar.get_flat(model)  # the KL's: RL's start; load_state changes the factors
+    reference = lorapar.get_flat(model)  # the policy as RL begins: load_state changes it
     if c.kl_reference == "base":  # the factors that add nothing: the anchor, or zeros
         reference = torch.zeros_like(reference)
         if c.init in lorapar.ANCHORED:
@@ -286,7 +285,6 @@ def rl(c, model, inputs):
         equal_steps = equal_steps + 1 if stats["equal_groups"] == len(prompts) else 0
         if equal_steps == 10:
             print("rl: warning: ten steps without a difference in reward: nothing is being learned")
-    lorapar.save_adapter(model, Path(c.out) / "rl", c.model or "toy")  # again, as in sft
 
 
 def reward_rollouts(c, inputs, examples, rollouts) -> list[dict]:
@@ -362,7 +360,7 @@ SHOWN = {  # the values in a step's line of the log
     "rl": ("reward", "length", "truncated", "kl", "gap", "equal_groups", "rollout_s", "update_s"),
 }
 LEGEND = {
-    "sft": "loss: a token of the answers; grad_norm: of the active elements, before clipping",
+    "sft": "loss: per token of the answers; grad_norm: of the active elements, before clipping",
     "rl": "reward (its parts), length: means over answers; truncated: share without an end; kl: to "
     "the\n    reference; gap: of sampling's log-probs to training's (rounding alone); "
     "equal_groups:\n    prompts whose answers all earn the same, so nothing is learned from them",
@@ -394,8 +392,8 @@ def end_step(c, stage, model, optimizer, inputs, step: int, steps: int, values: 
     append_line(Path(c.out) / "metrics.jsonl", {"stage": stage, "step": step} | values)
     print(step_line(stage, step, steps, values))
     if saves:
-        save_state(Path(c.out) / stage, model, optimizer, step + 1)
         lorapar.save_adapter(model, Path(c.out) / stage, c.model or "toy")
+        save_state(Path(c.out) / stage, model, optimizer, step + 1)  # last: no step runs after it
         STAGE["saved"] = time.monotonic()
     STAGE["running"] = not last
     if saves and in_any_process(c, STAGE["stop"]):  # also if asked while it saved
@@ -512,8 +510,8 @@ def append_line(path: Path, record: dict):
 
 def answer_all(c, model, inputs, examples, what: str) -> list[dict]:
     """A record for each example that a person can read: the greedy answer, whether it is right (its
-    reward, where that alone can tell), and the reference answer's probability and loss a token (its
-    EOS included)."""
+    reward, where that alone can tell), and the reference answer's probability and loss per token
+    (its EOS included)."""
     tokenizer = inputs.tokenizer
     encoded, _ = data.tokenize(examples, tokenizer, 10**9, c.prompt, "rl")
     rank, size = lorapar.rank_and_size()
@@ -578,7 +576,7 @@ def reply_letters(c, model, tokenizer, examples, prompts) -> list[tuple[str, boo
 
 @torch.no_grad()
 def likelihood(c, model, encoded, what: str) -> list[tuple[float, float]]:
-    """(p(reference answer), its loss a token) of each example. Raises Diverged where the model no
+    """(p(reference answer), its loss per token) of each example. Raises Diverged where the model no
     longer gives numbers."""
     pairs = []
     for start in range(0, len(encoded), c.micro_batch):
@@ -673,7 +671,7 @@ FLAGS = {
         "init": (lorapar.STARTS, "anchored", "start; all but gaussian keep the model at step 0"),
     },
     "the method": {
-        "score_examples": (COUNT, 100, "examples a system that importance is measured on"),
+        "score_examples": (COUNT, 100, "examples per system that importance is measured on"),
         "theta": (within(float, 1e-37, 1), 0.9, "cumulative importance of a system's region"),
         "alpha": (SHARE, 1.0, "share of the shared region that SFT trains"),
         "beta": (SHARE, 1.0, "share of the shared region that RL trains"),
@@ -685,7 +683,7 @@ FLAGS = {
         "sft_lr": (FROM_0, 2e-4, "learning rate"),
         "sft_epochs": (COUNT, 1, "epochs over the S1 examples"),
         "sft_steps": (COUNT, None, "at most this many optimizer steps"),
-        "sft_batch": (COUNT, 32, "examples an optimizer step (the paper accumulates 32)"),
+        "sft_batch": (COUNT, 32, "examples per optimizer step (the paper accumulates 32)"),
         "sft_warmup": (SHARE, 0.03, "share of the steps that warm up, then cosine"),
         "sft_weight_decay": (FROM_0, 0.0, "AdamW's decoupled weight decay"),
         "sft_grad_norm": (ABOVE_0, 1.0, "clip the norm of the active gradient at this"),
@@ -694,9 +692,9 @@ FLAGS = {
         "rl_lr": (FROM_0, 5e-6, "learning rate"),
         "rl_epochs": (COUNT, 1, "epochs over the S2 prompts"),
         "rl_steps": (COUNT, None, "at most this many batches of prompts"),
-        "rl_batch": (COUNT, 4, "prompts a batch"),
-        "rl_group": (within(int, 2, 10**9), 8, "answers a prompt (the group)"),
-        "rl_iterations": (COUNT, 1, "optimizer steps a batch; the clip acts from the second on"),
+        "rl_batch": (COUNT, 4, "prompts per batch"),
+        "rl_group": (within(int, 2, 10**9), 8, "answers per prompt (the group)"),
+        "rl_iterations": (COUNT, 1, "optimizer steps per batch; the clip acts from the second on"),
         "rl_warmup": (SHARE, 0.1, "share of the batches that warm up, then cosine"),
         "rl_weight_decay": (FROM_0, 0.1, "AdamW's decoupled weight decay"),
         "rl_grad_norm": (ABOVE_0, 0.1, "clip the norm of the active gradient at this"),
@@ -712,7 +710,7 @@ FLAGS = {
     SIZE_AND_SPEED: {
         "device": (device_name, "cuda" if torch.cuda.is_available() else "cpu", "torch device"),
         "batch_rows": (COUNT, 64, "answers decoded together, in rollouts and evaluation"),
-        "micro_batch": (COUNT, 4, "examples or answers a forward and backward"),
+        "micro_batch": (COUNT, 4, "examples or answers per forward and backward"),
         "checkpointing": (bool, False, "recompute layers in the backward: less memory, slower"),
         "save_every": (COUNT, 50, "steps between saves of the resume state"),
         "allow_unconfined_code": (bool, False, "run code answers where no sandbox can be had"),
@@ -1243,7 +1241,7 @@ def write_report(c, rows, facts, inputs, s1, s2) -> dict:
             cells.append([*cell, f"{row['all']['loss']:.3f}"])
         lines += table([metric, *head, "loss"], cells)
         lines += ["", "Greedy answers, ± one standard error over questions (not seeds). loss:"]
-        lines += ["mean over examples of the cross-entropy a token of the reference answer.", ""]
+        lines += ["mean over examples of the cross-entropy per token of the reference answer.", ""]
         cuts = {stage: row["all"]["truncated"] for stage, row in rows.items()}
         if any(cuts.values()):
             words = [f"{stage} {share:.1%}" for stage, share in cuts.items()]
