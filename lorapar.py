@@ -888,7 +888,6 @@ def save_baseline(model, folder):
 
 def load_baseline(model, folder):
     """Adds a saved baseline to a plain model; returns it. ValueError on files that do not fit."""
-    model = unwrapped(model)
     try:
         about = json.loads((Path(folder) / "baseline.json").read_text())
         tensors = load_file(Path(folder) / "baseline.safetensors")

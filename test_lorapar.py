@@ -1446,9 +1446,23 @@ def test_special_tokens_that_another_file_names_are_added_as_transformers_does(t
     refuses("as eos_token_id", data.Tokenizer, tmp_path)
 
 
-@needs_shared
-def test_sentencepiece_without_its_added_tokens_is_refused(tmp_path):
-    shutil.copy(SHARED / "fixtures/llama2_tokenizer/tokenizer.model", tmp_path)
+def test_a_sentencepiece_model_is_read_and_refused_without_its_added_tokens(tmp_path):
+    import sentencepiece
+
+    with open(tmp_path / "tokenizer.model", "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a tiny text of words", "words  of a text"]),
+            model_writer=file, vocab_size=40, model_type="bpe", hard_vocab_limit=False,
+            byte_fallback=False, add_dummy_prefix=True, remove_extra_whitespaces=False,
+            normalization_rule_name="identity",
+        )  # fmt: skip
+    tokenizer = data.Tokenizer(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2,))
+    ids = tokenizer.encode("a text", bos=True, eos=True)
+    assert ids[0] == 1 and ids[-1] == 2 and tokenizer.decode(ids[1:]) == " a text"
+    for text in ("tiny", " tiny", "of  words "):
+        assert tokenizer.decode(tokenizer.encode(text, eos=True, goes_on=True)) == text
+    assert tokenizer.decode([10**6, *tokenizer.encode("a", goes_on=True)]) == "a"
     (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 32000}')
     refuses("does not hold '<|im_start|>'", data.Tokenizer, tmp_path)
     (tmp_path / "added_tokens.json").unlink()
@@ -1609,7 +1623,7 @@ FINAL_NUMBERS = {  # a reply, and the number it gives
     "#### Step 1\n9\n#### Step 2\nThe answer is 18.": 18, "#### Final Answer\n18": 18,
     "#### 18<br>": 18,
     "I do not know.\n\nQuestion: 9?\nAnswer: 18": None,
-    "9\n__18__": 18,
+    "9\n__18__": 18, "$\\boxed{18}$ for 3 days": 18, "\\boxed{\\text{18} eggs} of 20": 18,
     "The temperature is - 18 degrees": -18, "so − 18": -18, "<reflection>12</reflection>18": 18,
     "#### 18 dollars/day": 18, "<answer>$18/h</answer>": 18, "\\boxed{18/x}": None,
     "#### 1. Compute\n7\n#### **2. Add**\nIt is 18": 18, "\\boxed{18\\text{ cm}^{2}}": 18,
