@@ -811,8 +811,7 @@ def final_part(reply: str) -> str:
     base model runs on. All that reads a reply begins here."""
     reply = after_thoughts(reply)
     if reply.lstrip().startswith("<reasoning>") and "</answer>" in reply:
-        turn = TURN.search(reply, reply.index("</answer>"))  # one before it belongs to the answer
-        return reply[: turn.start()] if turn else reply
+        return reply[: reply.index("</answer>") + len("</answer>")]
     begin, digit = 0, None
     for turn in TURN.finditer(reply):
         if reply[begin : turn.start()].strip():
@@ -838,13 +837,14 @@ HASHES = re.compile(r"####(?![^\w\n]{0,9}\d{1,2}[.)][^\w\n]{1,4}[^\W\d])([^\w\n]
 
 def marked(text: str) -> str | None:
     """What a reply marks as its answer: inside the last <answer>, else in the last \\boxed{}, else
-    after the last ####; None if it marks nothing."""
+    after the first #### (a base model runs on into more); None if it marks nothing."""
     inside = in_tags(text)
     if inside is not None:
         return inside
     _, boxed, inside = text.rpartition("\\boxed{")
     if not boxed:
-        return (HASHES.findall(text) or [None])[-1]
+        hashes = HASHES.search(text)
+        return hashes[1] if hashes else None
     depth = 1
     for i, letter in enumerate(inside):
         depth += (letter == "{") - (letter == "}")
@@ -864,7 +864,7 @@ NUMBER = re.compile(
     rf"(?: ?/ ?(?P<bottom>{DECIMAL}))?"
     # what makes it no plain number: 1e5, 12:30, 6x3, 10^2, 0.(3), 2√3, 5k, 1.2万
     r"(?P<spoiled>(?:[eE][-+]?|[.,:/xX]|\*\*)\d[\d.,:/]*|\.?\(\d|\^-?\d*|[_²³⁰-⁹]|[kKMBx]\b"
-    r"|(?<!\d{4}) \d{3}\b|\.?\s?[½¼¾⅐-⅞√π∞万亿\0]|\s?(?:thousand|million|billion|dozen)\b)?"
+    r"|(?<!\d{4}) \d{3}\b|\.?\s?[½¼¾⅐-⅞√π∞万亿\0])?"
 )
 ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")  # after the 2 of "2nd"
 GROUPED = re.compile(r"\d+|\d{1,3}(?:,\d{2,3})*,\d{3}")  # 1,000 and India's 1,00,000; not 3,5

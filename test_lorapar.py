@@ -1556,14 +1556,14 @@ NUMBERS = {  # gold -> right replies, wrong replies, with | between two
     "18": (
         "18|18.|$18|18.00|#### 18|####18|<answer>18</answer>|<answer>\n$18.00\n</answer>"
         "|He sells 9 eggs at $2.\n#### $18|so it is \\boxed{18}|The answer is 18 dollars."
-        "|5 + 13 = <<5+13=18>>18|#### 17\n#### 18|#### 18\nShe has 5 left.|\\boxed{x=18}"
+        "|5 + 13 = <<5+13=18>>18|#### 18\n9 of 2.\n#### 17|#### 18\nShe has 5 left.|\\boxed{x=18}"
         "|<answer>16</answer> <answer>18</answer>|#### 18\n\nQuestion: How many more?\n#### 25"
         "|It is 18.\n\nQ: And of 20?\nA: 30|Question: how many of 9?\nIt is 18.|\\boxed{18 dollars}"
         "|He ran 18 km on the 2nd.|\\boxed{6 \\times 3 = 18}|<answer>18 apples</answer>"
         "|<answer>**18**</answer>|<answer>6*3 = 18</answer>|<answer>\\boxed{18}</answer>"
         "|<answer>The total is 18</answer>|<answer>#### 18</answer>|He sold:\n- 18 eggs"
         "|He ran 18km.|#### **18**|#### Answer: 18|\\boxed{\\text{18}}",
-        "180|118|18.5|-18|eighteen||18 eggs, of which 5 are left|#### 17\nor 18|#### 18e99"
+        "180|118|18.5|-18|eighteen||18 eggs, of which 5 are left|#### 17\nor 18|#### 18e99|#### 17\n#### 18"
         "|<answer>17</answer> though 18 is near|<answer></answer> 18|<answer>17 eggs or 18</answer>"
         "|#### 1e999999999|<answer>1e999999999</answer>|<answer>20 - 2</answer>",
     ),
@@ -1620,6 +1620,8 @@ FINAL_NUMBERS = {  # a reply, and the number it gives
     "Let me see.\n\n**Problem:** 9 eggs\nIt is 18": 18,
     "### Question 1:\nLet me restate it.\n### Response:\n18": 18,
     "<reasoning>\nQuestion: 9 eggs\n</reasoning>\n<answer>\n18\n</answer>": 18, "#### 18 km/h": 18,
+    "<reasoning>\n9\n</reasoning>\n<answer>\n18\n</answer>\n<reasoning><answer>3</answer>": 18,
+    "<answer>4 dozen</answer>": 4,
     "#### Step 1\n9\n#### Step 2\nThe answer is 18.": 18, "#### Final Answer\n18": 18,
     "#### 18<br>": 18,
     "I do not know.\n\nQuestion: 9?\nAnswer: 18": None,
