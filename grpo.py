@@ -97,7 +97,7 @@ def grpo_step(model, optimizer, prompts, reward, reference, s: Settings, generat
 
 def sample_rollouts(model, prompts, s: Settings, generator=None) -> list[Rollout]:
     """s.group answers to each prompt (of this process's share), from softmax(logits / temperature).
-    The random numbers are drawn for all prompts, so the split over processes changes nothing."""
+    The numbers are drawn for all prompts, so the split over processes changes rounding alone."""
     shape = len(prompts), s.group, s.max_new_tokens
     uniforms = torch.rand(shape, dtype=torch.float64, device="cpu", generator=generator)
     rank, size = rank_and_size()

@@ -415,14 +415,14 @@ def token_logprobs(model, tokens, labels, temperature=1.0):
     check_length(model, tokens.shape[1] - 1)
     hidden = model.model(tokens[:, :-1])  # (B, T-1, H): nothing follows the last token
     targets, weight = labels[:, 1:], model.head_weight
-    answer = targets != -100
+    answer = (targets != -100).nonzero(as_tuple=True)  # indices, as this waits for the GPU
     h, t = hidden[answer], targets[answer]  # (M, H), (M,)
     if weight.requires_grad:  # only the toy's base is trained whole: let autograd see the head
         logp = -F.cross_entropy(F.linear(h, weight).float() / temperature, t, reduction="none")
     else:
         logp = HeadLogprobs.apply(h, weight, t, temperature)
     zeros = hidden.new_zeros(targets.shape, dtype=torch.float32)
-    return zeros.index_put((answer,), logp)
+    return zeros.index_put(answer, logp)
 
 
 # ------------------------------------------------------------------------------------- generation
@@ -447,11 +447,11 @@ def generate(
 
     The sampled EOS is part of the answer. At most batch_rows answers are decoded together, each
     prompt of them prefilled once. All random numbers are drawn before decoding starts, so what is
-    sampled depends neither on batch_rows nor on when others end. With return_logprobs also
-    gives [P][G][log-prob of each new token] under softmax(logits / temperature). Runs in eval mode
-    and restores each module's flag. `generator` lives on the CPU; uniforms (P G, max_new_tokens)
-    are the random numbers where the caller draws them. Raises ValueError on an empty
-    prompt, or on settings out of range.
+    sampled depends neither on when others end nor, but for rounding (in bfloat16 it shows), on
+    batch_rows. With return_logprobs also gives [P][G][log-prob of each new token] under
+    softmax(logits / temperature). Runs in eval mode and restores each module's flag. `generator`
+    lives on the CPU; uniforms (P G, max_new_tokens) are the random numbers where the caller draws
+    them. Raises ValueError on an empty prompt, or on settings out of range.
     """
     if not prompts or not all(prompts):
         raise ValueError("generate needs at least one prompt, and no empty one (add a BOS token?)")

@@ -1563,9 +1563,9 @@ NUMBERS = {  # gold -> right replies, wrong replies, with | between two
         "|<answer>**18**</answer>|<answer>6*3 = 18</answer>|<answer>\\boxed{18}</answer>"
         "|<answer>The total is 18</answer>|<answer>#### 18</answer>|He sold:\n- 18 eggs"
         "|He ran 18km.|#### **18**|#### Answer: 18|\\boxed{\\text{18}}",
-        "180|118|18.5|-18|eighteen||18 eggs, of which 5 are left|#### 17\nor 18|#### 18e99|#### 17\n#### 18"
+        "180|118|18.5|-18|eighteen||18 eggs, of which 5 are left|#### 17\nor 18|#### 18e99"
         "|<answer>17</answer> though 18 is near|<answer></answer> 18|<answer>17 eggs or 18</answer>"
-        "|#### 1e999999999|<answer>1e999999999</answer>|<answer>20 - 2</answer>",
+        "|#### 1e999999999|<answer>1e999999999</answer>|<answer>20 - 2</answer>|#### 17\n#### 18",
     ),
     "1,000": ("1000", "10"),
     "1000": ("1,000|$1,000.00|\\boxed{1{,}000}", "1000000"),
@@ -3016,7 +3016,7 @@ def test_stage_2_and_evaluation_may_have_data_sets_of_their_own(toy_run, tmp_pat
     inputs, _ = train.read_inputs(c, toy_run / "base")
     assert "only --prompt authors asks for its tags" in inputs.notes["reward"]
     capsys.readouterr()
-    train.main(["eval", str(tmp_path / "out")])  # asks as the run asks
+    train.main(["eval", str(tmp_path / "out"), "--device", "cpu"])  # asks as the run asks
     assert '"examples": 40' in capsys.readouterr().out
     saved = load_file(tmp_path / "out" / "partition.safetensors")
     assert {k: int(v.sum()) for k, v in saved.items()} == report["partition"]["regions"]
@@ -3073,7 +3073,7 @@ def test_ones_own_file_and_reward_train_stage_2(toy_run, tmp_path, capsys):
     assert means["accuracy"] == pytest.approx(expected) and means["examples"] == 6
     assert "| reward | " in (tmp_path / "free" / "report.md").read_text()
     capsys.readouterr()
-    train.main(["eval", str(tmp_path / "free")])
+    train.main(["eval", str(tmp_path / "free"), "--device", "cpu"])
     rows = json.loads(capsys.readouterr().out.partition("\n")[2].rpartition("}")[0] + "}")
     assert rows["all"] == pytest.approx(means, rel=1e-4) and "S1" in rows
     train.main(["compare", str(tmp_path / "free"), str(tmp_path / "free")])
@@ -3182,7 +3182,7 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         have the id gsm8k/train/3 => {labelled} --eval-data {tmp_path}/clash.jsonl
         evaluation holds => {labelled} --data {split} --eval-data gsm8k:{good} --eval-every 1
         longer than --max-prompt 2 => {toy} --max-prompt 2 --train-examples 70
-        sees no device cuda:7 => --device cuda:7
+        sees no device cuda:99 => --device cuda:99
         --seed: -1 is not from 0 => --seed -1
         sft: no element is active: raise --alpha => {toy} --theta 1 --alpha 0
         Not a directory => --out {file}/run
@@ -3775,7 +3775,7 @@ def bench(arguments):
     peak = peak_memory()
     if device != "cpu":
         peak = torch.cuda.max_memory_allocated(device)
-    print(f"peak memory {peak / 1e9:.1f} GB")
+    print(f"peak memory {peak / 1e9:.1f} GB, peers included")
 
 
 def add_peers(works, args, model, tokens, labels, prompts, few):

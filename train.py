@@ -30,6 +30,7 @@ import traceback
 from collections import Counter
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -515,7 +516,8 @@ def answer_all(c, model, inputs, examples, what: str) -> list[dict]:
     tokenizer = inputs.tokenizer
     encoded, _ = data.tokenize(examples, tokenizer, 10**9, c.prompt, "rl")
     rank, size = lorapar.rank_and_size()
-    order = sorted(range(len(examples)), key=lambda i: encoded[i].prompt_length)  # little padding
+    # like lengths together: little padding; the longest first: what does not fit fails at once
+    order = sorted(range(len(examples)), key=lambda i: -encoded[i].prompt_length)
     own = order[rank::size]
     letters = [i for i in own if examples[i].kind == "letter"]
     texts = [i for i in own if examples[i].kind != "letter"]
@@ -1813,7 +1815,8 @@ def main(arguments=None):
             torch.distributed.destroy_process_group()
     except torch.OutOfMemoryError as error:
         reason = str(error).partition(". ")[0]
-        sys.exit(f"train.py: {reason}: lower --micro-batch and --batch-rows, or --checkpointing")
+        cure = "lower --micro-batch, --batch-rows or --max-length, or take --checkpointing"
+        sys.exit(f"train.py: {reason}: {cure}")
     except KeyboardInterrupt:
         print("\ntrain.py: stopped; repeat the command to go on", file=sys.stderr)
         sys.exit(130)
@@ -1832,10 +1835,15 @@ def main(arguments=None):
 
 def join_processes(c):
     """One of torchrun's processes: a GPU of its own where there are GPUs; the first one speaks."""
+    backend = "gloo"
     if c.device.startswith("cuda"):
-        c.device = f"cuda:{os.environ['LOCAL_RANK']}"
+        backend, number, gpus = "nccl", int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= gpus:
+            raise ValueError(f"more processes than the {gpus} GPUs here: lower --nproc_per_node")
+        c.device = f"cuda:{number}"
         torch.cuda.set_device(c.device)
-    torch.distributed.init_process_group("nccl" if c.device.startswith("cuda") else "gloo")
+    # a slow reward may hold the others up for longer than nccl's ten minutes
+    torch.distributed.init_process_group(backend, timeout=timedelta(hours=4))
     if lorapar.rank_and_size()[0]:
         sys.stdout = open(os.devnull, "w", errors="backslashreplace")
 
