@@ -1520,6 +1520,9 @@ def test_both_stages_ask_in_the_same_words(toy_tokenizer):
         assert data.prompt_and_answer(e, toy_tokenizer, *style) == ("How many?\n", answer)
     asked, trained = data.prompt_and_answer(e, toy_tokenizer, "authors", "sft")
     assert (asked, trained) == ("How many?", "9*2\n#### 18")
+    own = data.Example("x", "How many?", "It is 18.", "number", "18")
+    asked, trained = data.prompt_and_answer(own, toy_tokenizer, "authors", "sft")
+    assert trained == "It is 18."
     toy_tokenizer.settings["chat_template"] = "{% for m in messages %}{{ m.content }}|{% endfor %}"
     asked, _ = data.prompt_and_answer(e, toy_tokenizer, "authors", "rl")
     assert asked == f"{data.FORMAT}|How many?|"
@@ -1618,6 +1621,7 @@ FINAL_NUMBERS = {  # a reply, and the number it gives
     "18<|im_end|>\n<|im_start|>user\n20": 18, "18<｜User｜>20": 18, "18</s> 20": 18,
     "18 [INST] 20": 18, "<|im_start|>assistant\n18": 18,
     "Let me see.\n\n**Problem:** 9 eggs\nIt is 18": 18,
+    "Let us add: 9 + 9 = 18.\n\nQuestion: 20?\nIt is 40.": 18,
     "### Question 1:\nLet me restate it.\n### Response:\n18": 18,
     "<reasoning>\nQuestion: 9 eggs\n</reasoning>\n<answer>\n18\n</answer>": 18, "#### 18 km/h": 18,
     "<reasoning>\n9\n</reasoning>\n<answer>\n18\n</answer>\n<reasoning><answer>3</answer>": 18,

@@ -837,7 +837,7 @@ def read_inputs(c, folder):
     examples_of, encoded_of = {}, {}  # system -> its training examples, and these as token ids
     for system in ("S1", "S2"):
         labelled = [replace(e, label=label_of[e.id]) for e in sets[system] if e.id in label_of]
-        random.Random(c.seed).shuffle(labelled)
+        random.Random(c.seed).shuffle(labelled)  # one cut for both systems, then each its own
         examples = [e for e in labelled[: c.train_examples] if e.label == system]
         encoded, counts = data.tokenize(examples, tokenizer, c.max_length, c.prompt, "sft")
         counts["without a label"] = len(sets[system]) - len(labelled)
@@ -941,7 +941,8 @@ def read_sets(c) -> dict:
     question_of = {}
     for e in itertools.chain(*sets.values()):
         if question_of.setdefault(e.id, e.question) != e.question:
-            raise ValueError(f"two questions of {set(specs.values())} have the id {e.id}")
+            files = ", ".join(dict.fromkeys(specs.values()))
+            raise ValueError(f"{files}: two questions have the id {e.id}: give one another")
     trained = {e.question.strip() for e in sets["S1"] + sets["S2"]}
     if any(e.question.strip() in trained for e in sets["test"] + sets["validation"]):
         raise ValueError(f"{specs['test']}: the evaluation holds training questions")
