@@ -66,7 +66,7 @@ def grpo_step(model, optimizer, prompts, reward, reference, s: Settings, generat
     started = time.perf_counter()
     rollouts = sample_rollouts(model, prompts, s, generator)
     sampled_at = time.perf_counter()
-    for rollout, parts in zip(rollouts, reward(rollouts)):
+    for rollout, parts in zip(rollouts, reward(rollouts), strict=True):
         rollout.reward_parts = parts
     rewarded_at = time.perf_counter()
     rollouts = sorted(gather_over_ranks(rollouts), key=lambda r: r.prompt_index)
@@ -87,7 +87,7 @@ def grpo_step(model, optimizer, prompts, reward, reference, s: Settings, generat
         "equal_groups": int((advantages == 0).all(1).sum()),  # nothing to learn there
         "length": sum(len(r.answer) for r in rollouts) / len(rollouts),
         "truncated": sum(r.truncated for r in rollouts) / len(rollouts),
-        "grad_norm": optimizer.grad_norm.item(),
+        "grad_norm": optimizer.grad_norm.item(),  # of the last iteration
         "rollout_s": round(sampled_at - started, 4),
         "reward_s": round(rewarded_at - sampled_at, 4),
         "update_s": round(time.perf_counter() - rewarded_at, 4),
@@ -136,8 +136,8 @@ def gather_over_ranks(items: list) -> list:
 def group_advantages(rewards, by_std=True):
     """rewards (P, G) -> (r - mean) / (sample std + 1e-4) within each group, (P, G) float32.
 
-    Exactly 0 where a group's rewards are all equal (rounding alone would give about 6e-4, a
-    gradient out of nothing). by_std=False does not divide, as the division favours groups that
+    Exactly 0 where a group's rewards are all equal (rounding alone would make a gradient out of
+    nothing). by_std=False does not divide, as the division favours groups that
     differ little (Dr. GRPO). ValueError for G = 1: nothing to compare with.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
@@ -184,7 +184,7 @@ def grpo_loss(
     else:
         raise ValueError(f"unknown loss {loss!r}; one of grpo, token, dr_grpo")
     with torch.no_grad():
-        clipped = per_answer(((ratio < 1 - clip) | (ratio > 1 + high)).float())
+        clipped = per_answer((objective < ratio * A).float())
         stats = {"kl": per_answer(k3), "ratio": per_answer(ratio), "clipped": clipped}
     return -mean, stats
 

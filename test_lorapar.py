@@ -2450,9 +2450,9 @@ def test_grpo_loss_equals_the_formula_token_by_token(kl, kind, high):
     given = ref if kl else None
     settings = {"clip": 0.2, "kl": kl, "clip_high": high, "loss": kind, "max_new_tokens": 7}
     loss, stats = grpo.grpo_loss(new, old, given, advantages, mask, **settings)
-    total, total_kl = 0.0, 0.0
+    total, total_kl, total_clipped = 0.0, 0.0, 0.0
     for i in range(4):
-        terms, kls = [], []
+        terms, kls, cut = [], [], []
         for t in range(6):
             if mask[i, t]:
                 ratio, A = math.exp(logp[i, t] - old[i, t]), float(advantages[i])
@@ -2460,11 +2460,14 @@ def test_grpo_loss_equals_the_formula_token_by_token(kl, kind, high):
                 d = float(ref[i, t] - logp[i, t])
                 kls.append(math.exp(d) - d - 1)
                 terms.append(min(ratio * A, clipped * A) - kl * kls[-1])
+                cut.append(clipped * A < ratio * A)
         count = {"grpo": 4 * max(1, len(terms)), "token": int(mask.sum()), "dr_grpo": 4 * 7}[kind]
         total += sum(terms) / count
         total_kl += sum(kls) / max(1, len(kls)) / 4
+        total_clipped += sum(cut) / max(1, len(cut)) / 4
     assert loss.item() == pytest.approx(-total, abs=1e-6)
     assert float(stats["kl"]) == pytest.approx(total_kl if kl else 0.0, abs=1e-6)
+    assert float(stats["clipped"]) == pytest.approx(total_clipped) and total_clipped > 0
     loss.backward()
     assert new.grad.isfinite().all() and new.grad[mask].any() and not new.grad[~mask].any()
 

@@ -224,7 +224,8 @@ def sft(c, model, inputs):
 
 def backward(model, encoded, batch_size: int, micro_batch: int, device):
     """Backward of (sum over these examples of the answer's mean token cross-entropy) / batch_size,
-    which it returns. At most micro_batch examples at a time; the gradient does not depend on it."""
+    which it returns. At most micro_batch examples at a time; but for dropout's draws the gradient
+    does not depend on it."""
     total = torch.zeros((), device=device)
     for tokens, labels in data.batches(encoded, micro_batch, device):
         logp = token_logprobs(model, tokens, labels)  # (B, T-1), 0 on the prompt
@@ -361,7 +362,8 @@ SHOWN = {  # the values in a step's line of the log
     "rl": ("reward", "length", "truncated", "kl", "gap", "equal_groups", "rollout_s", "update_s"),
 }
 LEGEND = {
-    "sft": "loss: per token of the answers; grad_norm: of the active elements, before clipping",
+    "sft": "loss: mean of the answers' per-token means; grad_norm: of the active elements, before "
+    "clipping",
     "rl": "reward (its parts), length: means over answers; truncated: share without an end; kl: to "
     "the\n    reference; gap: of sampling's log-probs to training's (rounding alone); "
     "equal_groups:\n    prompts whose answers all earn the same, so nothing is learned from them",
