@@ -760,6 +760,9 @@ def test_targets_are_names_or_their_ends_or_all_linears_but_the_head():
 
     assert adapted(Foreign(), ["q_proj", "spare.0"]) == ["q_proj", "spare.0"]
     assert adapted(Foreign(), ("0",)) == ["spare.0"]
+    headed = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 64))
+    headed.get_output_embeddings = lambda: headed[1]
+    assert adapted(headed, "all-linear") == ["0"]
     names = adapted(small("llama2"), "all-linear")
     assert len(names) == 14 and not any("head" in name for name in names)
     tail = nn.Sequential(nn.Tanh(), nn.LayerNorm(8))  # 2.1 ends like the linear 1
@@ -1264,11 +1267,10 @@ def test_baselines_compute_what_peft_computes(method, tmp_path):
 
 @pytest.mark.parametrize("method", lorapar.BASELINE_METHODS)
 def test_baselines_start_as_their_papers_say(method, tmp_path):
-    model, plain = (
-        lorapar.add_baseline(small("llama2"), method, VIRTUAL, seeded(0)),
-        small("llama2"),
-    )
+    plain, model = small("llama2"), small("llama2").requires_grad_(True)
+    lorapar.add_baseline(model, method, VIRTUAL, seeded(0))
     assert all(p.dtype == torch.float32 for p in lorapar.trainable(model).values())
+    assert not model.head_weight.requires_grad
     tokens = torch.tensor([[5, 9, 2, 33]])
     if method == "ia3":  # as the identity
         assert torch.equal(model(tokens), plain(tokens))
@@ -3132,6 +3134,21 @@ def test_eval_command_gives_the_number_and_every_answer(toy_run, tmp_path, capsy
         assert row["loss"] == pytest.approx(known[system]["loss"], rel=1e-4)
     assert name.startswith("eval-toy-2") and (toy_run / "answers" / name).exists()
     assert "no such file" in fails(capsys, "eval", "nowhere")
+
+
+def test_out_of_memory_names_the_flags_to_lower(monkeypatch, tmp_path):
+    def full(loss):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has ..")
+
+    def score(c=None):
+        lorapar.importance(lora_model(), [answer_batch()])
+
+    monkeypatch.setattr(lorapar, "vmap", full)
+    with pytest.raises(torch.OutOfMemoryError):  # not told as a model that vmap cannot run
+        score()
+    monkeypatch.setattr(train, "run", score)
+    with pytest.raises(SystemExit, match="CUDA out of memory: lower --micro-batch, --batch-rows"):
+        train.main(["--device", "cpu", "--out", str(tmp_path / "run")])
 
 
 def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
