@@ -424,7 +424,6 @@ def test_a_checkpoint_we_cannot_run_is_refused_by_name(tmp_path):
     for named, tensors, fields in (
         (norm, {norm: None}, {}),
         ("extra", {"extra": torch.ones(2)}, {}),
-        (norm, {norm: torch.ones(3)}, {}),
         (norm, {norm: torch.ones(32, dtype=torch.int8)}, {}),
         ("model_type", {}, {"model_type": "gpt2"}),
         ("sliding_window", {}, {"model_type": "mistral", "sliding_window": 8}),
@@ -435,10 +434,8 @@ def test_a_checkpoint_we_cannot_run_is_refused_by_name(tmp_path):
         ("rope_parameters", {}, {"rope_parameters": [1]}),
         ("each kind of layer", {}, {"rope_parameters": {"full_attention": {"rope_type": "x"}}}),
         ("no factor", {}, {"rope_scaling": {"rope_type": "linear"}}),
-        ("hidden_size is missing", {}, {"hidden_size": None}),
         ("num_key_value_heads is m", {}, {"model_type": "qwen2", "num_key_value_heads": None}),
         ("hidden_size is 32.0", {}, {"hidden_size": 32.0}),
-        ("num_attention_heads is '4'", {}, {"num_attention_heads": "4"}),
         ("num_attention_heads is 0", {}, {"num_attention_heads": 0}),
         ("num_key_value_heads is True", {}, {"num_key_value_heads": True}),
         ("rms_norm_eps is -1", {}, {"rms_norm_eps": -1}),
@@ -650,9 +647,7 @@ def test_adapters_of_other_writers_load_and_what_we_cannot_run_is_refused(tmp_pa
         "use_dora": {"use_dora": True},
         "not LORA": {"peft_type": "IA3"},
         "PEFT changes the base": {"init_lora_weights": "pissa_niter_16"},
-        "lora_alpha is None": {"lora_alpha": None},
         "lora_alpha is True": {"lora_alpha": True},
-        "lora_alpha is nan": {"lora_alpha": math.nan},
         "r is '4'": {"r": "4"},
         "of r = 16": {"r": 16},
         "bias is 'all'": {"bias": "all"},
@@ -683,18 +678,8 @@ def compile_inside(model):
 
 
 WRAPS = [torch.compile, nn.DataParallel, compile_inside, torch.optim.swa_utils.AveragedModel]
-WRAPS += [lambda model: torch.compile(nn.DataParallel(model)), lambda model: DeepSpeedEngine(model)]
-
-
-class DeepSpeedEngine(nn.Module):
-    """As DeepSpeed's: the model is its only child."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.module = model
-
-    def forward(self, *arguments):
-        return self.module(*arguments)
+WRAPS += [lambda model: torch.compile(nn.DataParallel(model))]
+WRAPS += [type("DeepSpeedEngine", (nn.DataParallel,), {})]  # known by its name alone
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
@@ -744,7 +729,7 @@ class Foreign(nn.Module):
     def __init__(self, wrap=lambda logits: logits):
         super().__init__()
         self.embed, self.q_proj, self.head = nn.Embedding(64, 8), nn.Linear(8, 8), nn.Linear(8, 64)
-        self.conv, self.wrap = nn.Conv1d(8, 8, 1), wrap
+        self.wrap = wrap
         self.spare = nn.Sequential(nn.Linear(8, 8))  # no token reaches it
         # a linear that computes its own way: no layer of ours may stand in for it
         self.own = type("Doubled", (nn.Linear,), {"forward": lambda s, x: 2 * x})(4, 4)
@@ -812,11 +797,6 @@ def test_add_lora_refuses_bad_calls():
         model.peft_config = {}
         return model
 
-    def half_quantised():
-        model = small("llama2")
-        model.model.layers[1].self_attn.q_proj = type("Linear4bit", (nn.Linear,), {})(32, 32)
-        return model
-
     for make, expected, arguments in (
         (small, "targets 'q_proj': a sequence", {"targets": "q_proj"}),
         (small, "no targets", {"targets": []}),
@@ -831,11 +811,9 @@ def test_add_lora_refuses_bad_calls():
         (lambda: baseline_model("ia3"), "adapters already", {}),
         (of_peft, "adapters already", {}),
         (Foreign, "the model's linears are 0, head, q_proj", {"targets": ["x"]}),
-        (Foreign, "is a Conv1d", {"targets": ["conv"]}),
         (Foreign, "is a Doubled", {"targets": ["own"]}),
         (offloaded, "meta device", {"targets": ["q_proj"], "r": 2}),
         (patched, "another library", {"targets": ["q_proj"], "r": 2}),
-        (half_quantised, "1 of 2 targets", {"targets": ["q_proj"]}),
         (lora_model, "already", {}),
     ):
         model = make()
@@ -857,21 +835,14 @@ def test_what_would_be_wrong_in_silence_is_refused(tmp_path):
     refuses("fast path", lorapar.add_lora, nn.TransformerEncoder(layer, 1), ["linear1"], r=2)
     for wrap in (
         lambda logits: {"logits": logits},
-        lambda logits: [logits],
-        lambda logits: SimpleNamespace(last_hidden_state=logits),
         lambda logits: logits[:, 0],
         lambda logits: logits[:, -1:],  # nanoGPT without targets
-        lambda logits: (None, logits),
     ):
         model = lorapar.add_lora(Foreign(wrap), ["q_proj"], r=2)
         refuses("must give logits", lorapar.importance, model, [answer_batch(2)])
     tokens, labels = answer_batch(2)
     for batches in ([{"tokens": tokens, "labels": labels}], (tokens, labels), [(tokens,)]):
         refuses("needs pairs (tokens, labels)", lorapar.importance, model, batches)
-    branching = lorapar.add_lora(Foreign(lambda x: x if x.sum() > 0 else -x), ["q_proj"], r=2)
-    refuses("vmap cannot run this model", lorapar.importance, branching, [answer_batch(2)])
-    recurrent = lorapar.add_lora(Foreign(nn.LSTM(64, 64, batch_first=True)), ["q_proj"], r=2)
-    refuses("vmap cannot run this model", lorapar.importance, recurrent, [answer_batch(2)])
     noisy = lorapar.add_lora(Foreign(lambda x: F.dropout(x, 0.5, True)), ["q_proj"], r=2)
     refuses("vmap cannot run this model", lorapar.importance, noisy, [answer_batch(2)])
 
@@ -2173,23 +2144,14 @@ RIGHT = table(r"""
 body => BODY
 body and broken run-on => BODY\ndef add(a, b):\n    return a *
 whole => WHOLE
-body and prose => BODY\nThis adds the two numbers.\n
-body without indent => return a + b
 body and run-on =>     # a sum\nBODY\ndef x():\n    pass\n\nprint(add(1))\n
 body and helper =>     return plus(a, b)\n\ndef plus(a, b):\nBODY
 lost indents => for x in [a]:\n    b = b + x\nreturn b
-fence => Here you are:\nFENCE\nIt adds.
-prose and whole => Here it is:\n\nWHOLE\nIt adds.
-fenced body => ```\nBODY```
 tildes, carriage returns => ~~~py\r\r\ndef add(a, b):\r\n    return a + b\r\n~~~
-shell first => ```bash\npip install x\n```\nFENCE
 future => from __future__ import annotations\nimport math\ndef add(a, b):\n    return math.floor(a + b)
 prose and import => Here:\n\nimport math\n\ndef add(a, b):\n    return math.floor(a + b)
 helper fence => ```python\ndef h(x):\n    return x\n```\n```\ndef add(a, b):\n    return h(a) + b\n```
-imports => import math, collections\nfrom typing import List\n\nWHOLE
-own main => WHOLE\nassert add(1, 1) == 2\nif __name__ == '__main__':\n    input()\n
 constants first => TABLE = {}\nfor i in range(9):\n    TABLE[i] = i\nWHOLE
-lambda => add = lambda a, b: a + b\n
 late imports => from datetime import datetime as d\ndef add(a, b):\n    d.strptime('1', '%d')\nBODY
 second try after => WHOLE\nWRONG
 prose and fenced body => Here is the body:\n\n```python\nBODY```
@@ -2199,39 +2161,29 @@ builtin shadowed after =>     return sum([a, b])\n\nsum = add(1, 2)\nprint(sum)\
 prose that looks like code => Let's see\na = 2, b = 3 gives 5\n\nWHOLE
 thinking => <think>\nMaybe\ndef add(a, b):\n    ...\nno wait.\n</think>\n\nWHOLE
 cut off in a fence => ```python\nWHOLE\nprint(add(1,
-session in a fence => ```python\nWHOLE\n>>> add(1, 2)\n3\n```
-stub in a fence first => ```python\ndef add(a, b):\n    pass\n```\nFilled in:\nFENCE
 draft in a fence first => <think>\n```python\nWRONG```\n</think>\nFENCE
 deep run-on => BODY\nx = 1 + 1 + 1\na.b.c.d.e = -----------x\n# \ud800
 NUL after => BODY\n\0
 cache of its own => def add(a, b):\n    add.cache[a] = b\n    return a + b\n\nadd.cache = {}\n
-numpy.linalg => from numpy.linalg import det\ndef add(a, b):\n    return a + b * det([[1]])
 late constant => def add(a, b):\n    return a + b + zero\n\nzero: int = 0
 numpy => import numpy as np\ndef add(a, b):\n    return np.add(a, b) * np.linalg.det(np.eye(2))\n
 numpy's parts => import numpy as np\ndef add(a, b):\n    np.random.rand, np.fft.fft, np.ma.array, np.polynomial.Polynomial, np.char.add\nBODY
 annotations without their imports => def add(a: Vector, b: 'x') -> Optional[Vector]:\nBODY
 """)  # noqa: E501
 RIGHT |= table(r"""
-docstring with a fence => def add(a, b):\n    '''Add.\n\n    ```\n    add(1, 2)\n    ```\n    '''\nBODY
 fenced docstring with a fence => Sure:\n```python\ndef add(a, b):\n    '''\n    ```\n    1\n    ```\n    '''\nBODY```\n
 string with a fence =>     s = '''\n```\n'''\nBODY
 longer fence => ````markdown\nHere\n```python\nWHOLE```\n````\n
-next turn => WHOLE\n### Instruction:\nNow write sub.\n
-comment like a turn =>     # User input\nBODY
-docstring like a turn => Sure:\n```python\ndef add(a, b):\n    '''\n    Problem: add\n    Example:\n    '''\nBODY```\n
 strings like a turn => ```python\ndef add(a, b):\n    s = '[INST] </s>'\nBODY```\n
 string like a thought => def add(a, b):\n    s = '</think>'\nBODY
 body, then its use => BODY\nExample:\n\n```python\nprint(add(1.0, 2.0), add(2.0, 3.0), 5.0)\n```
-long thought => <think>\nTHOUGHTS</think>\nFENCE
 whole, then its output => WHOLE\nOutput:\n```\nFalse\n```
 fence, then a stub => FENCE\nwhere\n```python\ndef add(a, b): ...\n```
 draft, then a fence => def add(a, b):\n    return 0\n\nBetter:\nFENCE
 shell, stub, then whole => ```\npip install x\n```\n```python\ndef add(a, b):\n    ...\n```\nNow:\nFENCE
 first line stripped => if a:\n        b = b + a\n    return b
-fence closed on the last line => ```python\ndef add(a, b):\n    return a + b```
 prose after such a fence => ```python\ndef add(a, b):\n    return a + b```\nIt adds them.
 stub, then whole => def add(a, b):\n    pass\n\nWHOLE
-stub, then whole, in a fence => ```python\ndef add(a, b):\n    pass\n\nWHOLE```
 end token =>     if a == 99:\n        return 0\n    return a + b<|endoftext|>junk
 assignment => import operator\nadd = operator.add\n
 two statements on a line => ```\nif a == 99: return 0\nreturn a + b\n```
@@ -2328,7 +2280,6 @@ def test_without_a_filter_code_runs_only_where_it_is_allowed(monkeypatch):
 @pytest.mark.parametrize("form", RIGHT)
 def test_right_code_passes_in_every_form_models_write_it(form):
     text = RIGHT[form]
-    text = text.replace("THOUGHTS", "Let me add them. " * 2000)
     for name, meant in (("FENCE", FENCE), ("WHOLE", WHOLE), ("BODY", BODY), ("WRONG", WRONG)):
         text = text.replace(name, meant)
     example = task(CHECK, 'def add(a, b):\n    """Add."""\n')
@@ -2506,14 +2457,12 @@ def update(model, s, rollouts, reference):
 def test_the_first_step_has_no_kl_and_the_gap_tells_sampling_from_training():
     """In float32, without dropout, training says of the tokens what sampling said, in all
     iterations of the step. The gap shows weights that moved between the two, as a wrong cache or
-    temperature would. Only active elements move."""
+    temperature would."""
     model = lora_model(dropout=0.4).train()
     s, rollouts = sampled(model)
     start = lorapar.get_flat(model)
     stats, _ = update(model, s, rollouts, start)
     assert stats["kl"] == 0.0 and 0 < stats["gap"] < 2e-6
-    mask, end = masked(model, 0.5), lorapar.get_flat(model)
-    assert torch.equal(end[~mask], start[~mask]) and (end != start)[mask].float().mean() > 0.99
     lorapar.set_flat(model, start)
     s.iterations = 3
     stats, optimizer = update(model, s, rollouts, start)
@@ -2578,40 +2527,24 @@ def test_every_loss_and_kl_has_one_gradient_in_any_micro_batch(kind, kl):
 def test_the_step_marks_cut_answers_and_divides_by_no_deviation_in_dr_grpo(monkeypatch):
     model = lora_model()
     s = grpo.Settings(**SETTINGS | {"loss": "dr_grpo", "mask_truncated": True, "kl": 0.0})
+    s.eos_ids = range(16)
     optimizer = lorapar.MaskedAdamW(model, lr=0.0)
 
     def rewards(rollouts):
         return [{"length": float(len(r.answer))} for r in rollouts]
 
-    _, rollouts = grpo.grpo_step(model, optimizer, [[5, 9, 2]], rewards, None, s, seeded(0))
+    stats, rollouts = grpo.grpo_step(model, optimizer, [[5, 9, 2]], rewards, None, s, seeded(0))
     lengths = [len(r.answer) for r in rollouts]
+    assert len(set(lengths)) > 2 and 0 < stats["truncated"] < 1
+    assert stats["reward"] == stats["length"] == sum(lengths) / 4 and stats["equal_groups"] == 0
     assert [r.advantage for r in rollouts] == [n - sum(lengths) / 4 for n in lengths]
     assert [r.trains for r in rollouts] == [r.answer[-1] in s.eos_ids for r in rollouts]
+    assert stats["truncated"] == sum(not r.trains for r in rollouts) / 4
     arguments = model, optimizer, [[5, 9, 2]], rewards, None, s
     s.loss = "mean"
     refuses("unknown loss 'mean'", grpo.grpo_step, *arguments)
     monkeypatch.setattr(grpo, "rank_and_size", lambda: (0, 2))
     refuses("sum_gradients=True", grpo.grpo_step, *arguments)
-
-
-def test_grpo_raises_the_rewarded_tokens():
-    """The whole step on a reward anyone can check: the share of tokens below 32."""
-    model = lora_model(r=8)
-    masked(model, 1.1)
-    optimizer = lorapar.MaskedAdamW(model, lr=3e-2, max_grad_norm=1.0)
-    s = grpo.Settings(group=8, max_new_tokens=8, temperature=1.0, kl=0.01, micro_batch=64)
-    reference, generator, steps = lorapar.get_flat(model), seeded(0), []
-
-    def rewards(rollouts):
-        return [{"share": sum(t < 32 for t in r.answer) / 8} for r in rollouts]
-
-    for _ in range(20):
-        arguments = [[1, 2], [3]], rewards, reference, s, generator
-        stats, rollouts = grpo.grpo_step(model, optimizer, *arguments)
-        steps.append(stats)
-    assert steps[0]["reward"] < 0.6 and steps[-1]["reward"] > 0.9
-    assert steps[0]["equal_groups"] == 0 and steps[0]["truncated"] == 1.0
-    assert stats["reward"] == pytest.approx(sum(r.reward_parts["share"] for r in rollouts) / 16)
 
 
 # ------------------------------------------------------------------------------------------ train
@@ -2664,8 +2597,8 @@ def test_without_a_model_the_toys_settings_hold_and_with_one_the_papers():
 QUICK = "--sft-epochs 1 --rl-steps 3 --eval-examples 40 --rl-batch 4".split()
 QUICK += "--score-examples 16 --save-every 2 --device cpu".split()
 SHORT = "--rl-steps 1 --sft-steps 1 --max-response 4 --device cpu".split()
-DERIVED = "sft/adapter_model.safetensors rl/adapter_config.json answers/sft.jsonl partition.json"
-DERIVED = f"{DERIVED} partition.safetensors report.md labels.jsonl importance.safetensors".split()
+DERIVED = ["answers/sft.jsonl", "partition.json", "partition.safetensors", "report.md"]
+DERIVED += ["labels.jsonl", "importance.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -2734,12 +2667,6 @@ def test_the_whole_program_runs_and_reports(toy_run, capsys):
     first, second = (load_file(toy_run / s / "state.safetensors")["flat"] for s in ("sft", "rl"))
     assert int((first != start).sum()) <= active["sft"]
     assert 0 < int((second != first).sum()) <= active["rl"]
-    tokens = torch.arange(12)[None]  # the adapter on the untouched base is the trained model
-    exported = lorapar.load_adapter(decoder.load_model(toy_run / "base"), toy_run / "rl")
-    resumed = lorapar.add_lora(decoder.load_model(toy_run / "base"), lora_alpha=32.0)
-    lorapar.set_anchor(resumed, start)
-    lorapar.set_flat(resumed, second)
-    close(exported(tokens), resumed(tokens))
 
 
 def test_the_same_command_again_reuses_and_restores_everything(toy_run, tmp_path, capsys):
@@ -3170,8 +3097,6 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         [row | {"id": i} for i, row in enumerate(own_rows(9, check="exact"))],
     )
     data.write_jsonl(tmp_path / "clash.jsonl", [GSM8K | {"id": "gsm8k/train/3", "check": "number"}])
-    bare = [{"question": f"q{i}", "answer": "a", "check": "exact"} for i in range(20)]
-    data.write_jsonl(tmp_path / "unlabelled.jsonl", bare)
     file.write_text("")
     commands = f"""
         --theta: 0 is not from => --theta 0
@@ -3186,7 +3111,6 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         --rl-group: 1 is not from 2 => --rl-group 1
         unknown data set => {run} --data gsm9k
         --labels is missing => {run}
-        the field "label" => --model {base} --data {tmp_path}/unlabelled.jsonl --out {tmp_path}/un
         nothing at => {labelled} --data gsm8k:{nowhere}
         nowhere: no such file => {run} --labels {nowhere}
         nowhere.jsonl: no such file => {labelled} --data {nowhere}.jsonl
@@ -3201,7 +3125,6 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         0 files train.jsonl there => {labelled} --data gsm8k:{base}
         train.jsonl:3: no number after #### => {labelled} --data gsm8k:{unmarked}
         S2 of gsm8k:{good}: 0 training examples => {labelled}
-        holds training questions => {labelled} --eval-data gsm8k:{good}/train.jsonl
         the evaluation holds training => {owned} --eval-data {tmp_path}/again.jsonl
         have the id gsm8k/train/3 => {labelled} --eval-data {tmp_path}/clash.jsonl
         evaluation holds => {labelled} --data {split} --eval-data gsm8k:{good} --eval-every 1
@@ -3213,7 +3136,6 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         is not empty => {merge} {base}
         not a readable PEFT adapter => {merge} {tmp_path}/m --adapter nowhere
         no run there => figure {nowhere}
-        sets --order itself => sweep splits --order none
         unrecognized arguments: --thet => --thet 0.5
         is for the toy => sweep splits --model {base} --data {mine}
         needs 50 training examples => sweep resample --train-examples 60 --out {few}
