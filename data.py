@@ -42,7 +42,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property, partial
 from pathlib import Path
@@ -656,8 +656,8 @@ def shuffle_labels(records, seed: int):
     return [{"id": r["id"], "label": label} for r, label in zip(records, moved)]
 
 
-def label_examples(examples: list[Example], labels: str) -> list[Example]:
-    """The examples that have a label, with it. labels: a labels.jsonl ({"id", "label"} a line), the
+def label_examples(examples: list[Example], labels: str) -> list[dict]:
+    """{"id", "label"} of the examples that have a label. labels: a labels.jsonl ({"id", "label"} a line), the
     authors' csv (columns question and _result, System1 or System2), or "steps:K": of GSM8K alone,
     S1 where a solution has at most K <<...>> calculations, else S2 (a stand-in for users without
     teacher answers, not the paper's method). ValueError where no label fits an example."""
@@ -678,15 +678,15 @@ def label_examples(examples: list[Example], labels: str) -> list[Example]:
                 raise ValueError(f'{where}: needs "{key}" and a label of System 1 or System 2')
             if label_of.setdefault(str(record[key]).strip(), label) != label:
                 raise ValueError(f"{where}: another label for {str(record[key])[:60]!r}")
-    labelled = []
+    records = []
     for e in examples:
         name = getattr(e, key).strip()
         if name in label_of:
-            labelled.append(replace(e, label=label_of[name]))
-    if not labelled:
+            records.append({"id": e.id, "label": label_of[name]})
+    if not records:
         theirs, ours = next(iter(label_of), "nothing"), getattr(examples[0], key)
         raise ValueError(f"{labels}: no label fits: it has {theirs[:60]!r}, the data {ours[:60]!r}")
-    return labelled
+    return records
 
 
 # ---------------------------------------------------------------------------- tokens and batches

@@ -124,8 +124,6 @@ def score(c, model, encoded):
     path = Path(c.out) / "importance.safetensors"
     if path.exists():
         saved = read_tensors(path, ("start", "s1", "s2"))
-        if saved["start"].shape != lorapar.get_flat(model).shape:
-            raise ValueError(f"{path}: of another model; delete it to score again")
         lorapar.set_flat(model, saved["start"])
         if c.init in lorapar.ANCHORED:
             lorapar.set_anchor(model, saved["start"])
@@ -198,14 +196,14 @@ def sft(c, model, inputs):
         max_grad_norm=c.sft_grad_norm,
         sum_gradients=True,
     )
-    plan = step_indices(len(inputs.sft), c.sft_batch, c.sft_epochs, c.sft_steps, c.seed)
+    plan = step_batches(inputs.sft, c.sft_batch, c.sft_epochs, c.sft_steps, c.seed)
     first = load_state(c, "sft", model, optimizer, len(plan))  # 0 unless a run goes on
     model.train()  # dropout acts in this stage alone
     for step in range(first, len(plan)):
         started = time.perf_counter()
         seed_step(c, step)
         lr = set_lr(optimizer, c.sft_lr, step, len(plan), c.sft_warmup)
-        batch = [inputs.sft[i] for i in plan[step]]
+        batch = plan[step]
         with stop_if_diverged(c, "sft", step):
             rank, size = lorapar.rank_and_size()
             loss = backward(model, batch[rank::size], len(batch), c.micro_batch, c.device)
@@ -266,16 +264,15 @@ def rl(c, model, inputs):
         batch_rows=c.batch_rows,
         micro_batch=c.micro_batch,
     )
-    plan = step_indices(len(inputs.rl), c.rl_batch, c.rl_epochs, c.rl_steps, c.seed)
+    plan = step_batches(inputs.rl, c.rl_batch, c.rl_epochs, c.rl_steps, c.seed)
     first = load_state(c, "rl", model, optimizer, len(plan))
     equal_steps = 0
     for step in range(first, len(plan)):
         started = time.perf_counter()
         generator = seed_step(c, step)
         lr = set_lr(optimizer, c.rl_lr, step, len(plan), c.rl_warmup)
-        batch = [inputs.rl[i] for i in plan[step]]
-        examples = [example for example, _ in batch]
-        prompts = [prompt for _, prompt in batch]
+        examples = [example for example, _ in plan[step]]
+        prompts = [prompt for _, prompt in plan[step]]
         reward = partial(reward_rollouts, c, inputs, examples)
         with stop_if_diverged(c, "rl", step):
             stats, rollouts = grpo.grpo_step(
@@ -319,13 +316,13 @@ def keep_samples(c, tokenizer, step: int, examples, rollouts):
 # ------------------------------------------------------------------------ what the loops share
 
 
-def step_indices(n: int, batch: int, epochs: int, limit: int | None, seed: int) -> list[list[int]]:
+def step_batches(examples, batch: int, epochs: int, limit: int | None, seed: int) -> list[list]:
     """The examples of every step: each epoch one seeded permutation, cut into batches."""
     steps = []
     for epoch in range(epochs):
-        order = list(range(n))
+        order = list(examples)
         random.Random(f"{seed}/{epoch}").shuffle(order)
-        steps += [order[i : i + batch] for i in range(0, n, batch)]
+        steps += [order[i : i + batch] for i in range(0, len(order), batch)]
     return steps[:limit]
 
 
@@ -389,7 +386,7 @@ def end_step(c, stage, model, optimizer, inputs, step: int, steps: int, values: 
         values = values | validate(c, stage, model, inputs, step)
     late = time.monotonic() - STAGE["saved"] > 600  # steps may take minutes
     due = validates or last or late or (step + 1) % c.save_every == 0
-    saves = in_any_process(c, due or STAGE["stop"])
+    saves = any(grpo.gather_over_ranks([due or STAGE["stop"]]))  # all stop at the same step
     if saves:
         refuse_overflow(c, stage, model, step)
     append_line(Path(c.out) / "metrics.jsonl", {"stage": stage, "step": step} | values)
@@ -399,7 +396,7 @@ def end_step(c, stage, model, optimizer, inputs, step: int, steps: int, values: 
         save_state(Path(c.out) / stage, model, optimizer, step + 1)  # last: no step runs after it
         STAGE["saved"] = time.monotonic()
     STAGE["running"] = not last
-    if saves and in_any_process(c, STAGE["stop"]):  # also if asked while it saved
+    if saves and any(grpo.gather_over_ranks([STAGE["stop"]])):  # also if asked while it saved
         print(f"saved after {stage} step {step + 1} of {steps} in {c.out}")
         raise KeyboardInterrupt
 
@@ -420,11 +417,6 @@ def step_line(stage: str, step: int, steps: int, values: dict) -> str:
         words[0] += f" ({' '.join(parts)})"
     minutes, seconds = divmod(int(values["seconds"] * (steps - step - 1)), 60)
     return f"{stage} {step + 1}/{steps}  {'  '.join(words)}  left {minutes}:{seconds:02d}"
-
-
-def in_any_process(c, flag: bool) -> bool:
-    """The same answer in all processes, so that they stop at the same step."""
-    return bool(lorapar.sum_over_ranks(torch.tensor(float(flag), device=c.device)))
 
 
 def validate(c, stage: str, model, inputs, step: int) -> dict:
@@ -474,13 +466,9 @@ def load_state(c, stage: str, model, optimizer, steps: int) -> int:
     states = grpo.gather_over_ranks([(origin, first)])
     if any(state != states[0] for state in states):  # another machine's SVD, a folder of its own
         raise ValueError(f"{stage}: the processes do not have the same start, mask and step")
-    order = {name: i for i, name in enumerate(ORDERS[c.order])}
-    keep_lines(
-        Path(c.out) / "metrics.jsonl",
-        wanted=lambda r: r["stage"] in order and (r["stage"] != stage or r["step"] < first),
-        key=lambda r: (order[r["stage"]], r["step"]),
-    )
-    keep_lines(folder / "samples.jsonl", lambda r: r["step"] < first, lambda r: r["step"])
+    metrics = Path(c.out) / "metrics.jsonl"
+    keep_lines(metrics, lambda r: r["stage"] != stage or r["step"] < first)
+    keep_lines(folder / "samples.jsonl", lambda r: r["step"] < first)
     STAGE.update(running=first < steps, stop=False, saved=time.monotonic())
     if first:
         print(f"{stage}: goes on after step {first}")
@@ -488,8 +476,8 @@ def load_state(c, stage: str, model, optimizer, steps: int) -> int:
     return first
 
 
-def keep_lines(path: Path, wanted, key):
-    """Leaves the records of a jsonl file that are wanted, sorted; a torn line goes too."""
+def keep_lines(path: Path, wanted):
+    """Leaves the records of a jsonl file that are wanted; a torn line goes too."""
     if not path.exists():
         return
     records = []
@@ -498,7 +486,7 @@ def keep_lines(path: Path, wanted, key):
             record = json.loads(line)
             if wanted(record):
                 records.append(record)
-    write_lines(path, sorted(records, key=key))
+    write_lines(path, records)
 
 
 def append_line(path: Path, record: dict):
@@ -890,8 +878,8 @@ def describe(c, model, linears, inputs):
     parameters = sum(p.numel() for p in model.parameters())
     elements = sum(c.r * (linear.in_features + linear.out_features) for linear in linears)
     plans = {
-        "sft": step_indices(len(inputs.sft), c.sft_batch, c.sft_epochs, c.sft_steps, c.seed),
-        "rl": step_indices(len(inputs.rl), c.rl_batch, c.rl_epochs, c.rl_steps, c.seed),
+        "sft": step_batches(inputs.sft, c.sft_batch, c.sft_epochs, c.sft_steps, c.seed),
+        "rl": step_batches(inputs.rl, c.rl_batch, c.rl_epochs, c.rl_steps, c.seed),
     }
     steps = [f"{stage} {len(plans[stage])}" for stage in ORDERS[c.order]]
     block = {
@@ -977,9 +965,9 @@ def read_labels(c, sets, notes) -> list[dict]:
     examples = {}  # by id: one data set may serve several purposes
     for part in sets.values():
         examples |= {e.id: e for e in part}
-    examples = list(examples.values())
-    labelled = data.label_examples(examples, c.labels) if c.labels else examples
-    records = [{"id": e.id, "label": e.label} for e in labelled if e.label]
+    if c.labels:
+        return data.label_examples(list(examples.values()), c.labels)
+    records = [{"id": e.id, "label": e.label} for e in examples.values() if e.label]
     if not records:
         raise ValueError(
             '--labels is missing: a file of votes, "steps:2" for GSM8K, or in rows of your own the '
@@ -1475,15 +1463,15 @@ def draw_figures(out: Path):
 
 def draw_importance(out: Path, figure):
     scores = read_tensors(out / "importance.safetensors", ("s1", "s2"))
-    regions = read_tensors(out / "partition.safetensors", lorapar.Partition._fields)
-    s1_only, s2_only, shared = (regions[name] for name in lorapar.Partition._fields)
+    fields = lorapar.Partition._fields
+    part = lorapar.Partition(**read_tensors(out / "partition.safetensors", fields))
     axes = figure.subplots()
-    some = torch.randperm(len(shared), generator=torch.Generator().manual_seed(0))[:20_000]
+    some = torch.randperm(len(part.shared), generator=torch.Generator().manual_seed(0))[:20_000]
     for name, colour, region in (
-        ("neither: frozen", "0.8", ~(s1_only | s2_only | shared)),
-        ("S1-only", "red", s1_only),
-        ("S2-only", "blue", s2_only),
-        ("shared", "purple", shared),
+        ("neither: frozen", "0.8", ~(part.s1_only | part.s2_only | part.shared)),
+        ("S1-only", "red", part.s1_only),
+        ("S2-only", "blue", part.s2_only),
+        ("shared", "purple", part.shared),
     ):
         dots = some[region[some]]
         label = f"{name} {region.double().mean():.1%}"
@@ -1492,8 +1480,7 @@ def draw_importance(out: Path, figure):
         )
     axes.set(xscale="log", yscale="log")
     axes.set(xlabel="importance for System 1", ylabel="importance for System 2")
-    index = read_json(out / "partition.json")["jaccard"]
-    axes.legend(title=f"Jaccard index {index:.3f}", markerscale=4)
+    axes.legend(title=f"Jaccard index {jaccard(part):.3f}", markerscale=4)
     figure.savefig(out / "importance.png", dpi=120, bbox_inches="tight")
 
 
