@@ -657,10 +657,10 @@ def shuffle_labels(records, seed: int):
 
 
 def label_examples(examples: list[Example], labels: str) -> list[dict]:
-    """{"id", "label"} of the examples that have a label. labels: a labels.jsonl ({"id", "label"} a line), the
-    authors' csv (columns question and _result, System1 or System2), or "steps:K": of GSM8K alone,
-    S1 where a solution has at most K <<...>> calculations, else S2 (a stand-in for users without
-    teacher answers, not the paper's method). ValueError where no label fits an example."""
+    """Label records, {"id", "label"}, of the examples that have a label. labels: a labels.jsonl of
+    such records, the authors' csv (columns question and _result, System1 or System2), or "steps:K":
+    of GSM8K alone, S1 where a solution has at most K <<...>> calculations, else S2 (a stand-in for
+    users without teacher answers, not the paper's method). ValueError where no label fits."""
     label_of = {}
     key = "question" if labels.endswith(".csv") else "id"
     if re.fullmatch(r"steps:\d{1,9}", labels):

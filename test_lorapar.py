@@ -2589,7 +2589,7 @@ def test_without_a_model_the_toys_settings_hold_and_with_one_the_papers():
     toy, real = train.read_config([]), train.read_config(["--model", "a/x", "--data", "gsm8k:d"])
     for c, expected in ((toy, (32.0, 32, 3e-3, 2)), (real, (64.0, 512, 2e-4, 1))):
         assert (c.lora_alpha, c.max_length, c.sft_lr, c.rl_epochs) == expected
-    assert (toy.out, real.out) == ("runs/toy", "runs/x-gsm8k")
+    assert (toy.out, real.out) == (Path("runs/toy"), Path("runs/x-gsm8k"))
     assert train.read_config(["--sft-lr", "1"]).sft_lr == 1.0
     assert set(train.TOY) <= set(train.defaults())
 

@@ -94,7 +94,7 @@ def run(c) -> dict:
 
 def evaluate(c, row, model, inputs) -> dict:
     """A row of the report: greedy accuracy, and what the model thinks of the reference answers."""
-    file = Path(c.out) / "answers" / f"{row}.jsonl"
+    file = c.out / "answers" / f"{row}.jsonl"
     if file.exists():
         try:
             records = [record for _, record in data.read_records(file)]
@@ -121,7 +121,7 @@ def add_adapters(c, model):
 def score(c, model, encoded):
     """Importance of every LoRA element for both systems, before any training -> s1, s2 (N,) on the
     CPU. Saved with the start of the factors; a resumed run restores both."""
-    path = Path(c.out) / "importance.safetensors"
+    path = c.out / "importance.safetensors"
     if path.exists():
         saved = read_tensors(path, ("start", "s1", "s2"))
         lorapar.set_flat(model, saved["start"])
@@ -167,8 +167,8 @@ def split_elements(c, model, s1, s2):
             raise ValueError(f"{stage}: no element is active: raise {share} or change --theta")
     stages = ORDERS[c.order] or ("sft", "rl")  # --order none: what both would move
     facts = partition_facts(model, part, {stage: masks[stage] for stage in stages})
-    write_json(Path(c.out) / "partition.json", facts)
-    write_tensors(Path(c.out) / "partition.safetensors", part._asdict())  # flat order
+    write_json(c.out / "partition.json", facts)
+    write_tensors(c.out / "partition.safetensors", part._asdict())  # flat order
     active = [f"{percent:.1f}% in {stage}" for stage, percent in facts["active_percent"].items()]
     print(
         f"partition: {len(s1)} elements, active {', '.join(active)}, Jaccard {facts['jaccard']:.3f}"
@@ -307,7 +307,7 @@ def keep_samples(c, tokenizer, step: int, examples, rollouts):
             "answer": tokenizer.decode(rollout.answer),
             "reward": rollout.reward_parts,
         }
-        append_line(Path(c.out) / "rl" / "samples.jsonl", sample)
+        append_line(c.out / "rl" / "samples.jsonl", sample)
         if i == 0 and step % (c.eval_every or 20) == 0:
             print(f"rl sample: {sample['answer'][:300]!r} to {example.question[-100:]!r}")
             print(f"rl sample: its reward is {rollout.reward_parts}")
@@ -389,11 +389,11 @@ def end_step(c, stage, model, optimizer, inputs, step: int, steps: int, values: 
     saves = any(grpo.gather_over_ranks([due or STAGE["stop"]]))  # all stop at the same step
     if saves:
         refuse_overflow(c, stage, model, step)
-    append_line(Path(c.out) / "metrics.jsonl", {"stage": stage, "step": step} | values)
+    append_line(c.out / "metrics.jsonl", {"stage": stage, "step": step} | values)
     print(step_line(stage, step, steps, values))
     if saves:
-        lorapar.save_adapter(model, Path(c.out) / stage, c.model or "toy")
-        save_state(Path(c.out) / stage, model, optimizer, step + 1)  # last: no step runs after it
+        lorapar.save_adapter(model, c.out / stage, c.model or "toy")
+        save_state(c.out / stage, model, optimizer, step + 1)  # last: no step runs after it
         STAGE["saved"] = time.monotonic()
     STAGE["running"] = not last
     if saves and any(grpo.gather_over_ranks([STAGE["stop"]])):  # also if asked while it saved
@@ -423,13 +423,13 @@ def validate(c, stage: str, model, inputs, step: int) -> dict:
     """Accuracy and loss on a fixed sample of the validation split; the stage's best adapter so far
     is kept beside its last one."""
     records = answer_all(c, model, inputs, inputs.validation, f"{stage} {step + 1}")
-    mean, file = averages(records)["all"], Path(c.out) / "metrics.jsonl"
+    mean, file = averages(records)["all"], c.out / "metrics.jsonl"
     print(f"{stage} validation {step + 1}: {mean['accuracy']:.3f} ± {mean['error']:.3f}; for one:")
     print(f"  {records[0]['reply'][:300]!r} to {records[0]['question'][-100:]!r}")
     earlier = [r for _, r in data.read_records(file)] if file.exists() else []
     scores = [r["accuracy"] for r in earlier if r["stage"] == stage and "accuracy" in r]
     if mean["accuracy"] > max(scores, default=-math.inf):
-        lorapar.save_adapter(model, Path(c.out) / stage / "best", c.model or "toy")
+        lorapar.save_adapter(model, c.out / stage / "best", c.model or "toy")
     return {"accuracy": mean["accuracy"], "validation_loss": mean["loss"]}
 
 
@@ -444,7 +444,7 @@ def load_state(c, stage: str, model, optimizer, steps: int) -> int:
     """Puts a saved state back -> the step to go on with, 0 if there is none. Drops the metrics and
     samples of the steps that will run again. ValueError if it was made with another mask or reward,
     or from another start (after another first stage), or if several processes differ in these."""
-    folder, first = Path(c.out) / stage, 0
+    folder, first = c.out / stage, 0
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "state.safetensors"
     start = digest(lorapar.get_flat(model).cpu().numpy().tobytes())
@@ -462,11 +462,11 @@ def load_state(c, stage: str, model, optimizer, steps: int) -> int:
         write_json(folder / "origin.json", origin)
         if lorapar.rank_and_size()[0] == 0:  # a user who deletes a stage's folder redoes the stage
             for name in (f"answers/{stage}.jsonl", "report.json", "report.md"):
-                (Path(c.out) / name).unlink(missing_ok=True)
+                (c.out / name).unlink(missing_ok=True)
     states = grpo.gather_over_ranks([(origin, first)])
     if any(state != states[0] for state in states):  # another machine's SVD, a folder of its own
         raise ValueError(f"{stage}: the processes do not have the same start, mask and step")
-    metrics = Path(c.out) / "metrics.jsonl"
+    metrics = c.out / "metrics.jsonl"
     keep_lines(metrics, lambda r: r["stage"] != stage or r["step"] < first)
     keep_lines(folder / "samples.jsonl", lambda r: r["step"] < first)
     STAGE.update(running=first < steps, stop=False, saved=time.monotonic())
@@ -643,7 +643,7 @@ FLAGS = {
         "labels": (str, None, "labels.jsonl, authors' csv, steps:K; toy: teachers:K[:shuffled]"),
         "reward": (str, None, "FILE.py:FUNCTION(question, answer, completion) -> float or dict"),
         "prompt": (("plain", "chat", "authors"), "plain", "chat, authors: for chat models"),
-        "out": (str, None, "the run folder; default runs/toy or runs/MODEL-DATA"),
+        "out": (Path, None, "the run folder; default runs/toy or runs/MODEL-DATA"),
         "max_length": (COUNT, 512, "tokens of question and answer in SFT and scoring"),
         "max_response": (COUNT, 256, "tokens an answer may have, in RL and evaluation"),
         "seed": (within(int, 0, 10**9), 0, "seeds everything"),
@@ -763,8 +763,8 @@ def read_config(arguments):
         raise ValueError("--model and --data go together: give both, or neither for the toy world")
     if c.out is None:
         name = data.split_spec(c.data)[0]
-        c.out = f"runs/{Path(c.model).name}-{Path(name).stem}" if c.model else "runs/toy"
-    if c.labels and Path(c.labels).resolve() == Path(c.out, "labels.jsonl").resolve():
+        c.out = Path("runs", f"{Path(c.model).name}-{Path(name).stem}" if c.model else "toy")
+    if c.labels and Path(c.labels).resolve() == (c.out / "labels.jsonl").resolve():
         raise ValueError(f"--labels {c.labels} is a file that the run writes: name another --out")
     if c.method != "lora" and c.order != "sft":
         raise ValueError(f"--method {c.method} has the SFT stage alone: --order sft")
@@ -804,11 +804,11 @@ def prepare(c):
     model = load(c, folder)
     # raises now, not after the base's evaluation, where --targets or --r do not fit
     linears = lorapar.target_linears(model, [PROJECTIONS[x] for x in c.targets], c.r)
-    config = Path(c.out) / "config.json"
+    config = c.out / "config.json"
     if config.exists():
         refuse_changes(config, read_json(config).get("made_from", {}), inputs.made_from)
     write_json(config, flags_of(c) | {"made_from": inputs.made_from})
-    write_lines(Path(c.out) / "labels.jsonl", labels)
+    write_lines(c.out / "labels.jsonl", labels)
     describe(c, model, linears, inputs)
     if inputs.rl:  # one rollout and its reward are tried too
         example, prompt = inputs.rl[0]
@@ -896,7 +896,7 @@ def describe(c, model, linears, inputs):
 
 def source(c, spec: str):
     """A data set's flag -> (name, path)."""
-    return ("toy", str(Path(c.out) / "world")) if spec == "toy" else data.split_spec(spec)
+    return ("toy", str(c.out / "world")) if spec == "toy" else data.split_spec(spec)
 
 
 def read_sets(c) -> dict:
@@ -958,7 +958,7 @@ def read_labels(c, sets, notes) -> list[dict]:
     labels of one's own file."""
     if not c.model:
         teachers, shuffled = re.fullmatch(TOY_LABELS, c.labels or "teachers:5").groups()
-        files = sorted((Path(c.out) / "world" / "answers").glob("*.jsonl"))[: int(teachers)]
+        files = sorted((c.out / "world" / "answers").glob("*.jsonl"))[: int(teachers)]
         records, lines = data.count_votes(files)
         notes["votes"] = lines[-1].removeprefix("votes: ")
         return data.shuffle_labels(records, c.seed) if shuffled else records
@@ -1064,7 +1064,7 @@ def load(c, folder) -> Transformer:
 
 def toy_base(c) -> Path:
     """The folder of the toy's base, made once a run folder, by the first of several processes."""
-    folder = Path(c.out) / "base"
+    folder = c.out / "base"
     if lorapar.rank_and_size()[0] == 0 and not (folder / "model.safetensors").exists():
         make_toy_base(c, folder)  # the weights are written last
     grpo.gather_over_ranks([])  # the others wait here
@@ -1074,10 +1074,10 @@ def toy_base(c) -> Path:
 def make_toy_base(c, folder: Path):
     """The toy's data and its tiny base, trained on the unreliable corpus: a Hugging Face folder."""
     steps, batch = TOY_BASE["steps"], TOY_BASE["batch"]
-    config = Path(c.out) / "config.json"
+    config = c.out / "config.json"
     if not config.exists():  # else it says which base the run was made from
         write_json(config, flags_of(c))
-    world = data.make_toy(Path(c.out) / "world", c.seed)
+    world = data.make_toy(c.out / "world", c.seed)
     data.save_toy_tokenizer(folder)
     torch.manual_seed(c.seed)
     shape = ModelConfig(
@@ -1115,7 +1115,7 @@ def open_folder(c):
     """Locks the run folder -> the lock, a file that must stay open. ValueError if another process
     works there, or it holds a user's files, or another run: a stage's own flags may change until it
     begins, those of size and speed always."""
-    out, rank = Path(c.out), lorapar.rank_and_size()[0]
+    out, rank = c.out, lorapar.rank_and_size()[0]
     out.mkdir(parents=True, exist_ok=True)
     lock = lock_folder(out) if rank == 0 else None
     config = out / "config.json"
@@ -1255,8 +1255,8 @@ def write_report(c, rows, facts, inputs, s1, s2) -> dict:
     text = "\n".join([*lines, ""])
     print("\n" + text)
     report = {"evaluation": rows, "partition": facts, "data": inputs.notes, "metric": metric}
-    write_json(Path(c.out) / "report.json", report)
-    lorapar.write_file(Path(c.out) / "report.md", text.encode())
+    write_json(c.out / "report.json", report)
+    lorapar.write_file(c.out / "report.md", text.encode())
     return report
 
 
@@ -1285,25 +1285,26 @@ def run_baseline(c, model, inputs, rows) -> dict:
 def run_eval(arguments):
     """The accuracy of a run, with its prompts, or of any checkpoint (--model, --adapter)."""
     parser = Parser("train.py eval", description=run_eval.__doc__)
-    parser.add_argument("run", nargs="?", help="a run folder: its model, last adapter and settings")
-    parser.add_argument("--adapter", help="a folder in PEFT's format")
+    run_help = "a run folder: its model, last adapter and settings"
+    parser.add_argument("run", nargs="?", type=Path, help=run_help)
+    parser.add_argument("--adapter", type=Path, help="a folder in PEFT's format")
     names = "model data prompt seed device dtype max_response eval_examples eval_split "
     add_flags(parser, (names + "batch_rows micro_batch allow_unconfined_code").split())
     said = vars(parser.parse_args(arguments))
     folder, adapter = said.pop("run"), said.pop("adapter")
-    old = read_json(Path(folder) / "config.json") if folder else {}
+    old = read_json(folder / "config.json") if folder else {}
     old = {name: old[name] for name in old if name not in FLAGS[SIZE_AND_SPEED]}
-    c = argparse.Namespace(**defaults() | old | said | {"out": folder or "."})
+    c = argparse.Namespace(**defaults() | old | said | {"out": folder or Path()})
     if not folder and not (c.model and "data" in said):
         raise ValueError("eval needs a run folder (the toy's too), or --model and --data")
     if folder and not adapter:
         adapter = last_adapter(c)
     if folder and "data" not in said:  # what the run itself evaluates
-        labels = data.read_records(Path(folder) / "labels.jsonl")
+        labels = data.read_records(folder / "labels.jsonl")
         label_of = {record["id"]: record["label"] for _, record in labels}
         sets = read_sets(c)
         trained = {"data": digest(sets["S1"], sets["S2"])}
-        refuse_changes(Path(folder) / "config.json", old.get("made_from", {}), trained)
+        refuse_changes(folder / "config.json", old.get("made_from", {}), trained)
         examples = checkable(c, sets["test"], label_of)
         c.data = c.eval_data or c.data
     else:
@@ -1320,11 +1321,11 @@ def run_eval(arguments):
     if all(e.kind == "text" for e in examples) and not c.reward:
         raise ValueError(f"answers of {c.data} cannot be checked")
     name = f"eval-{Path(source(c, c.data)[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-    out = Path(folder) / "answers" / name if folder else Path(name)
+    out = folder / "answers" / name if folder else Path(name)
     data.write_jsonl(out, [])  # a folder that cannot be written fails now
-    checkpoint = find_model(c.model) if c.model else Path(folder) / "base"
+    checkpoint = find_model(c.model) if c.model else folder / "base"
     tokenizer, model = data.Tokenizer(checkpoint), load(c, checkpoint)
-    if adapter and (Path(adapter) / "baseline.json").exists():
+    if adapter and (adapter / "baseline.json").exists():
         lorapar.load_baseline(model, adapter)
         tokenizer.virtual = virtual_ids(model)
     elif adapter:
@@ -1340,8 +1341,8 @@ def last_adapter(c) -> Path:
     """The folder of a run's last stage that has one."""
     for stage in reversed(ORDERS[c.order]):
         for name in ("adapter_config.json", "baseline.json"):
-            if (Path(c.out) / stage / name).exists():
-                return Path(c.out) / stage
+            if (c.out / stage / name).exists():
+                return c.out / stage
     raise ValueError(f"{c.out}: no adapter there yet")
 
 
@@ -1349,10 +1350,10 @@ def run_compare(arguments):
     """Two finished runs: their last rows, the paired difference of their answers with its standard
     error, percent active, and the hours of training."""
     parser = Parser("train.py compare", description=run_compare.__doc__)
-    parser.add_argument("runs", nargs=2, help="a run folder")
+    parser.add_argument("runs", nargs=2, type=Path, help="a run folder")
     folder1, folder2 = parser.parse_args(arguments).runs
-    report1, answers1, hours1 = read_finished(Path(folder1))
-    report2, answers2, hours2 = read_finished(Path(folder2))
+    report1, answers1, hours1 = read_finished(folder1)
+    report2, answers2, hours2 = read_finished(folder2)
     metric = report1.get("metric")
     asked1 = {name: (record["question"], record["gold"]) for name, record in answers1.items()}
     asked2 = {name: (record["question"], record["gold"]) for name, record in answers2.items()}
@@ -1395,10 +1396,10 @@ def run_merge(arguments):
     Rounding to bfloat16 may lose much of a small update: the adapter itself is more exact."""
     parser = Parser("train.py merge", description=run_merge.__doc__)
     parser.add_argument("--model", required=True, help="the base: a model folder or Hub id")
-    parser.add_argument("--adapter", required=True, help="a folder in PEFT's format")
-    parser.add_argument("--out", required=True, help="the folder to write: new, or empty")
+    parser.add_argument("--adapter", required=True, type=Path, help="a folder in PEFT's format")
+    parser.add_argument("--out", required=True, type=Path, help="a folder to write: new, or empty")
     args = parser.parse_args(arguments)
-    folder, out = find_model(args.model), Path(args.out)
+    folder, out = find_model(args.model), args.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out {out} is not empty; name a new folder")
     model = load_model(folder, dtype=None)  # each tensor as it is stored
@@ -1414,15 +1415,15 @@ def run_merge(arguments):
     if out.exists():
         out.rmdir()
     os.replace(unfinished, out)
-    made_for = read_json(Path(args.adapter) / "adapter_config.json").get("base_model_name_or_path")
+    made_for = read_json(args.adapter / "adapter_config.json").get("base_model_name_or_path")
     print(f"merged: {out} (the adapter was made for {made_for!r})")
 
 
 def run_figure(arguments):
     """Draws importance.png and training.png of a run folder."""
     parser = Parser("train.py figure", description=run_figure.__doc__)
-    parser.add_argument("run", help="the run folder")
-    out = Path(parser.parse_args(arguments).run)
+    parser.add_argument("run", type=Path, help="the run folder")
+    out = parser.parse_args(arguments).run
     if not (out / "metrics.jsonl").exists() and not (out / "partition.json").exists():
         raise ValueError(f"{out}: no run there")
     draw_figures(out)
@@ -1603,9 +1604,9 @@ def run_cell(base, c) -> dict:
     """One ordinary run in a folder named after what it changes, a finished one only read -> its
     numbers, accuracies in percent."""
     changed = {k: v for k, v in flags_of(c).items() if k == "seed" or v != getattr(base, k)}
-    folder = Path(base.out) / "cells" / ",".join(f"{k}={v}" for k, v in sorted(changed.items()))
+    folder = base.out / "cells" / ",".join(f"{k}={v}" for k, v in sorted(changed.items()))
     folder.mkdir(parents=True, exist_ok=True)
-    c.out = str(folder)
+    c.out = folder
     done = (folder / "report.md").exists()
     if done and flags_of(c).items() <= read_json(folder / "config.json").items():
         report = read_json(folder / "report.json")
@@ -1629,11 +1630,11 @@ def run_cell(base, c) -> dict:
 def share_toy(base, c):
     """Links the toy's base and data, made once a seed, into a run folder."""
     if not c.model:
-        toy = Path(base.out) / f"toy-{c.seed}"
-        toy_base(argparse.Namespace(**vars(base) | {"seed": c.seed, "out": str(toy)}))
+        toy = base.out / f"toy-{c.seed}"
+        toy_base(argparse.Namespace(**vars(base) | {"seed": c.seed, "out": toy}))
         for part in ("base", "world"):
-            if not (Path(c.out) / part).exists():
-                (Path(c.out) / part).symlink_to((toy / part).resolve())
+            if not (c.out / part).exists():
+                (c.out / part).symlink_to((toy / part).resolve())
 
 
 def best_rates(c, cell) -> dict:
@@ -1700,8 +1701,8 @@ def write_sweep(base, name: str, records: list[dict], lines: list[str]):
     writer = csv.DictWriter(text, list(dict.fromkeys(k for r in records for k in r)))
     writer.writeheader()
     writer.writerows(records)
-    lorapar.write_file(Path(base.out) / f"{name}.csv", text.getvalue().encode())
-    lorapar.write_file(Path(base.out) / f"{name}.md", ("\n".join(lines) + "\n").encode())
+    lorapar.write_file(base.out / f"{name}.csv", text.getvalue().encode())
+    lorapar.write_file(base.out / f"{name}.md", ("\n".join(lines) + "\n").encode())
     print("\n".join(["", *lines, "", f"written: {base.out}/{name}.md and .csv"]))
 
 
@@ -1711,7 +1712,7 @@ def resample(base, seeds: int):
     records = []
     for seed in range(seeds):
         c = argparse.Namespace(**vars(base) | {"seed": seed, "order": "none"})
-        c.out = str(Path(base.out) / f"resample-{seed}")
+        c.out = base.out / f"resample-{seed}"
         lock = open_folder(c)  # noqa: F841
         share_toy(base, c)
         model, inputs = prepare(c)
@@ -1776,7 +1777,7 @@ def draw_curves(base, name: str, curves: dict, x: str, y: str):
         axes.errorbar(beside, means, errors, label=curve, marker="o", capsize=3)
     axes.set(xlabel=x, ylabel=y)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    figure.savefig(Path(base.out) / f"{name}.png", dpi=120, bbox_inches="tight")
+    figure.savefig(base.out / f"{name}.png", dpi=120, bbox_inches="tight")
 
 
 COMMANDS = {"eval": run_eval, "compare": run_compare, "merge": run_merge}
@@ -1799,7 +1800,7 @@ def main(arguments=None):
             join_processes(c)
         run(c)
         if lorapar.rank_and_size()[0] == 0:
-            draw_figures(Path(c.out))
+            draw_figures(c.out)
             print(f"everything is in {c.out}")
         if several:
             torch.distributed.destroy_process_group()
