@@ -356,7 +356,7 @@ def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
         raise ValueError("importance needs gradients, which torch.inference_mode() forbids")
     model = unwrapped(model)
     phi = get_flat(model).double()
-    g, fisher = torch.zeros_like(phi), torch.zeros_like(phi)
+    g, fisher = torch.zeros_like(phi), torch.zeros_like(phi)  # float64: sums over all examples
     count = 0
     # eval_mode of model.py, written out as this file stands alone
     was_training = {module: module.training for module in model.modules()}
