@@ -98,12 +98,23 @@ class Tokenizer:
         self.adds_space = self.decode(self.text_to_ids("x")) != "x"  # LLaMA's: "x" -> "▁x"
 
     def named_tokens(self) -> list[str]:
-        """Every token that the files beside the vocabulary name."""
-        named = [*self.special_tokens.values(), *read_fields(self.folder / "added_tokens.json")]
-        for kind in ("additional_special_tokens", "extra_special_tokens", "added_tokens_decoder"):
-            tokens = self.settings.get(kind, ())
-            named += map(text_of_token, tokens.values() if isinstance(tokens, dict) else tokens)
-        return [token for token in named if token]
+        """Every token that the files beside the vocabulary name: first those with an id, in its
+        order, as transformers adds them."""
+        by_id = {i: token for token, i in read_fields(self.folder / "added_tokens.json").items()}
+        for i, token in self.settings.get("added_tokens_decoder", {}).items():
+            by_id[int(i)] = token
+        tokens = [by_id[i] for i in sorted(by_id)]
+        tokens += [self.settings[kind] for kind in self.special_tokens]
+        for kind in ("additional_special_tokens", "extra_special_tokens"):
+            more = self.settings.get(kind, [])
+            if not isinstance(more, list | dict):
+                raise ValueError(f"{kind} is {repr(more)[:40]}, not a list")
+            tokens += more.values() if isinstance(more, dict) else more
+        texts = [text_of_token(token) for token in tokens]
+        for text in texts:
+            if not isinstance(text, str):
+                raise ValueError(f"a token is {repr(text)[:40]}, no text")
+        return [text for text in texts if text]
 
     def load_json(self, file):
         """-> BOS id, EOS id, does it put the BOS before a text, and (token -> its id)."""
@@ -168,7 +179,7 @@ class Tokenizer:
         try:
             return self.template.render(messages=messages, **words, **self.special_tokens)
         except Exception as error:  # a template may raise anything
-            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0][:120]
             raise ValueError(f"{self.folder}: no chat template that works: {reason}") from None
 
     @cached_property
@@ -179,7 +190,8 @@ class Tokenizer:
         def refuse(message):
             raise TemplateError(message)
 
-        def tojson(value, ensure_ascii=False, indent=None, **settings):
+        def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+            settings = {"separators": separators, "sort_keys": sort_keys}
             return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **settings)
 
         text = self.settings.get("chat_template")

@@ -179,8 +179,8 @@ def start_factors(weight, init: str, r: int, scale: float, std: float, generator
 def target_linears(model, targets, r: int) -> list[nn.Linear]:
     """The linears that `targets` names (see add_lora). ValueError where a name finds nothing, or
     something that a LoRA layer cannot stand in for."""
-    modules = dict(model.named_modules(remove_duplicate=False))  # one linear may have two names
-    named = {}
+    every = model.named_modules(remove_duplicate=False)  # one linear may have two names
+    modules, named = {own_name(name): module for name, module in every}, {}
     if targets == "all-linear":
         head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
         for name, module in modules.items():
@@ -217,7 +217,7 @@ def why_unfit(module, r: int) -> str | None:
         return "has a forward or weight that another library replaced"
     if module.weight.is_meta:
         return "holds no weight (meta device: offloaded?)"
-    if not module.weight.is_floating_point():
+    if not module.weight.is_floating_point() or module.weight.element_size() < 2:
         return f"has weights of {module.weight.dtype}"
     if r > min(module.weight.shape):
         return f"has shape {tuple(module.weight.shape)}: r = {r} does not fit"
@@ -251,6 +251,8 @@ def add_lora(
     scale = (8 * r if lora_alpha is None else lora_alpha) / r
     if not 0 < scale < math.inf:
         raise ValueError(f"lora_alpha = {lora_alpha} must be positive: the adapter is scaled by it")
+    if not 0 < std < math.inf:
+        raise ValueError(f"std = {std} must be positive")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout = {dropout} is outside [0, 1)")
     linears = target_linears(model, targets, r)
@@ -363,9 +365,10 @@ def importance(model, batches, chunk_tokens=512) -> torch.Tensor:
     model.eval()
     try:
         for batch in batches:
-            if not isinstance(batch, tuple | list) or len(batch) != 2:
+            dimensions = [getattr(tensor, "ndim", 0) for tensor in batch]
+            if dimensions != [2, 2]:  # a dict gives its keys, a lone pair its tokens
                 raise ValueError("importance needs pairs (tokens, labels), each (B, T)")
-            tokens, labels = (tensor.to(phi.device) for tensor in batch)
+            tokens, labels = (torch.as_tensor(tensor, device=phi.device) for tensor in batch)
             answer_tokens = (labels[:, 1:] != -100).sum(1)  # (B,)
             if not answer_tokens.all():
                 first = count + int(answer_tokens.argmin())
@@ -425,7 +428,7 @@ def per_example_gradients(model, tokens, labels) -> torch.Tensor:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
+            reason = str(error).strip().partition("\n")[0][:120]
             hint = "is gradient checkpointing or autocast on? Score before any trainer"
             why = f"vmap cannot run this model ({hint}): {reason}"
             raise ValueError(f"importance: {why}") from None
@@ -434,9 +437,8 @@ def per_example_gradients(model, tokens, labels) -> torch.Tensor:
 
 def logits_of(output, T: int) -> torch.Tensor:
     """The logits (B, T, V) in what a model gives; ValueError if there are none."""
-    if isinstance(output, tuple) and output:
-        output = output[0]
-    logits = getattr(output, "logits", output)
+    first = output[0] if isinstance(output, tuple) and output else output
+    logits = getattr(output, "logits", first)
     if not torch.is_tensor(logits) or logits.ndim != 3 or logits.shape[1] != T:
         raise ValueError(
             "the model must give logits (B, T, V), an object with .logits, or a tuple that begins "
@@ -686,7 +688,7 @@ ADAPTER_FIELDS = {
 UNSUPPORTED = (
     "use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
     "layer_replication", "lora_bias", "trainable_token_indices", "use_qalora", "use_bdlora",
-    "alora_invocation_tokens", "target_parameters",
+    "alora_invocation_tokens", "target_parameters", "kasa_config", "arrow_config",
 )  # fmt: skip
 
 
@@ -713,7 +715,7 @@ def read_adapter(folder):
     for key, tensor in tensors.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight", key)
         if not match:
-            raise ValueError(f"{folder}: tensor {key} is not a LoRA factor of an nn.Linear")
+            raise ValueError(f"{folder}: tensor {key[:80]} is not a LoRA factor of an nn.Linear")
         pairs.setdefault(match[1], {})[match[2]] = tensor.float()
     for name, pair in pairs.items():
         A, B = pair.get("A", torch.empty(0)), pair.get("B", torch.empty(0))
@@ -869,12 +871,14 @@ def add_baseline(model, method: str, n=20, generator=None):
     if method == "prompt":
         embedding.virtual = nn.Parameter(embedding.weight[words[0]].float())  # (n, H)
     if method == "p-tuning":
-        virtual = torch.randn(n, H, dtype=torch.float32, **on_cpu)
+        as_float32 = {"device": "cpu", "dtype": torch.float32}
+        virtual = torch.randn(n, H, generator=generator, **as_float32)
         embedding.virtual = nn.Parameter(virtual.to(device))
-        layers = [nn.Linear(H, H), nn.ReLU(), nn.Linear(H, H), nn.ReLU(), nn.Linear(H, H)]
-        embedding.mlp = nn.Sequential(*layers).to(device, torch.float32)
+        first, second, third = (nn.Linear(H, H, **as_float32) for _ in range(3))
+        embedding.mlp = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third).to(device)
         for p in embedding.mlp.parameters():  # PyTorch's own start, from our generator
-            p.copy_((2 * torch.rand(p.shape, **on_cpu) - 1) / math.sqrt(H))
+            drawn = torch.rand(p.shape, generator=generator, **as_float32)
+            p.copy_((2 * drawn - 1) / math.sqrt(H))
     return model
 
 

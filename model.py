@@ -104,7 +104,8 @@ class ModelConfig:
         ):
             if value not in supported:
                 only = ", ".join(map(str, supported))
-                raise ValueError(f"{source}: {field} = {value!r} is not supported (only {only})")
+                value = repr(value)[:40]
+                raise ValueError(f"{source}: {field} = {value} is not supported (only {only})")
         if model_type in ("mistral", "qwen2"):
             raw.pop("attention_bias", None)  # these families ignore it, as transformers does
         if model_type != "llama":
@@ -147,7 +148,8 @@ def read_rope(raw: dict, source) -> dict:
         raise ValueError(f"{source}: a partial_rotary_factor is not supported")
     if kind not in tuple(ROPE_FIELDS):  # a tuple: kind may be a list
         only = ", ".join(ROPE_FIELDS)
-        raise ValueError(f"{source}: rope_type {kind!r} is not supported (only {only})")
+        kind = repr(kind)[:40]
+        raise ValueError(f"{source}: rope_type {kind} is not supported (only {only})")
     for name in ROPE_FIELDS[kind]:
         if not is_positive(rope.get(name)):
             raise ValueError(f"{source}: rope_scaling has no {name} that is a positive number")
@@ -515,7 +517,7 @@ def prefill(model, prompts, cache=None):
     prompts' lengths (P,). A cache takes their keys and values."""
     device, longest = model.head_weight.device, max(map(len, prompts))
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
+    padded = [list(prompt) + [0] * (longest - len(prompt)) for prompt in prompts]
     hidden = model.model(torch.tensor(padded, device=device), cache)  # (P, longest, H)
     last = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # (P, H)
     return F.linear(last, model.head_weight), lengths
@@ -579,11 +581,11 @@ def find_model(name) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "tokenizer.model", "*.jinja"]
-    wanted += ["model.safetensors", "model-?????-of-?????.safetensors"]
+    wanted += ["model.safetensors", "model-*-of-*.safetensors"]
     try:
         return Path(snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as error:  # network, access and name errors of several libraries
-        reason = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0][:120]
         raise ValueError(
             f"{name}: no such folder, and the Hub download failed ({reason})"
         ) from None

@@ -1402,6 +1402,11 @@ def test_special_tokens_that_another_file_names_are_added_as_transformers_does(t
         assert tokenizer.eos_ids == ((size if "eos_token" in fields else 0),)
     config.write_text('{"eos_token": "c1", "additional_special_tokens": ["c2"]}')
     assert data.Tokenizer(tmp_path).eos_ids == (data.TOY_TOKENS.index("c1"),)
+    config.write_text('{"eos_token": "<end>", "pad_token": "<pad>"}')
+    added.write_text(json.dumps({"<end>": size + 1, "<pad>": size}))  # the ids' order wins
+    tokenizer = data.Tokenizer(tmp_path)
+    assert (tokenizer.eos_ids, tokenizer.pad_id) == ((size + 1,), size)
+    config.write_text('{"eos_token": "<eos>"}')
     added.write_text('{"<stop>": 200}')
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": size}))
     tokenizer = data.Tokenizer(tmp_path)
@@ -1412,8 +1417,10 @@ def test_special_tokens_that_another_file_names_are_added_as_transformers_does(t
     config.write_text('{"eos_token": "<eos>", "additional_special_tokens": [1]}')
     refuses("tokenizer.json: ", data.Tokenizer, tmp_path)
     for kind in ("additional_special_tokens", "added_tokens_decoder", "eos_token"):
-        config.write_text(json.dumps({kind: 5}))
-        refuses("tokenizer.json: ", data.Tokenizer, tmp_path)
+        for value in (5, "<ab>"):
+            if (kind, value) != ("eos_token", "<ab>"):
+                config.write_text(json.dumps({kind: value}))
+                refuses("tokenizer.json: ", data.Tokenizer, tmp_path)
     config.write_text('{"eos_token": "<eos>"}')
     (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
     refuses("as eos_token_id", data.Tokenizer, tmp_path)
