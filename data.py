@@ -153,12 +153,12 @@ class Tokenizer:
         ids = self.text_to_ids(text)
         if goes_on and self.adds_space:
             ids = self.text_to_ids("\n" + text)[len(self.front) :]
+        if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
+            ids = [self.bos_id, *ids]
         if max(ids, default=0) >= self.vocab_size:
             raise ValueError(
                 f"{self.folder}: token id {max(ids)} is not below vocab_size {self.vocab_size}"
             )
-        if bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
-            ids = [self.bos_id, *ids]
         if bos:
             ids = self.virtual + ids
         return ids + [self.eos_ids[0]] if eos else ids
@@ -329,7 +329,7 @@ def mmlu(path, split):
     folder = path / {"train": "dev", "validation": "val", "test": "test"}[split]
     files = sorted(folder.glob("*.csv"))
     if not files:
-        raise ValueError(f"{folder}: no csv file there")
+        raise ValueError(f"{folder}: no csv file there; mmlu is {MMLU_HOME}")
     for file in files:
         subject = file.stem.rpartition("_")[0]
         words = subject.replace("_", " ")
@@ -431,7 +431,7 @@ GSM8K_HOME = "github.com/openai/grade-school-math, grade_school_math/data: {trai
 MMLU_HOME = "github.com/hendrycks/test: a folder that holds dev, val and test with csv files"
 HUMANEVAL_HOME = "github.com/openai/human-eval: HumanEval.jsonl.gz"
 DATASETS = {
-    "toy": Source(toy, ALL_SPLITS, "made by make_toy"),
+    "toy": Source(toy, ALL_SPLITS, "the folder world of a toy run"),
     "gsm8k": Source(gsm8k, TRAIN_ALONE | TEST_ALONE, GSM8K_HOME),
     "mmlu": Source(mmlu, ALL_SPLITS, MMLU_HOME),
     "humaneval": Source(humaneval, TEST_ALONE, HUMANEVAL_HOME),
@@ -802,8 +802,8 @@ TURN = re.compile(
     r"<\|start_header_id\|>\w+<\|end_header_id\|>|<[|｜][^|｜\s]{1,40}[|｜]>|</?s>|<(?:eos|unk|pad)>"
     r"|<(?:end|start)_of_turn>|\[/?INST\]"
     r"|^(?:> ?)?(?:#+ *|\**)(?:human|user|instructions?|用户"
-    r"|(?P<task>input|response|exercise|question|q|problem|问题|问|問題|質問))"
-    r"(?: ?#?\d{1,3})?[. *]{0,4}(?:[:：]|\n|\Z)",
+    r"|(?P<task>input|response|exercise|example|task|question|q|problem|题目|习题|问题|问|問題|質問))"
+    r"(?:(?: ?#?\d{1,3})?[. *]{0,4}(?:[:：]|\n|\Z)| ?#?\d{1,3}[.)] )",
     re.MULTILINE | re.IGNORECASE,
 )
 DIGIT = re.compile(r"\d")
@@ -876,7 +876,7 @@ NUMBER = re.compile(
     rf"(?: ?/ ?(?P<bottom>{DECIMAL}))?"
     # what makes it no plain number: 1e5, 12:30, 6x3, 10^2, 0.(3), 2√3, 5k, 1.2万
     r"(?P<spoiled>(?:[eE][-+]?|[.,:/xX]|\*\*)\d[\d.,:/]*|\.?\(\d|\^-?\d*|[_²³⁰-⁹]|[kKMBx]\b"
-    r"|(?<!\d{4}) \d{3}\b|\.?\s?[½¼¾⅐-⅞√π∞万亿\0])?"
+    r"|(?<!\d{4})(?: \d{3}\b)+|\.?\s?[½¼¾⅐-⅞√π∞万亿\0])?"
 )
 ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")  # after the 2 of "2nd"
 GROUPED = re.compile(r"\d+|\d{1,3}(?:,\d{2,3})*,\d{3}")  # 1,000 and India's 1,00,000; not 3,5
@@ -946,7 +946,9 @@ def all_numbers(text: str) -> list[re.Match]:
 
 def marked_number(text: str):
     """The number in a marked answer, or None: the only one, or the only one after its last "="."""
-    text = plain(text).rpartition("=")[2]
+    before, _, text = plain(text).rpartition("=")
+    if re.search(r"=.*[,;] ", before):  # x = 7, y = 8
+        return None
     numbers = all_numbers(text)
     return value_of(numbers[0]) if len(numbers) == 1 and not FORMULA.search(text) else None
 
@@ -968,7 +970,7 @@ LETTER = (
 )
 BEFORE = r"[^\w\n]{0,6}(?:(?i:option|choice) )?"  # what may stand before it
 KEYWORD = r"(?:(?i:\banswer|\bchoose|\b(?:correct|right|best) (?:option|choice))"
-KEYWORD += r"|答案|答え|正解|正确选项|选(?!项))"
+KEYWORD += r"|答案|정답|答え|正解|正确选项|选(?!项))"
 # the rest of a sentence up to its letter, but not over another one or "not"
 NOT = r"(?i:\bnot\b|n't|\bcannot\b|\bmight\b)|\b[A-D]\b"
 WORDS = rf"(?:(?!{NOT})[^\n.!?。]){{0,40}}?"

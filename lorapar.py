@@ -607,7 +607,6 @@ def write_file(path, content: bytes):
     path = Path(path)
     if rank_and_size()[0]:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -633,7 +632,8 @@ def save_adapter(model, folder, base_model=""):
     are not in it: to go on training keep `model.state_dict()`. A baseline is written by
     `save_baseline`.
     """
-    model, tensors = unwrapped(model), {}
+    model, tensors, folder = unwrapped(model), {}, Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     if is_baseline(model):
         return save_baseline(model, folder)
     layers = {own_name(n): layer for n, layer in lora_layers(model).items()}
@@ -661,7 +661,6 @@ def save_adapter(model, folder, base_model=""):
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
-    folder = Path(folder)
     weights = safetensors_bytes(tensors, {"format": "pt"})
     write_file(folder / "adapter_config.json", (json.dumps(config, indent=2) + "\n").encode())
     write_file(folder / "adapter_model.safetensors", weights)
@@ -885,6 +884,7 @@ def add_baseline(model, method: str, n=20, generator=None):
 def save_baseline(model, folder):
     """Writes what a baseline trains, in a format of our own."""
     tensors = {name: p.detach().cpu().contiguous() for name, p in trainable(model).items()}
+    Path(folder).mkdir(parents=True, exist_ok=True)
     about = json.dumps(model.baseline) + "\n"
     write_file(Path(folder) / "baseline.json", about.encode())
     write_file(Path(folder) / "baseline.safetensors", safetensors_bytes(tensors))

@@ -1616,7 +1616,8 @@ FINAL_NUMBERS = {  # a reply, and the number it gives
     "\\begin{align*}\n9 \\times 2 &= 18\n\\end{align*}": 18, "\\implies 18 \\tag{1}": 18,
     "18\n\nExercise 2: 20": 18, "#### 18-year-old": 18, "<answer>18 dollars!</answer>": 18,
     "<answer>The value of x is 18</answer>": 18, "Final answer - 18": 18, "#### 5-x": None,
-    "La réponse est 12 500 €": None,
+    "La réponse est 12 500 €": None, "It is 1 234 567": None, "\\boxed{x = 7, y = 8}": None,
+    "18\n\nExample 2:\nIf 4": 18, "18\nQ2. Tom has 55": 18, "18\n题目：有5个": 18,
 }  # fmt: skip
 
 
@@ -3125,7 +3126,7 @@ def test_bad_input_gets_one_clear_line(toy_run, tmp_path, capsys):
         each once => --targets qq
         every importance is 0 => --init lora
         sets --seed itself => sweep order --seed 3
-        holds test.jsonl, but no run => {run} --labels steps:2 --out {good}
+        holds test.jsonl, but no config.json => {run} --labels steps:2 --out {good}
         is not of a run: name => {run} --labels steps:2 --out {base}
         is a file that the run writes => {run} --labels {tmp_path}/out/labels.jsonl
         it has 'elsewhere', the data 'gsm8k/train/ => {run} --labels {none}
@@ -3191,6 +3192,8 @@ def sweep_folder(toy_run, out, seeds):
 
 def test_a_sweep_of_two_tiny_cells(toy_run, tmp_path, monkeypatch, capsys):
     out = sweep_folder(toy_run, tmp_path / "sweep", 2)
+    shutil.rmtree(out / f"toy-{train.RATES_SEED}")  # this one is made
+    monkeypatch.setitem(train.TOY_BASE, "steps", 2)
     monkeypatch.setattr(train, "RATES", (1, 3))
     command = ["sweep", "order", "--seeds", "2", *QUICK, "--out", str(out)]
     train.main(command)
@@ -3403,6 +3406,10 @@ def test_what_a_run_was_made_from_may_not_change(toy_run, tmp_path, capsys):
     mine.write_bytes(content.partition(b"\n")[2])
     assert "made from another data" in fails(capsys, "eval", out)
     mine.write_bytes(content)
+    content = (base / "config.json").read_bytes()
+    (base / "config.json").write_bytes(content + b" ")
+    assert "made from another base" in fails(capsys, "eval", out)
+    (base / "config.json").write_bytes(content)
     refused("base", base / "tokenizer_config.json", lambda p: p.write_text(p.read_text() + " "))
     other = decoder.load_model(base)
     other.model.norm.weight.data.add_(0.1)
@@ -3426,7 +3433,22 @@ def test_what_a_run_was_made_from_may_not_change(toy_run, tmp_path, capsys):
     assert "rl/state.safetensors was made from another start" in error
     assert not (out / "report.json").exists()  # it would tell of the old first stage
     (out / "config.json").unlink()
-    assert "no run: name another --out" in fails(capsys, *flags)
+    assert "no config.json: name another --out" in fails(capsys, *flags)
+
+
+@pytest.mark.parametrize("module, name", [(train, "answer_all"), (lorapar, "importance")])
+def test_a_run_folder_that_vanishes_is_not_made_again(
+    module, name, toy_run, tmp_path, monkeypatch, capsys
+):
+    out, real = borrow(toy_run, tmp_path / "out"), getattr(module, name)
+
+    def vanish(*arguments):
+        shutil.rmtree(out, ignore_errors=True)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, name, vanish)
+    assert "No such file" in fails(capsys, *QUICK, "--out", out)
+    assert not out.exists()
 
 
 def test_a_lost_base_is_not_replaced_by_another(toy_run, tmp_path, monkeypatch, capsys):

@@ -105,6 +105,7 @@ def evaluate(c, row, model, inputs) -> dict:
             raise ValueError(f"{file}: not the answers of a run; delete it to ask again") from None
     else:
         records = answer_all(c, model, inputs, inputs.test, row)
+        file.parent.mkdir(exist_ok=True)
         write_lines(file, records)
         means = averages(records)
     accuracies = [f"{system} {100 * mean['accuracy']:.1f}%" for system, mean in means.items()]
@@ -445,7 +446,7 @@ def load_state(c, stage: str, model, optimizer, steps: int) -> int:
     samples of the steps that will run again. ValueError if it was made with another mask or reward,
     or from another start (after another first stage), or if several processes differ in these."""
     folder, first = c.out / stage, 0
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     path = folder / "state.safetensors"
     start = digest(lorapar.get_flat(model).cpu().numpy().tobytes())
     origin = {"mask": optimizer.param_groups[0]["mask"], "start": start}
@@ -986,19 +987,25 @@ def digest(*parts) -> str:
 
 def made_from(c, folder, sets, labels) -> dict:
     """Hashes of what a run is made from: if one changes, nothing that was computed fits."""
-    files = [file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".model")]
-    base = [file.read_bytes() for file in sorted(files)]  # config and tokenizer
-    for file in weight_files(folder):  # size and both ends, not gigabytes
-        with open(file, "rb") as tensors:
-            base += [file.stat().st_size, tensors.read(1 << 20)]
-            tensors.seek(-min(1 << 20, file.stat().st_size), 2)
-            base.append(tensors.read())
-    parts = {"base": base, "data": [sets["S1"], sets["S2"]]}
+    parts = {"base": base_parts(folder), "data": [sets["S1"], sets["S2"]]}
     parts["evaluation data"] = [sets["test"], sets["validation"]]
     parts["labels"] = [(r["id"], r["label"]) for r in labels]
     if sets["test"][0].kind == "text":  # the reward evaluates too; else RL alone depends on it
         parts["reward"] = [reward_code(c)]
     return {name: digest(*part) for name, part in parts.items()}
+
+
+def base_parts(folder: Path) -> list:
+    """What tells a checkpoint from another: config and tokenizer; of the weights, gigabytes, the
+    sizes and both ends."""
+    files = [file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".model")]
+    parts = [file.read_bytes() for file in sorted(files)]
+    for file in weight_files(folder):
+        with open(file, "rb") as tensors:
+            parts += [file.stat().st_size, tensors.read(1 << 20)]
+            tensors.seek(-min(1 << 20, file.stat().st_size), 2)
+            parts.append(tensors.read())
+    return parts
 
 
 def reward_code(c) -> bytes:
@@ -1034,10 +1041,12 @@ def reward_function(c):
     if not c.reward:
         return partial(data.reward_parts, unconfined=c.allow_unconfined_code)
     file, _, name = c.reward.rpartition(":")
+    if not file:
+        raise ValueError(f"--reward {c.reward}: the form is FILE.py:FUNCTION")
     try:
         function = runpy.run_path(file)[name]
     except Exception as error:  # no such file or function, or the user's own code
-        why = f"{type(error).__name__}: {error}; the form is FILE.py:FUNCTION"
+        why = f"{type(error).__name__}: {error}"
         raise ValueError(f"--reward {c.reward}: {why}") from None
 
     def reward(example, completion):
@@ -1124,7 +1133,7 @@ def open_folder(c):
         names = [path.name for path in out.iterdir() if not path.name.startswith(".")]
         foreign = set(names) - set(ours)
         if foreign and rank == 0:
-            raise ValueError(f"{out} holds {min(foreign)}, but no run: name another --out")
+            raise ValueError(f"{out} holds {min(foreign)}, but no config.json: name another --out")
         return lock
     old, new = read_json(config), flags_of(c)
     if not new.keys() <= old.keys():
@@ -1299,12 +1308,15 @@ def run_eval(arguments):
         raise ValueError("eval needs a run folder (the toy's too), or --model and --data")
     if folder and not adapter:
         adapter = last_adapter(c)
+    checkpoint = find_model(c.model) if c.model else folder / "base"
     if folder and "data" not in said:  # what the run itself evaluates
         labels = data.read_records(folder / "labels.jsonl")
         label_of = {record["id"]: record["label"] for _, record in labels}
         sets = read_sets(c)
-        trained = {"data": digest(sets["S1"], sets["S2"])}
-        refuse_changes(folder / "config.json", old.get("made_from", {}), trained)
+        now = {"data": digest(sets["S1"], sets["S2"])}
+        if "model" not in said:
+            now["base"] = digest(*base_parts(checkpoint))
+        refuse_changes(folder / "config.json", old.get("made_from", {}), now)
         examples = checkable(c, sets["test"], label_of)
         c.data = c.eval_data or c.data
     else:
@@ -1322,8 +1334,6 @@ def run_eval(arguments):
         raise ValueError(f"answers of {c.data} cannot be checked")
     name = f"eval-{Path(source(c, c.data)[0]).stem}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     out = folder / "answers" / name if folder else Path(name)
-    data.write_jsonl(out, [])  # a folder that cannot be written fails now
-    checkpoint = find_model(c.model) if c.model else folder / "base"
     tokenizer, model = data.Tokenizer(checkpoint), load(c, checkpoint)
     if adapter and (adapter / "baseline.json").exists():
         lorapar.load_baseline(model, adapter)
@@ -1331,6 +1341,7 @@ def run_eval(arguments):
     elif adapter:
         lorapar.load_adapter(model, adapter)
     inputs = argparse.Namespace(tokenizer=tokenizer, reward=reward_function(c))
+    data.write_jsonl(out, [])  # a folder that cannot be written fails now
     records = answer_all(c, model, inputs, examples[: c.eval_examples], c.data)
     print(json.dumps(averages(records), indent=2))
     data.write_jsonl(out, records)
@@ -1631,6 +1642,7 @@ def share_toy(base, c):
     """Links the toy's base and data, made once a seed, into a run folder."""
     if not c.model:
         toy = base.out / f"toy-{c.seed}"
+        toy.mkdir(parents=True, exist_ok=True)
         toy_base(argparse.Namespace(**vars(base) | {"seed": c.seed, "out": toy}))
         for part in ("base", "world"):
             if not (c.out / part).exists():
