@@ -14,6 +14,7 @@ that needs one of them is refused by name, never loaded as a silently wrong mode
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 from contextlib import contextmanager
@@ -576,7 +577,7 @@ def find_model(name) -> Path:
     cache: the files that are read here and no others. ValueError if it is neither."""
     if Path(name).is_dir():
         return Path(name)
-    if str(name).count("/") != 1 or Path(name).is_absolute() or str(name).startswith("."):
+    if not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)):
         raise ValueError(f"{name}: no such model folder, and not a Hub id like Qwen/Qwen2.5-7B")
     from huggingface_hub import snapshot_download
 

@@ -516,6 +516,7 @@ def test_a_folder_or_a_hub_id_becomes_a_folder(tmp_path, monkeypatch):
     wanted = download.call_args.kwargs["allow_patterns"]
     for name, loaded in {
         "model-00001-of-00002.safetensors": True,
+        "model-00001-of-000002.safetensors": True,  # as DeepSeek writes it
         "model.safetensors": True,
         "model.fp16.safetensors": False,
         "tokenizer.model": True,
@@ -524,7 +525,7 @@ def test_a_folder_or_a_hub_id_becomes_a_folder(tmp_path, monkeypatch):
         "pytorch_model.bin": False,
     }.items():
         assert any(fnmatch(name, pattern) for pattern in wanted) == loaded, name
-    for nowhere in ("nowhere", "./a/b", "/a/b", "a/b/c"):
+    for nowhere in ("nowhere", "./a", "../a", "/a", "~/a", "a/b/c"):
         refuses("no such model folder", decoder.find_model, nowhere)
     download.side_effect = OSError("offline\nand more")
     assert refuses("Hub", decoder.find_model, "a/b").endswith("(offline)")
