@@ -2286,6 +2286,17 @@ def test_without_a_filter_code_runs_only_where_it_is_allowed(monkeypatch):
 
 
 @needs_seccomp
+def test_a_problem_of_humaneval_is_read_and_its_own_solution_passes(tmp_path):
+    record = {"task_id": "HumanEval/0", "prompt": "def add(a, b):\n", "entry_point": "add"}
+    record |= {"canonical_solution": "    return a + b\n", "test": CHECK}
+    with gzip.open(tmp_path / "HumanEval.jsonl.gz", "wt") as file:
+        file.write(json.dumps(record) + "\n")
+    (e,) = data.load_dataset("humaneval", tmp_path, "test")
+    assert (e.id, e.question, e.gold, e.entry) == ("HumanEval/0", "def add(a, b):\n", CHECK, "add")
+    assert data.is_correct(e, e.answer)
+
+
+@needs_seccomp
 @pytest.mark.parametrize("form", RIGHT)
 def test_right_code_passes_in_every_form_models_write_it(form):
     text = RIGHT[form]
