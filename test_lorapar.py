@@ -828,7 +828,7 @@ def test_what_would_be_wrong_in_silence_is_refused(tmp_path):
     refuses("adapters on lm_head", decoder.token_logprobs, model, *answer_batch())
     model = lora_model().to(torch.bfloat16)
     refuses("small steps need float32", lorapar.MaskedAdamW, model)
-    refuses("merge or save before a cast", model, answer_batch(1)[0])
+    refuses("cast before add_lora or after merge", model, answer_batch(1)[0])
     for adapted in (model, baseline_model("ia3")):
         refuses("merge the adapters first", decoder.save_model, adapted, tmp_path)
     assert not list(tmp_path.iterdir())
