@@ -81,7 +81,7 @@ class LoRALinear(nn.Linear):
         if self.anchor_A is None:
             return A, B
         if A.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{A.dtype} factors lose the update: cast before add_lora or after merge")
+            raise ValueError(f"{A.dtype} loses the update: cast before add_lora or after merge")
         return torch.cat((A, A - self.anchor_A)), torch.cat((B - self.anchor_B, self.anchor_B), 1)
 
     def forward(self, x):  # (.., in) -> (.., out)
