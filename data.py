@@ -392,8 +392,8 @@ def own_file(path, split):
             raise ValueError(f'{where}: "check" is {check!r}, not number, letter, exact or none')
         if label not in (None, "S1", "S2"):
             raise ValueError(f'{where}: "label" is {label!r}, not S1 or S2')
-        this = question, label
-        if type(name) not in (str, int) or seen.setdefault(str(name), this) != this:
+        asked = question, label
+        if type(name) not in (str, int) or seen.setdefault(str(name), asked) != asked:
             why = "no text or number, or another question or label has it"
             raise ValueError(f'{where}: "id" {name!r}: {why}')
         kind = "text" if check == "none" else check
@@ -544,8 +544,11 @@ SYSTEM += r"|(?<!\w)s)([12１２一二]|one|two)(?![A-Za-z0-9])"
 ALONE = re.compile(rf"(?:.*[:：])?[\W_]*{SYSTEM}[\W_]*", re.IGNORECASE)  # "So: **System 2**."
 TAG = re.compile(r"</?\w+>|<\|\w+\|>|\\(?:boxed|text)\b")
 CLAUSE_END = re.compile(r"[,;.:!?—，；。](?=.*\w)|\bbut\b", re.IGNORECASE)
-DENIAL = r"\b(?:not?|never|without|than|beyond|neither|nor|cannot|rather|instead)\b|n['’]t\b"
-DENIAL = re.compile(DENIAL + "|[不非]|ない", re.IGNORECASE)
+DENIAL = re.compile(
+    r"\b(?:not?|never|without|than|beyond|neither|nor|cannot|rather|instead)\b"
+    r"|n['’]t\b|[不非]|ない",
+    re.IGNORECASE,
+)
 
 
 def verdict(text: str) -> str | None:

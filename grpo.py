@@ -168,8 +168,8 @@ def grpo_loss(
     objective = torch.minimum(ratio * A, ratio.clamp(1 - clip, 1 + high) * A)
     k3 = torch.zeros_like(logp)
     if kl:
-        distance = (ref_logp - logp) * mask
-        k3 = torch.expm1(distance) - distance  # exp(x) - 1 would round below 0
+        difference = (ref_logp - logp) * mask
+        k3 = torch.expm1(difference) - difference  # exp(x) - 1 would round below 0
 
     def per_answer(x):
         return ((x * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()

@@ -180,7 +180,8 @@ def target_linears(model, targets, r: int) -> list[nn.Linear]:
     """The linears that `targets` names (see add_lora). ValueError where a name finds nothing, or
     something that a LoRA layer cannot stand in for."""
     every = model.named_modules(remove_duplicate=False)  # one linear may have two names
-    modules, named = {own_name(name): module for name, module in every}, {}
+    modules = {own_name(name): module for name, module in every}
+    named = {}
     if targets == "all-linear":
         head = getattr(unwrapped(model), "get_output_embeddings", lambda: None)()
         for name, module in modules.items():
@@ -845,14 +846,15 @@ def add_baseline(model, method: str, n=20, generator=None):
     model.baseline = {"method": method, "virtual_tokens": n}
     keys_and_values = named["k_proj"] + named["v_proj"]
     device, (V, H) = embedding.weight.device, embedding.weight.shape
-    on_cpu = {"generator": generator, "device": "cpu"}
+    on_cpu = {"device": "cpu", "dtype": torch.float32}
     if method == "ia3":
         for linear in keys_and_values + named["down_proj"]:
             linear.__class__, linear.on_input = ScaledLinear, linear in named["down_proj"]
             width = linear.in_features if linear.on_input else linear.out_features
             linear.scale = nn.Parameter(torch.ones(width, device=device, dtype=torch.float32))
         return model
-    words = torch.randint(V, (1, n), **on_cpu).to(device)  # n random tokens
+    words = torch.randint(V, (1, n), generator=generator, device="cpu")  # n random tokens
+    words = words.to(device)
     if method == "prefix":
         outputs = {}
 
@@ -870,13 +872,12 @@ def add_baseline(model, method: str, n=20, generator=None):
     if method == "prompt":
         embedding.virtual = nn.Parameter(embedding.weight[words[0]].float())  # (n, H)
     if method == "p-tuning":
-        as_float32 = {"device": "cpu", "dtype": torch.float32}
-        virtual = torch.randn(n, H, generator=generator, **as_float32)
+        virtual = torch.randn(n, H, generator=generator, **on_cpu)
         embedding.virtual = nn.Parameter(virtual.to(device))
-        first, second, third = (nn.Linear(H, H, **as_float32) for _ in range(3))
+        first, second, third = (nn.Linear(H, H, **on_cpu) for _ in range(3))
         embedding.mlp = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third).to(device)
         for p in embedding.mlp.parameters():  # PyTorch's own start, from our generator
-            drawn = torch.rand(p.shape, generator=generator, **as_float32)
+            drawn = torch.rand(p.shape, generator=generator, **on_cpu)
             p.copy_((2 * drawn - 1) / math.sqrt(H))
     return model
 

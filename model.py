@@ -418,7 +418,7 @@ def token_logprobs(model, tokens, labels, temperature=1.0):
     check_length(model, tokens.shape[1] - 1)
     hidden = model.model(tokens[:, :-1])  # (B, T-1, H): nothing follows the last token
     targets, weight = labels[:, 1:], model.head_weight
-    answer = (targets != -100).nonzero(as_tuple=True)  # indices, as this waits for the GPU
+    answer = (targets != -100).nonzero(as_tuple=True)  # once, as this waits for the GPU
     h, t = hidden[answer], targets[answer]  # (M, H), (M,)
     if weight.requires_grad:  # only the toy's base is trained whole: let autograd see the head
         logp = -F.cross_entropy(F.linear(h, weight).float() / temperature, t, reduction="none")

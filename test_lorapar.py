@@ -1417,11 +1417,15 @@ def test_special_tokens_that_another_file_names_are_added_as_transformers_does(t
     (tmp_path / "config.json").unlink()
     config.write_text('{"eos_token": "<eos>", "additional_special_tokens": [1]}')
     refuses("tokenizer.json: ", data.Tokenizer, tmp_path)
-    for kind in ("additional_special_tokens", "added_tokens_decoder", "eos_token"):
-        for value in (5, "<ab>"):
-            if (kind, value) != ("eos_token", "<ab>"):
-                config.write_text(json.dumps({kind: value}))
-                refuses("tokenizer.json: ", data.Tokenizer, tmp_path)
+    for fields in (
+        {"eos_token": 5},
+        {"additional_special_tokens": 5},
+        {"additional_special_tokens": "<ab>"},
+        {"added_tokens_decoder": 5},
+        {"added_tokens_decoder": "<ab>"},
+    ):
+        config.write_text(json.dumps(fields))
+        refuses("tokenizer.json: ", data.Tokenizer, tmp_path)
     config.write_text('{"eos_token": "<eos>"}')
     (tmp_path / "config.json").write_text('{"eos_token_id": "</s>"}')
     refuses("as eos_token_id", data.Tokenizer, tmp_path)
@@ -1873,9 +1877,8 @@ def test_splits_are_disjoint_and_fixed(tmp_path):
     assert len(train_ids) == 95 and len(validation) == 5 and not set(train_ids) & set(validation)
     assert train_ids == ids(tmp_path, "train")
     e = data.load_dataset("gsm8k", tmp_path, "test")[0]
-    assert (
-        data.is_correct(e, e.answer) and e.gold == "1,018" and e.question == "How many to test? 0"
-    )
+    assert e.gold == "1,018" and e.question == "How many to test? 0"
+    assert data.is_correct(e, e.answer)
     assert sum(data.reward_parts(e, e.answer).values()) == 4.0
     file = tmp_path / "test.jsonl"  # one file: 80/10/10, or all of it
     parts = [ids(file, split) for split in ("train", "validation", "test")]

@@ -507,7 +507,7 @@ def answer_all(c, model, inputs, examples, what: str) -> list[dict]:
     tokenizer = inputs.tokenizer
     encoded, _ = data.tokenize(examples, tokenizer, 10**9, c.prompt, "rl")
     rank, size = lorapar.rank_and_size()
-    # like lengths together: little padding; the longest first: what does not fit fails at once
+    # similar lengths together, for little padding; the longest first: what is too large fails now
     order = sorted(range(len(examples)), key=lambda i: -encoded[i].prompt_length)
     own = order[rank::size]
     letters = [i for i in own if examples[i].kind == "letter"]
@@ -996,8 +996,8 @@ def made_from(c, folder, sets, labels) -> dict:
 
 
 def base_parts(folder: Path) -> list:
-    """What tells a checkpoint from another: config and tokenizer; of the weights, gigabytes, the
-    sizes and both ends."""
+    """What tells one checkpoint from another: config and tokenizer, and of the weights (gigabytes)
+    the sizes and both ends."""
     files = [file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".model")]
     parts = [file.read_bytes() for file in sorted(files)]
     for file in weight_files(folder):
@@ -1313,10 +1313,10 @@ def run_eval(arguments):
         labels = data.read_records(folder / "labels.jsonl")
         label_of = {record["id"]: record["label"] for _, record in labels}
         sets = read_sets(c)
-        now = {"data": digest(sets["S1"], sets["S2"])}
+        hashes = {"data": digest(sets["S1"], sets["S2"])}
         if "model" not in said:
-            now["base"] = digest(*base_parts(checkpoint))
-        refuse_changes(folder / "config.json", old.get("made_from", {}), now)
+            hashes["base"] = digest(*base_parts(checkpoint))
+        refuse_changes(folder / "config.json", old.get("made_from", {}), hashes)
         examples = checkable(c, sets["test"], label_of)
         c.data = c.eval_data or c.data
     else:
@@ -1840,7 +1840,8 @@ def join_processes(c):
     """One of torchrun's processes: a GPU of its own where there are GPUs; the first one speaks."""
     backend = "gloo"
     if c.device.startswith("cuda"):
-        backend, number, gpus = "nccl", int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        backend = "nccl"
+        number, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if number >= gpus:
             raise ValueError(f"more processes than the {gpus} GPUs here: lower --nproc_per_node")
         c.device = f"cuda:{number}"
